@@ -1,0 +1,345 @@
+"""One run = one flat YAML: read, checked, and saved resolved.
+
+The names are those that users of LLaMA-Factory already have in their files. A name of theirs that
+means nothing here is accepted with one line saying so; an unknown name is an error that offers the
+nearest known one. This module imports neither torch nor transformers: the workflow checks every
+run of a study with it before anything starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from discobeta.errors import UserError
+from discobeta.flags import FLAGS, Arm
+
+IGNORED = frozenset(
+    """
+    do_train do_eval do_predict template overwrite_cache preprocessing_num_workers
+    preprocessing_batch_size dataloader_num_workers dataloader_pin_memory ddp_timeout
+    ddp_find_unused_parameters save_only_model save_strategy save_total_limit save_safetensors
+    include_num_input_tokens_seen include_tokens_per_second logging_dir logging_first_step
+    remove_unused_columns overwrite_logging streaming use_fast_tokenizer low_cpu_mem_usage
+    additional_target reward_model_type load_best_model_at_end metric_for_best_model
+    greater_is_better disable_tqdm log_level print_param_status
+    """.split()
+)
+"""Names of LLaMA-Factory and of transformers' Trainer that mean nothing here."""
+
+REFUSED = {
+    "fp16": "use bf16: true (the losses are float32 in any case)",
+    "deepspeed": "start the run with `accelerate launch` instead",
+    "fsdp": "start the run with `accelerate launch` instead",
+    "quantization_bit": "quantised bases are not supported",
+    "use_dora": "only plain LoRA is supported",
+    "use_rslora": "only plain LoRA is supported",
+    "pref_ftx": "an extra SFT loss would change what the study compares",
+    "dpo_label_smoothing": "label smoothing would change what the study compares",
+    "simpo_gamma": "only the sigmoid loss and its probit counterpart are compared here",
+    "ref_model": "the reference is the base model that the policy starts from",
+    "ref_model_adapters": "the reference is the base model that the policy starts from",
+    "packing": "pairs are not packed",
+    "neat_packing": "pairs are not packed",
+    "use_unsloth": "only transformers models are supported",
+    "use_galore": "only AdamW is supported",
+    "mix_strategy": "datasets named together are concatenated",
+}
+"""Names that would change the result: refused when set to anything but their neutral value."""
+
+NEUTRAL = (None, False, 0, "none", "", "concat")
+
+STAGE_DEFAULTS: dict[str, dict[str, float]] = {
+    "rm": {"disco_mean_penalty": 0.01, "disco_spread_penalty": 0.001},
+    "dpo": {"disco_mean_penalty": 0.1, "disco_spread_penalty": 0.003},
+    "ppo": {"disco_mean_penalty": 0.0, "disco_spread_penalty": 0.0},
+    "sft": {"disco_mean_penalty": 0.0, "disco_spread_penalty": 0.0},
+}
+
+
+def option(default: Any, help: str, *, least: float | None = None, most: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run. Construct it with `from_mapping` or `read`, which check; never by hand."""
+
+    # --- what
+    stage: Literal["sft", "rm", "dpo", "ppo"]
+    output_dir: str = option("", "directory of this run")
+    seed: int = option(42, "every random stream of the run is derived from it", least=0)
+
+    # --- the four flags
+    add_disco_head: bool = option(False, "architecture: a Disco Head exists")
+    disco_pref: bool = option(False, "use: the loss reads the Disco Head")
+    add_beta_head: bool = option(False, "architecture: a Beta Head exists on the reference")
+    use_dynamic_beta: bool = option(False, "use: beta becomes pref_beta * s(x)")
+
+    # --- model
+    model_name_or_path: str | None = option(None, "hub id or directory of the base model")
+    model_revision: str = option("main", "revision of a hub model")
+    adapter_name_or_path: str | None = option(None, "LoRA adapter to start from")
+    trust_remote_code: bool = option(False, "run code that comes with a hub model")
+    cache_dir: str | None = option(None, "hub cache")
+    reward_model: str | None = option(None, "ppo: the reward model")
+    beta_head: str | None = option(None, "ppo: the dpo run whose Beta Head is used")
+    finetuning_type: Literal["lora", "full"] = option("lora", "LoRA or all weights")
+    lora_rank: int = option(8, "LoRA rank", least=1)
+    lora_alpha: int | None = option(None, "LoRA alpha; default twice the rank", least=1)
+    lora_dropout: float = option(0.0, "LoRA dropout", least=0, most=0.99)
+    lora_target: str = option("all", "comma-separated module names, or all linear layers")
+    flash_attn: Literal["auto", "disabled", "sdpa", "fa2"] = option("auto", "attention implementation")
+    gradient_checkpointing: bool = option(False, "recompute activations to save memory")
+
+    # --- a base trained from scratch (stage sft without model_name_or_path)
+    model_type: str | None = option(None, "architecture of a new base, e.g. qwen3")
+    config_overrides: str = option("", "its sizes: hidden_size=64,num_hidden_layers=2")
+    tokenizer_name: str | None = option(None, "tokenizer of a new base; default: one trained on the data")
+    vocab_size: int = option(2048, "size of a byte-level BPE tokenizer trained on the data", least=260)
+
+    # --- method
+    pref_beta: float = option(0.1, "beta: weight of the prior against the feedback", least=1e-6)
+    pref_loss: Literal["sigmoid"] = option("sigmoid", "the baseline's loss")
+    head_pooling: Literal["last", "mean"] = option("last", "what the Disco Head's variance reads")
+    disco_learning_rate: float | None = option(None, "default 3 x learning_rate", least=0)
+    beta_learning_rate: float | None = option(None, "default 5 x learning_rate", least=0)
+    disco_mean_penalty: float | None = option(None, "weight of (batch mean log sigma/sigma0)^2", least=0)
+    disco_spread_penalty: float | None = option(None, "weight of mean (log sigma/sigma0)^2", least=0)
+    beta_mean_penalty: float = option(0.1, "weight of (batch mean log s)^2", least=0)
+    beta_spread_penalty: float = option(0.01, "weight of mean (log s)^2", least=0)
+    head_max_grad_norm: float = option(1.0, "clipping of each head's gradient", least=0)
+
+    # --- data
+    dataset: str | None = option(None, "comma-separated names (dataset_dir), local files or hub ids")
+    eval_dataset: str | None = option(None, "held-out data, named likewise")
+    dataset_dir: str = option("data", "folder of dataset_info.json or datasets.yaml")
+    split: str = option("train", "split of a hub dataset")
+    eval_split: str = option("test", "split of a hub dataset that eval_dataset names")
+    cutoff_len: int = option(2048, "longest prompt + response, in tokens", least=2)
+    max_samples: int | None = option(None, "use the first n rows of each dataset", least=1)
+    val_size: float = option(0.0, "held-out share (< 1) or number of rows (>= 1) of dataset", least=0)
+    max_unusable_rows: float = option(0.05, "refuse the data above this share of unusable rows", least=0, most=1)
+    tokenized_path: str | None = option(None, "folder of tokenised rows: read if there, else written")
+    reference_path: str | None = option(None, "folder of the reference pass: read if there, else written")
+
+    # --- optimisation
+    per_device_train_batch_size: int = option(8, "pairs per forward pass and device", least=1)
+    per_device_eval_batch_size: int = option(8, "pairs per forward pass and device", least=1)
+    gradient_accumulation_steps: int = option(1, "forward passes per optimiser step", least=1)
+    learning_rate: float = option(5e-5, "of the adapter (or the model)", least=0)
+    num_train_epochs: float = option(3.0, "passes over the data", least=0)
+    max_steps: int = option(-1, "optimiser steps; -1: by num_train_epochs", least=-1)
+    stop_after_steps: int | None = option(None, "stop early, with the schedule of the whole run", least=1)
+    lr_scheduler_type: str = option("linear", "a scheduler of transformers")
+    warmup_ratio: float = option(0.0, "share of the steps", least=0, most=1)
+    warmup_steps: int = option(0, "overrides warmup_ratio if positive", least=0)
+    optim: Literal["adamw_torch"] = option("adamw_torch", "optimiser")
+    adam_beta1: float = option(0.9, "AdamW", least=0, most=0.999999)
+    adam_beta2: float = option(0.999, "AdamW", least=0, most=0.999999)
+    adam_epsilon: float = option(1e-8, "AdamW", least=0)
+    weight_decay: float = option(0.0, "AdamW; never applied to heads", least=0)
+    max_grad_norm: float = option(1.0, "clipping of the model's gradient", least=0)
+    bf16: bool = option(False, "bf16 autocast; sums, losses and heads stay float32")
+    deterministic: bool = option(False, "deterministic kernels on a GPU")
+
+    # --- bookkeeping
+    logging_steps: int = option(10, "optimiser steps between log lines", least=1)
+    save_steps: int = option(500, "optimiser steps between checkpoints; 0: none", least=0)
+    eval_strategy: Literal["no", "steps", "epoch"] = option("no", "held-out loss during training")
+    eval_steps: int | None = option(None, "for eval_strategy: steps; default logging_steps", least=1)
+    plot_loss: bool = option(False, "write loss.png")
+    report_to: Literal["none", "tensorboard", "wandb"] = option("none", "tracker")
+    run_name: str | None = option(None, "name in the tracker")
+    resume_from_checkpoint: str | bool | None = option(None, "default: from the run's own checkpoint, if any")
+    overwrite_output_dir: bool = option(False, "replace another run that output_dir holds")
+
+    # --- generation (evaluation of policies; rollouts of ppo)
+    max_new_tokens: int = option(64, "longest sampled response", least=1)
+    temperature: float = option(1.0, "of sampling", least=1e-3)
+    top_p: float = option(1.0, "of sampling", least=1e-6, most=1)
+    top_k: int = option(0, "of sampling; 0: off", least=0)
+    num_eval_generations: int = option(0, "held-out prompts answered in evaluation; 0: none", least=0)
+
+    # --- ppo
+    ppo_epochs: int = option(4, "passes over the buffer", least=1)
+    ppo_buffer_size: int = option(1, "batches in the buffer", least=1)
+    ppo_target: float | None = option(None, "target of adaptive KL control", least=0)
+    ppo_score_norm: bool = option(False, "normalise scores")
+    ppo_whiten_rewards: bool = option(False, "whiten rewards")
+
+    @classmethod
+    def from_mapping(cls, settings: dict[str, Any], where: str = "run config") -> tuple[RunConfig, list[str]]:
+        """The checked config, and one line for each name that was accepted and means nothing here."""
+        known = {entry.name: entry for entry in dataclasses.fields(cls)}
+        hints = typing.get_type_hints(cls)
+        values, notes = {}, []
+        for name, value in settings.items():
+            if name in known:
+                values[name] = _typed(name, value, hints[name], known[name], where)
+            elif name in IGNORED:
+                notes.append(f"{name}: means nothing here and is ignored")
+            elif name in REFUSED:
+                if value not in NEUTRAL:
+                    raise UserError(f"{where}: {name}: {value!r} is not supported: {REFUSED[name]}")
+            else:
+                near = difflib.get_close_matches(str(name), [*known, *IGNORED], n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise UserError(f"{where}: unknown key {name!r}{hint}")
+        if "stage" not in values:
+            raise UserError(f"{where}: stage is missing (sft, rm, dpo or ppo)")
+        for name, value in STAGE_DEFAULTS[values["stage"]].items():
+            if values.get(name) is None:
+                values[name] = value
+        config = cls(**values)
+        try:
+            config._check()
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        return config, notes
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: list[str] = ()) -> tuple[RunConfig, list[str]]:
+        """From a YAML file, with `key=value` overrides on top."""
+        return cls.from_mapping(read_yaml(path) | parse_overrides(overrides), str(path))
+
+    @property
+    def arm(self) -> Arm:
+        return Arm.of(self)
+
+    def replace(self, **changes: Any) -> RunConfig:
+        return dataclasses.replace(self, **changes)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with the value that the run uses, as plain YAML types."""
+        return dataclasses.asdict(self)
+
+    def _check(self) -> None:
+        arm = self.arm  # raises on a use without its head
+        if self.stage == "sft" and arm != Arm():
+            raise UserError(f"stage sft trains the base, before any head: leave {', '.join(FLAGS)} out")
+        if self.val_size and self.eval_dataset:
+            raise UserError("val_size and eval_dataset contradict each other: give one of them")
+        if self.eval_strategy != "no" and not (self.val_size or self.eval_dataset or self.tokenized_path):
+            raise UserError(f"eval_strategy: {self.eval_strategy} needs eval_dataset or val_size")
+        if self.val_size >= 1 and self.val_size != int(self.val_size):
+            raise UserError(f"val_size: {self.val_size}: a share below 1, or a whole number of rows")
+        if self.adapter_name_or_path and self.finetuning_type == "full":
+            raise UserError("adapter_name_or_path needs finetuning_type: lora")
+        if self.stage != "sft" and not self.model_name_or_path:
+            raise UserError(f"stage {self.stage} needs model_name_or_path (a hub id or a directory)")
+        if self.stage == "sft" and bool(self.model_name_or_path) == bool(self.model_type):
+            raise UserError("stage sft needs either model_name_or_path or model_type (a base from scratch)")
+        if self.stage == "sft" and self.finetuning_type != "full":
+            raise UserError("stage sft trains all weights of the base: set finetuning_type: full")
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs == 0):
+            raise UserError("max_steps and num_train_epochs leave nothing to train")
+        if self.stage == "ppo" and arm.use != Arm().use and not self.reward_model:
+            raise UserError("stage ppo needs reward_model")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A mapping from a YAML file; `-` is standard input."""
+    import sys
+
+    try:
+        text = sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8")
+        settings = yaml.load(text, _UniqueKeys)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold `key: value` lines, not {type(settings).__name__}")
+    return settings
+
+
+def parse_overrides(overrides: list[str]) -> dict[str, Any]:
+    """`key=value` words; the value is read as YAML."""
+    settings = {}
+    for word in overrides:
+        name, sign, value = word.partition("=")
+        if not sign or not name:
+            raise UserError(f"--set {word}: write key=value")
+        try:
+            settings[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {word}: the value is not valid YAML") from None
+    return settings
+
+
+def write_yaml(settings: dict[str, Any], path: Path) -> None:
+    from discobeta.files import write_text
+
+    write_text(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def _typed(name: str, value: Any, hint: Any, entry: dataclasses.Field, where: str) -> Any:
+    """The value in the field's type, or an error that names both."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in options:
+        if kind is types.NoneType:
+            if value is None or value == "null":
+                return None
+        elif typing.get_origin(kind) is Literal:
+            choice = {False: "no"}.get(value, value) if "no" in typing.get_args(kind) else value
+            if choice in typing.get_args(kind):
+                return choice
+        elif kind is bool and isinstance(value, bool):
+            return value
+        elif kind in (int, float) and (number := _number(value)) is not None:
+            if kind is float or number == int(number):
+                return _bounded(name, kind(number), entry, where)
+        elif kind is str and isinstance(value, str):
+            return value
+        elif kind is str and isinstance(value, list) and all(isinstance(word, str) for word in value):
+            return ",".join(value)  # `dataset: [a, b]` is `dataset: a,b`
+    names = [
+        " or ".join(map(str, typing.get_args(kind))) if typing.get_origin(kind) is Literal
+        else "null" if kind is types.NoneType
+        else {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}[kind.__name__]
+        for kind in options
+    ]  # fmt: skip
+    raise UserError(f"{where}: {name}: {value!r} should be {', or '.join(names)}")
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, also one that YAML reads as text: `1e-4` has no dot, so YAML 1.1 says str."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _bounded(name: str, value: float, entry: dataclasses.Field, where: str) -> float:
+    least, most = entry.metadata["least"], entry.metadata["most"]
+    if (least is not None and value < least) or (most is not None and value > most):
+        span = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise UserError(f"{where}: {name}: {value} should be {span}")
+    return value
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader keeps the last of two equal keys in silence; a run config must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"line {node.start_mark.line + 1}: key {name!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
