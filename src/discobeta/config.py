@@ -168,6 +168,7 @@ class RunConfig:
     top_p: float = option(1.0, "of sampling", least=1e-6, most=1)
     top_k: int = option(0, "of sampling; 0: off", least=0)
     num_eval_generations: int = option(0, "held-out prompts answered in evaluation; 0: none", least=0)
+    ground_truth: Literal["none", "world"] = option("none", "the true reward of a sampled response, if known")
 
     # --- ppo
     ppo_epochs: int = option(4, "passes over the buffer", least=1)

@@ -1,0 +1,222 @@
+"""`discobeta <command>`: every command is files in, files out.
+
+Bad input ends with one or two lines on standard error and exit status 2, without a traceback.
+Heavy libraries are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+
+from discobeta import __version__
+from discobeta.config import RunConfig
+from discobeta.errors import UserError
+from discobeta.flags import STAGES, grid
+
+
+def main(words: list[str] | None = None) -> int:
+    # compute nodes often have no network: never let an import wait for one
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = parser().parse_args(words)
+    try:
+        return arguments.command(arguments) or 0
+    except UserError as error:
+        print(f"discobeta: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"discobeta: no space left on the device ({error.filename or 'while writing'})", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("discobeta: interrupted; a run goes on from its last checkpoint", file=sys.stderr)
+        return 130
+    return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="discobeta", description="Ablation of Gaussian rewards and dynamic beta.")
+    top.add_argument("--version", action="version", version=f"discobeta {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(command=command)
+        return sub
+
+    def add_run(name: str, command, help: str) -> argparse.ArgumentParser:
+        sub = add(name, command, help)
+        sub.add_argument("run", metavar="RUN.yaml", help="flat run config; - reads standard input")
+        sub.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="override keys")
+        return sub
+
+    def add_study(name: str, command, help: str) -> None:
+        sub = add(name, command, help)
+        sub.add_argument("--configfile", nargs="+", required=True, metavar="STUDY.yaml", help="later files override")
+        sub.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="override keys")
+
+    sub = add("grid", show_grid, "show the 48 cells: which are trained, which stand for another, which are refused")
+    sub.add_argument("--json", action="store_true", help="as a list of objects")
+    sub.add_argument("--stage", choices=STAGES, help="only one stage")
+
+    sub = add_run("train", train, "train one run and measure it on its held-out rows")
+    sub.add_argument("--no-evaluate", action="store_true", help="leave the measuring to `discobeta evaluate`")
+    add_run("prepare", prepare, "tokenise the data of a run into its tokenized_path")
+    add_run("reference", reference, "compute the reference pass of a dpo run into its reference_path")
+
+    sub = add("evaluate", evaluate, "measure a finished run on its held-out rows")
+    sub.add_argument("directory", type=Path, metavar="RUN_DIR")
+
+    sub = add("compare", compare, "compare two run directories byte for byte; exit status 1 if they differ")
+    sub.add_argument("directories", type=Path, nargs=2, metavar="RUN_DIR")
+
+    world = add("world", None, "the synthetic preference world").add_subparsers(required=True, metavar="PART")
+    sub = world.add_parser("corpus", help="texts to train the base on, and its tokenizer")
+    sub.set_defaults(command=world_corpus)
+    sub.add_argument("--output", type=Path, required=True)
+    sub.add_argument("--seed", type=int, default=1)
+    sub.add_argument("--sft-examples", type=int, default=6000)
+    sub.add_argument("--noise", choices=("heteroscedastic", "homoscedastic"), default="heteroscedastic")
+    sub = world.add_parser("pairs", help="labelled pairs, sampled from a base")
+    sub.set_defaults(command=world_pairs)
+    sub.add_argument("--world", type=Path, required=True, help="folder that `world corpus` wrote")
+    sub.add_argument("--base", type=Path, required=True, help="model that was trained on it")
+    sub.add_argument("--output", type=Path, required=True)
+    sub.add_argument("--seed", type=int, default=1)
+    sub.add_argument("--train", type=int, default=9600)
+    sub.add_argument("--eval", type=int, default=1600)
+
+    add_study("plan", plan, "list the runs of a study")
+    add_study("report", report, "write tables and figures of a study from the runs that are there")
+    add_study("tables", tables, "write the tables of a study")
+    add_study("figures", figures, "write the figures of a study")
+    return top
+
+
+def show_grid(arguments: argparse.Namespace) -> None:
+    cells = grid((arguments.stage,) if arguments.stage else STAGES)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(cell) for cell in cells], indent=1))
+        return
+    names = [field.name for field in dataclasses.fields(cells[0])]
+    print("  ".join(names[:5]), " status", sep="")
+    for cell in cells:
+        row = dataclasses.asdict(cell)
+        switches = "  ".join(("yes" if row[name] else "-").center(len(name)) for name in names[1:5])
+        shown = {"run": cell.arm, "same-as": f"same as {cell.arm}", "refused": f"refused: {cell.reason}"}[cell.status]
+        status = f"run ({shown})" if cell.status == "run" else shown
+        print(f"{cell.stage:5}  {switches}  {status}")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    config = _run_config(arguments)
+    from discobeta.train import train as train_run
+
+    train_run(config)
+    has_held_out = config.eval_dataset or config.val_size
+    if config.stage != "sft" and has_held_out and not arguments.no_evaluate and _is_main_process():
+        if not (Path(config.output_dir) / "metrics.json").exists():
+            evaluate(argparse.Namespace(directory=Path(config.output_dir)))
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    config = _run_config(arguments)
+    if not config.tokenized_path:
+        raise UserError("prepare needs tokenized_path: the folder to write")
+    from discobeta.data.tokens import load_or_tokenise
+    from discobeta.policy import load_tokenizer
+
+    load_or_tokenise(config, load_tokenizer(config))
+
+
+def reference(arguments: argparse.Namespace) -> None:
+    config = _run_config(arguments)
+    if not config.reference_path:
+        raise UserError("reference needs reference_path: the folder to write")
+    from discobeta import reference as reference_pass
+    from discobeta.data.tokens import load_or_tokenise
+    from discobeta.policy import load_tokenizer
+
+    data = load_or_tokenise(config, load_tokenizer(config))
+    reference_pass.load_or_compute(config, data.train, data.held_out)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from discobeta.evaluate import evaluate as evaluate_run
+
+    measured = evaluate_run(arguments.directory)
+    shown = {name: value for name, value in measured.items() if not isinstance(value, dict)}
+    print("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    from discobeta.report import neutrality
+
+    return neutrality.main(*arguments.directories)
+
+
+def world_corpus(arguments: argparse.Namespace) -> None:
+    from discobeta import world
+
+    world.write_corpus(
+        arguments.output, seed=arguments.seed, sft_examples=arguments.sft_examples, noise=arguments.noise
+    )
+
+
+def world_pairs(arguments: argparse.Namespace) -> None:
+    from discobeta import world
+
+    world.write_pairs(
+        arguments.world, arguments.base, arguments.output,
+        seed=arguments.seed, train=arguments.train, evaluation=arguments.eval,
+    )  # fmt: skip
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    from discobeta import study
+
+    print(study.plan(_study(arguments)))
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from discobeta import report as study_report
+
+    study_report.write(_study(arguments))
+
+
+def tables(arguments: argparse.Namespace) -> None:
+    from discobeta.report import tables as study_tables
+
+    study_tables.write(_study(arguments))
+
+
+def figures(arguments: argparse.Namespace) -> None:
+    from discobeta.report import figures as study_figures
+
+    study_figures.write(_study(arguments))
+
+
+def _study(arguments: argparse.Namespace):
+    from discobeta.study import Study
+
+    return Study.read(arguments.configfile, arguments.set)
+
+
+def _run_config(arguments: argparse.Namespace) -> RunConfig:
+    config, notes = RunConfig.read(arguments.run, arguments.set)
+    for note in notes:
+        print(f"discobeta: {note}", file=sys.stderr)
+    return config
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

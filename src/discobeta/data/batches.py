@@ -1,0 +1,159 @@
+"""From tokenised rows to tensors, and from rows to the order in which they are trained on.
+
+The order is a function of (seed, epoch, step) and of nothing else, so a resumed run needs no state
+to go on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from discobeta.data.tokens import Rows
+from discobeta.seeds import derive
+
+
+@dataclass
+class Batch:
+    """B pairs as N = 2B sequences, the B chosen ones first, prompt + response, padded to T.
+
+    Positions come from the lengths of prompt and response, never from a pad id: a pad id may also
+    be an ordinary token, or the end of a response. The flat indices are made here, on the host,
+    because finding them on the device would wait for it.
+    """
+
+    input_ids: Tensor  # (N, T)
+    attention_mask: Tensor | None  # (N, T); None if padding is on the right, where causality hides it
+    position_ids: Tensor  # (N, T) from 0 at the first real token
+    response_mask: Tensor  # (N, T) float32, 1 at response tokens
+    response_end: Tensor  # (N,) index of the last response token
+    prompt_end: Tensor  # (N,) index of the last prompt token
+    predictor_index: Tensor  # (M,) into the flattened (N * T): the position before each response token
+    target_ids: Tensor  # (M,) the response tokens
+    sequence_index: Tensor  # (M,) whose response each token belongs to
+    columns: dict[str, Tensor]  # per pair, (B, ...): what the stage asked for beside the tokens
+
+    @property
+    def pairs(self) -> int:
+        return len(self.input_ids) // 2
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {
+            entry.name: value.to(device, non_blocking=True)
+            for entry in fields(self)
+            if isinstance(value := getattr(self, entry.name), Tensor)
+        }
+        columns = {name: value.to(device, non_blocking=True) for name, value in self.columns.items()}
+        return replace(self, **moved, columns=columns)
+
+
+def collate(
+    rows: Rows, indices: np.ndarray, columns: dict[str, Tensor] | None = None, *, pad_to: int = 0, side: str = "right"
+) -> Batch:
+    """The pairs at `indices` as one batch; `columns` are (rows, ...) tensors to take along.
+
+    pad_to: least width T; side: where the padding goes. Neither changes what a model says.
+    """
+    prompts = [rows.prompt_ids[i] for i in indices] * 2
+    responses = [rows.chosen_ids[i] for i in indices] + [rows.rejected_ids[i] for i in indices]
+    prompt_lengths = np.array([len(ids) for ids in prompts])
+    response_lengths = np.array([len(ids) for ids in responses])
+    lengths = prompt_lengths + response_lengths
+    width = max(int(lengths.max()), pad_to)
+    starts = width - lengths if side == "left" else np.zeros_like(lengths)
+
+    input_ids = np.zeros((len(prompts), width), dtype=np.int64)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        input_ids[row, starts[row] : starts[row] + lengths[row]] = np.concatenate([prompt, response])
+    place = np.arange(width)[None, :] - starts[:, None]  # 0 at the first real token
+    real = (place >= 0) & (place < lengths[:, None])
+    is_response = (place >= prompt_lengths[:, None]) & real
+    sequence, position = np.nonzero(is_response)
+
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(real.astype(np.int64)) if side == "left" else None,
+        position_ids=torch.from_numpy(place.clip(0)),
+        response_mask=torch.from_numpy(is_response.astype(np.float32)),
+        response_end=torch.from_numpy(starts + lengths - 1),
+        prompt_end=torch.from_numpy(starts + prompt_lengths - 1),
+        predictor_index=torch.from_numpy(sequence * width + position - 1),
+        target_ids=torch.from_numpy(input_ids[is_response]),
+        sequence_index=torch.from_numpy(sequence),
+        columns={name: value[torch.from_numpy(indices)] for name, value in (columns or {}).items()},
+    )
+
+
+class Pairs:
+    """Rows with the per-row tensors that a stage takes along, made into batches on demand."""
+
+    def __init__(self, rows: Rows, columns: dict[str, Tensor] | None = None):
+        self.rows = rows
+        self.columns = columns or {}
+        prompts, chosen, rejected = (
+            np.array([len(ids) for ids in column]) for column in (rows.prompt_ids, rows.chosen_ids, rows.rejected_ids)
+        )
+        self.lengths = prompts + np.maximum(chosen, rejected)  # of the longer of a pair's two sequences
+        self.sizes = 2 * prompts + chosen + rejected  # real tokens of a pair
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        return collate(self.rows, indices, self.columns)
+
+    def tokens(self, indices: np.ndarray) -> int:
+        return int(self.sizes[indices].sum())
+
+    def evaluation_passes(self, size: int) -> list[np.ndarray]:
+        """All rows once, longest first (so that running out of memory shows at once), `size` at a time."""
+        order = np.argsort(-self.lengths, kind="stable")
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows each optimiser step sees, and how a step is cut into forward passes.
+
+    One step takes `pairs_per_step` rows of the epoch's permutation. They are sorted by length and
+    cut into forward passes of `pairs_per_pass` rows (over all processes), so that a pass pads
+    little; the step's gradient is the mean over its rows whatever the cut.
+    """
+
+    rows: int
+    pairs_per_pass: int  # per_device_train_batch_size * processes
+    passes_per_step: int  # gradient_accumulation_steps
+    processes: int
+    seed: int
+
+    @property
+    def pairs_per_step(self) -> int:
+        return self.pairs_per_pass * self.passes_per_step
+
+    @property
+    def steps_per_epoch(self) -> int:
+        usable = self.rows - self.rows % self.processes  # each process gets the same number of rows
+        return -(-usable // self.pairs_per_step)
+
+    def step_rows(self, step: int) -> np.ndarray:
+        """Row numbers of optimiser step `step`, counted from 0 over all epochs."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = _permutation(self.rows, self.seed, epoch)[: self.rows - self.rows % self.processes]
+        return order[within * self.pairs_per_step : (within + 1) * self.pairs_per_step]
+
+    def passes(self, step: int, lengths: np.ndarray, process: int) -> Iterator[np.ndarray]:
+        """The rows of each forward pass of `step` on one process."""
+        chosen = self.step_rows(step)
+        chosen = chosen[np.argsort(-lengths[chosen], kind="stable")]
+        for start in range(0, len(chosen), self.pairs_per_pass):
+            yield np.array_split(chosen[start : start + self.pairs_per_pass], self.processes)[process]
+
+
+@lru_cache(maxsize=1)
+def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng(derive(seed, "data order", epoch)).permutation(rows)

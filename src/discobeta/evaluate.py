@@ -1,0 +1,183 @@
+"""Measurements of one run: metrics.json, one row per held-out pair, and sampled responses.
+
+metrics.json and examples.parquet are functions of the weights and the data alone (no times, names
+or paths), so that equal runs give equal bytes; what the evaluation took is in evaluation_cost.json.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from discobeta import metrics, runs
+from discobeta.config import RunConfig
+from discobeta.data.batches import Pairs
+from discobeta.data.tokens import Rows, load_or_tokenise
+from discobeta.errors import UserError
+from discobeta.files import replacing, write_json, write_text
+from discobeta.generation import generate, response_text
+from discobeta.policy import hidden_states, load_reference, load_tokenizer, response_logps
+from discobeta.seeds import global_stream
+from discobeta.stages import Stage
+
+
+def evaluate(directory: str | Path) -> dict[str, Any]:
+    """Measure the run in `directory` on its held-out rows. Writes the files and returns the metrics."""
+    directory = Path(directory)
+    started = time.monotonic()
+    config = runs.read_run(directory)
+    tokenizer = load_tokenizer(config)
+    data = load_or_tokenise(config, tokenizer)
+    if data.held_out is None:
+        raise UserError(f"{directory} has no held-out rows: its config needs eval_dataset or val_size")
+    stage = runs.load_stage(directory)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stage.to(device)
+    _, columns = stage.columns(config, data.train, data.held_out)
+    examples = compare_all(stage, Pairs(data.held_out, columns), config.per_device_eval_batch_size, device)
+    measured = preference_metrics(examples)
+    if config.stage != "rm" and config.num_eval_generations:
+        answers = answer_prompts(stage, data.held_out, config, tokenizer, device)
+        measured |= policy_metrics(answers)
+        lines = (json.dumps(row, ensure_ascii=False) for row in answers.to_dict("records"))
+        write_text(directory / "generations.jsonl", "".join(f"{line}\n" for line in lines))
+    with replacing(directory / "examples.parquet") as temporary:
+        examples.to_parquet(temporary, index=False)
+    seconds = time.monotonic() - started
+    on_gpu = device.type == "cuda"
+    write_json(directory / "evaluation_cost.json", {"seconds": seconds, "gpu_seconds": seconds if on_gpu else 0.0})
+    write_json(directory / "metrics.json", measured)  # last: its presence says that the evaluation is whole
+    return measured
+
+
+@torch.no_grad()
+def compare_all(stage: Stage, pairs: Pairs, batch_size: int, device: torch.device) -> pd.DataFrame:
+    """One row per pair, in the order of the data: what the run says of it, beside what is known."""
+    found: dict[str, np.ndarray] = {}
+
+    def put(name: str, indices: np.ndarray, values: torch.Tensor) -> None:
+        found.setdefault(name, np.empty(len(pairs)))[indices] = values.double().cpu().numpy()
+
+    for indices in tqdm(pairs.evaluation_passes(batch_size), desc="held-out pairs", unit="batch", mininterval=1):
+        comparison = stage.compare(pairs.batch(indices).to(device))
+        put("nll", indices, comparison.loss)
+        put("mean_margin", indices, comparison.mean_margin)
+        if comparison.log_sigma is not None:
+            sigma = comparison.sigma
+            put("variance_sum", indices, sigma.square().sum(0))
+            put("sigma_chosen", indices, sigma[0])
+            put("sigma_rejected", indices, sigma[1])
+        if comparison.log_s is not None:
+            put("log_s", indices, comparison.log_s)
+    said = pd.DataFrame({"row": np.arange(len(pairs)), "source": pairs.rows.source, **found})
+    said.insert(2, "probability", np.exp(-said["nll"]))
+    # the truth's own `probability` is that of the label under the oracle
+    known = {{"probability": "oracle_probability"}.get(name, name): values for name, values in pairs.rows.truth.items()}
+    return pd.concat([said, pd.DataFrame(known)], axis=1)
+
+
+def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
+    """Accuracy, NLL, Brier score and calibration, overall and per topic; against the truth where known."""
+    found: dict[str, Any] = metrics.classification(examples["nll"])
+    if "oracle_probability" in examples:
+        found |= metrics.against_oracle(examples["nll"], examples["oracle_probability"])
+    if "variance_sum" in examples:
+        log_sigma = np.log(np.concatenate([examples["sigma_chosen"], examples["sigma_rejected"]]))
+        found |= {"mean_log_sigma": float(log_sigma.mean()), "sd_log_sigma": float(log_sigma.std())}
+        if "chosen_sigma" in examples:
+            truth = np.concatenate([examples["chosen_sigma"], examples["rejected_sigma"]])
+            found["sigma_spearman"] = metrics.spearman(log_sigma, truth)
+    if "log_s" in examples:
+        log_s = examples["log_s"]
+        found |= {"mean_log_s": float(log_s.mean()), "sd_log_s": float(log_s.std(ddof=0))}
+        if {"noise", "familiarity"} <= set(examples):
+            noise, familiarity = np.log(examples["noise"]), examples["familiarity"]
+            found["log_s_noise"] = metrics.partial_correlation(log_s, noise, given=familiarity)
+            found["log_s_familiarity"] = metrics.partial_correlation(log_s, familiarity, given=noise)
+    if "topic" in examples:
+        found["by_topic"] = {
+            str(topic): metrics.classification(part["nll"]) for topic, part in examples.groupby("topic", sort=True)
+        }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def answer_prompts(
+    stage: Stage, held_out: Rows, config: RunConfig, tokenizer: Any, device: torch.device
+) -> pd.DataFrame:
+    """The policy's and the reference's sampled responses to held-out prompts, with their log-probabilities.
+
+    The reference draws from its own stream, so every arm is compared with the same samples.
+    """
+    _, first = np.unique([ids.tobytes() for ids in held_out.prompt_ids], return_index=True)
+    prompts = [held_out.prompt_ids[i] for i in np.sort(first)[: config.num_eval_generations]]
+    reference = load_reference(config).to(device)
+    sampled = {}
+    for name, model in (("policy", stage.model), ("reference", reference)):
+        with global_stream(config.seed, "sampling", name), stage.autocast():
+            sampled[name] = generate(
+                model, tokenizer, prompts,
+                max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                top_p=config.top_p, top_k=config.top_k, batch_size=8 * config.per_device_eval_batch_size,
+                description=f"{name} samples",
+            )  # fmt: skip
+    rows = Rows(prompts, sampled["policy"], sampled["reference"], source=["sampled"] * len(prompts), truth={})
+    policy_logps, reference_logps = (_logps(model, Pairs(rows), config, device) for model in (stage.model, reference))
+    answers = pd.DataFrame(
+        {
+            "prompt": [tokenizer.decode(ids) for ids in prompts],
+            "response": [response_text(tokenizer, ids) for ids in sampled["policy"]],
+            "reference_response": [response_text(tokenizer, ids) for ids in sampled["reference"]],
+            "length": [len(ids) for ids in sampled["policy"]],
+            "ended": [bool(len(ids) and ids[-1] == tokenizer.eos_token_id) for ids in sampled["policy"]],
+            "log_ratio": (policy_logps[:, 0] - reference_logps[:, 0]).double().numpy(),
+        }
+    )
+    if config.ground_truth == "world":
+        from discobeta import world
+
+        for side in ("", "reference_"):
+            texts = list(zip(answers["prompt"], answers[f"{side}response"], strict=True))
+            answers[f"{side}true_reward"] = [world.true_reward(*text) for text in texts]
+            answers[f"{side}well_formed"] = [bool(world.well_formed(*text)) for text in texts]
+    return answers
+
+
+@torch.no_grad()
+def _logps(model: torch.nn.Module, pairs: Pairs, config: RunConfig, device: torch.device) -> torch.Tensor:
+    """(rows, 2) log-probabilities of both responses under `model`, on the CPU."""
+    found = torch.empty(len(pairs), 2)
+    for indices in pairs.evaluation_passes(config.per_device_eval_batch_size):
+        batch = pairs.batch(indices).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            found[indices] = response_logps(model, hidden_states(model, batch), batch).view(2, -1).T.cpu()
+    return found
+
+
+def policy_metrics(answers: pd.DataFrame) -> dict[str, float]:
+    """Means over the sampled responses.
+
+    kl_per_sequence estimates KL(policy || reference) = E_policy[log policy/reference], in nats; it
+    does so without bias only for samples at temperature 1 without top_p or top_k.
+    """
+    found = {
+        "generations": len(answers),
+        "kl_per_sequence": float(answers["log_ratio"].mean()),
+        "response_length": float(answers["length"].mean()),
+        "eos_rate": float(answers["ended"].mean()),
+    }
+    if "true_reward" in answers:
+        difference = answers["true_reward"] - answers["reference_true_reward"]
+        found |= {
+            "true_reward": float(answers["true_reward"].mean()),
+            "reference_true_reward": float(answers["reference_true_reward"].mean()),
+            "win_rate": float(((difference > 0) + 0.5 * (difference == 0)).mean()),
+            "well_formed": float(answers["well_formed"].mean()),
+        }
+    return found

@@ -1,0 +1,167 @@
+"""The heads as modules of a run: what exists. This is the only reader of the add_* flags.
+
+Whether an algorithm reads a head is decided in `signals`, never here. Heads live outside the
+language model, so no adapter can wrap or freeze them, and have a file of their own, because PEFT's
+`modules_to_save` silently drops what the base model does not have. They compute in float32
+whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from discobeta.errors import UserError
+from discobeta.files import read_json, replacing, write_json
+from discobeta.flags import Architecture
+from discobeta.seeds import global_stream
+
+BOUND = math.log(3.0)
+"""k: log sigma/sigma0 and log s stay within [-k, k], a factor of 3 either way."""
+
+SIGMA0 = 2 / math.sqrt(math.pi)
+"""sigma of a fresh Disco Head. Two fresh responses have sigma_w^2 + sigma_l^2 = 8/pi, at which the
+probit loss has the slope (1/2) and the curvature (1/4) of the logistic one at margin 0: arms differ
+in the shape of the loss and not in a hidden beta."""
+
+WIDTH = 64
+"""Hidden units of the Disco Head's variance network."""
+
+
+def bounded(x: Tensor) -> Tensor:
+    """k * tanh(x / k): the identity near 0, with slope 1, and never beyond +-k."""
+    return BOUND * torch.tanh(x / BOUND)
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """Context in which float32 stays float32, also under autocast."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+class DiscoHead(nn.Module):
+    """N(mu, sigma^2) instead of a number: sigma = sigma0 * exp(l), l = k * tanh(net(h) / k).
+
+    h is (N, hidden_size), the trunk's last hidden state pooled over a response. The last layer of
+    net starts at zero, so sigma starts at sigma0 for every response.
+
+    score_weight: (1, hidden_size) for a reward model, whose mean is mu = mean(h), a linear map that
+                  starts as a copy of the scalar score, so that both arms start from equal rewards.
+                  None for dpo, where the mean of the reward is beta * log(pi / ref).
+    """
+
+    def __init__(self, hidden_size: int, score_weight: Tensor | None = None):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(hidden_size, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+        self.mean = None
+        if score_weight is not None:
+            self.mean = nn.Linear(hidden_size, 1, bias=False)
+            self.mean.weight.data.copy_(score_weight.float())
+
+    def log_sigma(self, hidden: Tensor) -> Tensor:
+        """(N,) float32, l = log(sigma / sigma0), in [-k, k]."""
+        with full_precision(hidden):
+            return bounded(self.net(hidden.float())).squeeze(-1)
+
+
+class BetaHead(nn.Module):
+    """s(x) = exp(k * tanh(w . z / k)): how far beta is scaled for a prompt.
+
+    z = (h - mean) / std, per dimension over the training prompts, where h (N, hidden_size) is the
+    frozen reference's last hidden state at the last prompt token. All prompts end in the same
+    token, so without this standardisation the component that they share drowns the rest. w starts
+    at 0, so s = 1 exactly.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size))
+        self.register_buffer("feature_mean", torch.zeros(hidden_size))
+        self.register_buffer("feature_std", torch.ones(hidden_size))
+
+    def standardise_by(self, features: Tensor) -> None:
+        """Store mean and standard deviation of (N, hidden_size) training features."""
+        values = features.double()
+        self.feature_mean.copy_(values.mean(0))
+        self.feature_std.copy_(values.std(0, correction=0).clamp_min(1e-6))
+
+    def log_s(self, features: Tensor) -> Tensor:
+        """(N,) float32, log s(x), in [-k, k]."""
+        with full_precision(features):
+            z = (features.float() - self.feature_mean) / self.feature_std
+            return bounded(z @ self.weight)
+
+
+class Heads(nn.Module):
+    """The heads that a run has; None where it has none."""
+
+    def __init__(self, disco: DiscoHead | None = None, beta: BetaHead | None = None):
+        super().__init__()
+        self.disco = disco
+        self.beta = beta
+
+    def description(self) -> dict:
+        """What `load` needs to build the same modules again."""
+        found = {}
+        if self.disco is not None:
+            found["disco"] = {"hidden_size": self.disco.net[0].in_features, "mean": self.disco.mean is not None}
+        if self.beta is not None:
+            found["beta"] = {"hidden_size": self.beta.weight.numel()}
+        return found
+
+
+def build(
+    architecture: Architecture,
+    hidden_size: int,
+    seed: int,
+    *,
+    score_weight: Tensor | None = None,
+    prompt_features: Tensor | None = None,
+) -> Heads:
+    """Fresh heads, each from a random stream of its own.
+
+    prompt_features: (N, hidden_size) of the training prompts, for the Beta Head's standardisation.
+    """
+    disco = beta = None
+    if architecture.add_disco_head:
+        with global_stream(seed, "disco head"):
+            disco = DiscoHead(hidden_size, score_weight)
+    if architecture.add_beta_head:
+        with global_stream(seed, "beta head"):
+            beta = BetaHead(hidden_size)
+        if prompt_features is not None:
+            beta.standardise_by(prompt_features)
+    return Heads(disco, beta)
+
+
+def save(heads: Heads, directory: Path) -> None:
+    """heads.safetensors and heads.json, also when there is no head (then both are empty)."""
+    from safetensors.torch import save_file
+
+    tensors = {name: value.detach().cpu().contiguous() for name, value in heads.state_dict().items()}
+    with replacing(directory / "heads.safetensors") as temporary:
+        save_file(tensors, temporary)
+    write_json(directory / "heads.json", heads.description())
+
+
+def load(directory: Path) -> Heads:
+    """The heads of a run directory, bit for bit as they were saved."""
+    from safetensors.torch import load_file
+
+    description = read_json(directory / "heads.json")
+    disco = beta = None
+    if "disco" in description:
+        size = description["disco"]["hidden_size"]
+        disco = DiscoHead(size, torch.zeros(1, size) if description["disco"]["mean"] else None)
+    if "beta" in description:
+        beta = BetaHead(description["beta"]["hidden_size"])
+    heads = Heads(disco, beta)
+    try:
+        heads.load_state_dict(load_file(directory / "heads.safetensors"))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{directory}/heads.safetensors does not fit heads.json: {error}") from None
+    return heads

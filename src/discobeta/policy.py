@@ -1,0 +1,257 @@
+"""The language model of a run: loading, LoRA, and what it says of a response."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from discobeta.config import RunConfig
+from discobeta.data.batches import Batch
+from discobeta.errors import UserError
+from discobeta.files import read_json, replacing, write_json
+from discobeta.seeds import generator, global_stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
+
+LOGIT_CHUNK = 2048
+"""Response tokens whose logits exist at the same time: at a vocabulary of 151,936, 1.2 GB in float32."""
+
+
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with _loading(config, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path, **_hub(config))
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {config.model_name_or_path} has no end-of-sequence token")
+    return tokenizer
+
+
+def load_causal_lm(config: RunConfig) -> PreTrainedModel:
+    """The base as a language model, on the CPU, in the dtype that the run asks for."""
+    from transformers import AutoModelForCausalLM
+
+    with _loading(config, "model"):
+        model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **_hub(config), **_weights(config))
+    _check_head(model, config.model_name_or_path)
+    return model
+
+
+def load_scorer(config: RunConfig) -> PreTrainedModel:
+    """The base's trunk with a scalar score, r = w . h (Linear, no bias).
+
+    A fresh w is normal with standard deviation 1 / sqrt(hidden_size + 1), from a stream of its own
+    (Stiennon et al. 2020; Huang et al. 2024, arXiv:2403.17031); one that comes with the model stays.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    with _loading(config, "model"), global_stream(config.seed, "unused"):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            config.model_name_or_path, num_labels=1, output_loading_info=True, **_hub(config), **_weights(config)
+        )
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{config.model_name_or_path}: {type(model).__name__} has no linear `score`")
+    model.score.float()
+    if any(name.startswith("score") for name in info["missing_keys"]):
+        deviation = 1 / math.sqrt(model.config.hidden_size + 1)
+        model.score.weight.data.normal_(0, deviation, generator=generator(config.seed, "score"))
+    return model
+
+
+def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Module:
+    """The model with LoRA on its trunk, or as it is for finetuning_type: full.
+
+    task: CAUSAL_LM, or SEQ_CLS, in which case PEFT keeps the score's weights beside the adapter's.
+    """
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.config.use_cache = False
+    if config.finetuning_type == "full":
+        return model
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if config.adapter_name_or_path:
+        return load_adapter(model, config.adapter_name_or_path, trainable=True)
+    linear = {name.rpartition(".")[2] for name, part in trunk(model).named_modules() if isinstance(part, nn.Linear)}
+    targets = linear if config.lora_target == "all" else {name.strip() for name in config.lora_target.split(",")}
+    if unknown := sorted(targets - linear):
+        raise UserError(f"lora_target: the model has no linear layer called {unknown[0]}; it has {', '.join(sorted(linear))}")
+    lora = LoraConfig(
+        task_type=task,
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        lora_dropout=config.lora_dropout,
+        target_modules=sorted(targets),
+    )
+    with global_stream(config.seed, "adapter"):
+        peft_model = get_peft_model(model, lora)
+    assert isinstance(peft_model, PeftModel)
+    return peft_model
+
+
+def load_adapter(model: PreTrainedModel, path: str | Path, *, trainable: bool = False) -> nn.Module:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot load adapter {path}: {_first_line(error)}") from None
+
+
+def save_model(model: nn.Module, directory: Path) -> None:
+    """adapter/ in PEFT's format, or model/ in transformers', with equal bytes for equal weights."""
+    folder = directory / ("adapter" if hasattr(model, "peft_config") else "model")
+    with replacing(folder) as temporary:
+        model.save_pretrained(temporary)
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        description = temporary / "adapter_config.json"
+        if description.exists():  # PEFT keeps module names in sets, whose order changes between processes
+            settings = read_json(description)
+            write_json(description, {k: sorted(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+
+def load_reference(config: RunConfig) -> nn.Module:
+    """What the policy starts from, frozen: the base, with `adapter_name_or_path` if there is one."""
+    model = load_causal_lm(config)
+    if config.adapter_name_or_path:
+        model = load_adapter(model, config.adapter_name_or_path)
+    return model.eval().requires_grad_(False)
+
+
+def plain(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model (with the adapter in it), or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The model without its output layer: tokens -> last hidden state."""
+    inner = plain(model)
+    return getattr(inner, inner.base_model_prefix)
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """(N, T, hidden_size), the trunk's last hidden state (after its final norm)."""
+    return trunk(model)(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def response_logps(model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+    """(N,) float32, log pi(y|x): log-probabilities summed over the response tokens, in nats.
+
+    The output layer is applied only where a response token is predicted, a chunk at a time; the
+    backward pass computes a chunk's logits again instead of keeping them.
+    """
+    output_layer = plain(model).get_output_embeddings()
+    states = hidden.flatten(0, 1)[batch.predictor_index]
+
+    def token_logps(part: Tensor, targets: Tensor) -> Tensor:
+        logits = output_layer(part).float()
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    parts = list(zip(states.split(LOGIT_CHUNK), batch.target_ids.split(LOGIT_CHUNK), strict=True))
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        values = [token_logps(*part) for part in parts]
+    else:
+        values = [checkpoint(token_logps, *part, use_reentrant=False) for part in parts]
+    sums = torch.zeros(len(batch.input_ids), dtype=torch.float32, device=hidden.device)
+    return sums.index_add(0, batch.sequence_index, torch.cat(values))
+
+
+def at(hidden: Tensor, positions: Tensor) -> Tensor:
+    """(N, hidden_size) float32, the state at one position of each sequence."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), positions].float()
+
+
+def pooled(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
+    """(N, hidden_size) float32: the state at the last response token, or the mean over the response."""
+    if pooling == "last":
+        return at(hidden, batch.response_end)
+    weights = batch.response_mask / batch.response_mask.sum(1, keepdim=True)
+    return torch.einsum("nt,nth->nh", weights, hidden.float())
+
+
+def weights_hash(config: RunConfig) -> str:
+    """sha256 over the base's weight files and config.json, and the adapter's if it starts from one.
+
+    A file of the hub's cache is a link to a blob named by its own sha256, which is then not read.
+    """
+    from transformers.utils import cached_file
+
+    with _loading(config, "model"):
+        found = cached_file(
+            config.model_name_or_path, "config.json", cache_dir=config.cache_dir, revision=config.model_revision
+        )
+    digest = hashlib.sha256()
+    folders = [Path(found).parent, *([Path(config.adapter_name_or_path)] if config.adapter_name_or_path else [])]
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json"):
+                digest.update(f"{path.name} {_file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    blob = path.resolve().name
+    if path.is_symlink() and len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
+        return blob
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hub(config: RunConfig) -> dict:
+    return {
+        "cache_dir": config.cache_dir,
+        "revision": config.model_revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+
+
+def _weights(config: RunConfig) -> dict:
+    """A frozen base may be stored in bf16; weights that are trained stay float32 under autocast."""
+    frozen = config.finetuning_type == "lora"
+    dtype = torch.bfloat16 if config.bf16 and frozen else torch.float32
+    return {"dtype": dtype, "attn_implementation": ATTENTION[config.flash_attn]}
+
+
+@contextmanager
+def _loading(config: RunConfig, what: str):
+    name = config.model_name_or_path
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise UserError(f"model_name_or_path: there is no directory {name}")
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"cannot load the {what} {name}: {_first_line(error)}") from None
+    except Exception as error:  # safetensors and tokenizers raise bare Exception subclasses of their own
+        if type(error).__module__.split(".")[0] in ("safetensors", "tokenizers", "safetensors_rust", "builtins"):
+            raise UserError(f"cannot load the {what} {name}: {_first_line(error)}") from None
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose logits are not output_layer(trunk(x)), e.g. one that caps or scales them."""
+    ids = torch.tensor([[1, 2, 3]])
+    expected = model(ids).logits
+    actual = model.get_output_embeddings()(trunk(model)(ids).last_hidden_state)
+    if not torch.allclose(expected.float(), actual.float(), rtol=1e-3, atol=1e-3):
+        raise UserError(f"{name}: {type(model).__name__} changes its logits after the output layer; not supported")

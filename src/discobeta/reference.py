@@ -1,0 +1,121 @@
+"""The reference pass: what the frozen reference says of every pair, computed once for all arms.
+
+log ref(y|x) of both responses and the hidden state at the end of the prompt depend on the base, the
+tokenised rows, the dtype and the attention implementation, and on nothing that an arm, a seed, an
+adapter or a loss changes. So one pass serves every dpo run on the same data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from discobeta.config import RunConfig
+from discobeta.data.batches import Pairs
+from discobeta.data.tokens import Rows
+from discobeta.errors import UserError
+from discobeta.files import read_json, replacing, write_json
+from discobeta.policy import at, hidden_states, load_reference, response_logps, weights_hash
+
+Columns = dict[str, Tensor]
+
+
+def load_or_compute(config: RunConfig, train: Rows, held_out: Rows | None) -> tuple[Columns, Columns]:
+    """Columns `reference_logps` (rows, 2) [chosen, rejected] and `prompt_features` (rows, hidden_size).
+
+    float32, for the training and the held-out rows, from the folder `reference_path` (or
+    `output_dir/reference`), where they are computed first if there is none.
+    """
+    folder = Path(config.reference_path or Path(config.output_dir) / "reference")
+    parts = {"train": train} | ({"eval": held_out} if held_out is not None else {})
+    key = cache_key(config, parts)
+    if not (folder / "reference.json").exists():
+        write(config, parts, key, folder)
+    found = {name: _read(folder, name, rows) for name, rows in _checked(folder, key, parts).items()}
+    return found["train"], found.get("eval", {})
+
+
+def cache_key(config: RunConfig, parts: dict[str, Rows]) -> dict[str, str]:
+    """Everything that the numbers depend on."""
+    return {
+        "base": weights_hash(config),
+        "cutoff_len": str(config.cutoff_len),
+        "dtype": "bfloat16" if config.bf16 else "float32",
+        "frozen_dtype": config.finetuning_type if config.bf16 else "float32",
+        "attention": config.flash_attn,
+        **{f"{name} rows": rows.key() for name, rows in parts.items()},
+    }
+
+
+def write(config: RunConfig, parts: dict[str, Rows], key: dict[str, str], folder: Path) -> None:
+    """Compute the pass and leave it as one folder, whole or not at all."""
+    from safetensors.torch import save_file
+
+    started = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_reference(config).to(device)
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        digests = {}
+        for name, rows in parts.items():
+            columns = compute(model, Pairs(rows), config, device, name)
+            columns["fingerprints"] = torch.from_numpy(rows.fingerprints())
+            save_file(columns, temporary / f"{name}.safetensors")
+            digests[name] = _digest(temporary / f"{name}.safetensors")
+        write_json(temporary / "reference.json", {"key": key, "sha256": digests})
+        seconds = time.monotonic() - started
+        cost = {"seconds": seconds, "device": device.type, "pairs": sum(map(len, parts.values()))}
+        write_json(temporary / "cost.json", cost | {"gpu_seconds": seconds if device.type == "cuda" else 0.0})
+
+
+@torch.no_grad()
+def compute(model: torch.nn.Module, pairs: Pairs, config: RunConfig, device: torch.device, name: str = "") -> Columns:
+    """The live reference's columns, in the order of the rows."""
+    logps = torch.empty(len(pairs), 2)
+    features = torch.empty(len(pairs), model.config.hidden_size)
+    passes = pairs.evaluation_passes(config.per_device_eval_batch_size)
+    for indices in tqdm(passes, desc=f"reference pass {name}", unit="batch", mininterval=1):
+        batch = pairs.batch(indices).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            hidden = hidden_states(model, batch)
+            logps[indices] = response_logps(model, hidden, batch).view(2, -1).T.cpu()
+        features[indices] = at(hidden, batch.prompt_end)[: batch.pairs].cpu()
+    return {"reference_logps": logps, "prompt_features": features}
+
+
+def _checked(folder: Path, key: dict[str, str], parts: dict[str, Rows]) -> dict[str, Rows]:
+    """`parts`, if the folder was made from just that."""
+    record = read_json(folder / "reference.json")
+    for item, value in key.items():
+        if record["key"].get(item) != value:
+            was = record["key"].get(item, "nothing")
+            raise UserError(
+                f"{folder} is the reference pass of another {item} ({was[:12]}, this run has {value[:12]}); "
+                "give another reference_path, or remove that folder"
+            )
+    for name in parts:
+        if _digest(folder / f"{name}.safetensors") != record["sha256"][name]:
+            raise UserError(f"{folder}/{name}.safetensors was changed after it was written; remove {folder}")
+    return parts
+
+
+def _read(folder: Path, name: str, rows: Rows) -> Columns:
+    from safetensors.torch import load_file
+
+    columns = load_file(folder / f"{name}.safetensors")
+    if not torch.equal(columns.pop("fingerprints"), torch.from_numpy(rows.fingerprints())):
+        raise UserError(f"{folder}/{name}.safetensors holds its rows in another order; remove {folder}")
+    return columns
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -1,0 +1,119 @@
+"""Which outputs of the heads the algorithm sees. This is the only reader of the use flags.
+
+A head that is not used is not called, not optimised and not mentioned in a log: from here on the
+run is the run without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from discobeta.config import RunConfig
+from discobeta.flags import Arm
+from discobeta.heads import SIGMA0, Heads
+from discobeta.losses import log_scale_penalty, logistic_loss, probit_loss
+
+
+@dataclass
+class Comparison:
+    """How a run sees B pairs of responses. Every tensor is float32, (B,) unless said."""
+
+    mean_margin: Tensor  # mean reward of chosen minus rejected (r_w - r_l, or beta * margin), detached
+    loss: Tensor  # -log P(chosen wins), in nats
+    penalty: Tensor | None  # what keeps the used heads around their start
+    log_sigma: Tensor | None  # (2, B): log(sigma/sigma0) of chosen and rejected; None if a reward is a number
+    log_s: Tensor | None  # None if beta is one number
+
+    @property
+    def objective(self) -> Tensor:
+        return self.loss if self.penalty is None else self.loss + self.penalty
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Per-pair quantities whose means are logged; those of heads only if the head is used."""
+        values = {"loss": self.loss, "accuracy": (self.mean_margin > 0).float(), "margin": self.mean_margin}
+        if self.penalty is not None:
+            values["penalty"] = self.penalty
+        if self.log_sigma is not None:
+            values["log_sigma"] = self.log_sigma.mean(0)
+        if self.log_s is not None:
+            values["log_s"] = self.log_s
+        return {name: value.detach() for name, value in values.items()}
+
+
+class Signals:
+    """The view of the heads that an arm's algorithm has."""
+
+    def __init__(self, arm: Arm, heads: Heads, config: RunConfig):
+        self.disco = heads.disco if arm.use.disco_pref else None
+        self.beta_head = heads.beta if arm.use.use_dynamic_beta else None
+        self.config = config
+
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters of each used head, by head; the Disco Head's mean belongs to `reward_map`."""
+        used = {}
+        if self.disco is not None:
+            used["disco"] = list(self.disco.net.parameters())
+        if self.beta_head is not None:
+            used["beta"] = list(self.beta_head.parameters())
+        return used
+
+    def reward_map(self, score: nn.Linear) -> nn.Linear:
+        """hidden -> mean reward: the scalar score, or the Disco Head's mean in its place.
+
+        The one that is used is trained as a part of the model (learning rate and clipping of the
+        adapter), so that the two arms treat it alike.
+        """
+        return score if self.disco is None else self.disco.mean
+
+    def log_sigma(self, pooled: Callable[[], Tensor]) -> Tensor | None:
+        """(2, B) from the (2B, hidden) states that `pooled` makes on demand, chosen first."""
+        return None if self.disco is None else self.disco.log_sigma(pooled()).view(2, -1)
+
+    def log_s(self, prompt_features: Tensor | None) -> Tensor | None:
+        """(B,) from the reference's states at the end of each prompt."""
+        return None if self.beta_head is None else self.beta_head.log_s(prompt_features)
+
+    def compare(self, margin: Tensor, beta: float, log_sigma: Tensor | None, log_s: Tensor | None) -> Comparison:
+        """-log P(chosen wins) of B pairs.
+
+        margin: (B,) reward difference per unit of beta (rm: of the scores, with beta = 1).
+        Gaussian rewards have P = Phi(beta * margin / sqrt(sigma_w^2 + sigma_l^2)); rewards that are
+        numbers have P = sigmoid(beta * margin). With log s, beta is beta * s(x), per prompt.
+        """
+        scale = beta if log_s is None else beta * log_s.exp()
+        mean_margin = scale * margin.float()
+        if log_sigma is None:
+            loss = logistic_loss(margin, scale)
+        else:
+            loss = probit_loss(mean_margin, variance_sum(log_sigma))
+        return Comparison(mean_margin.detach(), loss, self._penalty(log_sigma, log_s), log_sigma, log_s)
+
+    def _penalty(self, log_sigma: Tensor | None, log_s: Tensor | None) -> Tensor | None:
+        """(B,) what keeps the used heads around their start; None without one, or without training."""
+        config, terms = self.config, []
+        if not torch.is_grad_enabled():
+            return None
+        if log_s is not None:
+            terms.append(_around_zero(log_s, config.beta_mean_penalty, config.beta_spread_penalty))
+        if log_sigma is not None:
+            both = _around_zero(log_sigma, config.disco_mean_penalty, config.disco_spread_penalty)
+            terms.append(both.mean(0))
+        return sum(terms) if terms else None
+
+
+def variance_sum(log_sigma: Tensor) -> Tensor:
+    """(B,) sigma_w^2 + sigma_l^2 from (2, B) log(sigma/sigma0)."""
+    return (SIGMA0 * log_sigma.exp()).square().sum(0)
+
+
+def _around_zero(values: Tensor, mean_weight: float, spread_weight: float) -> Tensor:
+    """The penalty of each element, with the batch mean taken over all processes."""
+    batch_mean = values.detach().mean()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(batch_mean)
+        batch_mean /= torch.distributed.get_world_size()
+    return log_scale_penalty(values, mean_weight, spread_weight, batch_mean)

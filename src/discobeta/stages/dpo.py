@@ -1,0 +1,44 @@
+"""Direct preference optimisation: the policy is its own reward model."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from discobeta import reference
+from discobeta.config import RunConfig
+from discobeta.data.batches import Batch
+from discobeta.data.tokens import Rows
+from discobeta.policy import hidden_states, load_causal_lm, pooled, response_logps
+from discobeta.signals import Comparison
+from discobeta.stages import Stage
+
+
+class DirectPreference(Stage):
+    """-log sigmoid(beta * margin), or -log Phi(beta * margin / sqrt(sigma_w^2 + sigma_l^2)).
+
+    margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l), summed over response tokens; beta is
+    pref_beta, or pref_beta * s(x).
+    """
+
+    task = "CAUSAL_LM"
+
+    @classmethod
+    def load_base(cls, config: RunConfig):
+        return load_causal_lm(config)
+
+    @classmethod
+    def head_starts(cls, model: nn.Module, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"prompt_features": columns["prompt_features"]}
+
+    @classmethod
+    def columns(cls, config: RunConfig, train: Rows, held_out: Rows | None) -> tuple[dict, dict]:
+        return reference.load_or_compute(config, train, held_out)
+
+    def compare(self, batch: Batch) -> Comparison:
+        with self.autocast():
+            hidden = hidden_states(self.model, batch)
+            logps = response_logps(self.model, hidden, batch).view(2, -1)
+            log_sigma = self.signals.log_sigma(lambda: pooled(hidden, batch, self.config.head_pooling))
+        chosen, rejected = logps - batch.columns["reference_logps"].T
+        log_s = self.signals.log_s(batch.columns["prompt_features"])
+        return self.signals.compare(chosen - rejected, self.config.pref_beta, log_sigma, log_s)

@@ -1,0 +1,69 @@
+"""Reward modelling: a trunk with LoRA and a scalar score, or a Gaussian in its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from discobeta.config import RunConfig
+from discobeta.data.batches import Batch
+from discobeta.data.tokens import Rows
+from discobeta.heads import full_precision
+from discobeta.policy import at, hidden_states, load_scorer, plain, pooled
+from discobeta.signals import Comparison
+from discobeta.stages import Stage
+
+
+class RewardModelling(Stage):
+    """-log sigmoid(r_w - r_l), or -log Phi((mu_w - mu_l) / sqrt(sigma_w^2 + sigma_l^2)).
+
+    r and mu are linear maps of the trunk's last hidden state at the last response token.
+    """
+
+    task = "SEQ_CLS"
+
+    @classmethod
+    def load_base(cls, config: RunConfig):
+        return load_scorer(config)
+
+    @classmethod
+    def head_starts(cls, model: nn.Module, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"score_weight": score(model).weight.detach()}
+
+    @classmethod
+    def columns(cls, config: RunConfig, train: Rows, held_out: Rows | None) -> tuple[dict, dict]:
+        return {}, {}
+
+    def model_parameters(self) -> list[nn.Parameter]:
+        without_score = [
+            weight for name, weight in self.model.named_parameters() if weight.requires_grad and ".score." not in f".{name}"
+        ]
+        return [*without_score, *self.signals.reward_map(score(self.model)).parameters()]
+
+    def rewards(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """(2B,) mean rewards and (2, B) log(sigma/sigma0), or None where a reward is a number."""
+        with self.autocast():
+            hidden = hidden_states(self.model, batch)
+            with full_precision(hidden):
+                means = self.signals.reward_map(score(self.model))(at(hidden, batch.response_end)).squeeze(-1)
+            return means, self.signals.log_sigma(lambda: pooled(hidden, batch, self.config.head_pooling))
+
+    def compare(self, batch: Batch) -> Comparison:
+        means, log_sigma = self.rewards(batch)
+        chosen, rejected = means.view(2, -1)
+        return self.signals.compare(chosen - rejected, 1.0, log_sigma, None)
+
+    @torch.no_grad()
+    def save(self, directory: Path) -> None:
+        """The score is saved as the map that is used, so that plain PEFT reads mu from a Disco run."""
+        scalar = score(self.model)
+        scalar.weight.copy_(self.signals.reward_map(scalar).weight)
+        super().save(directory)
+
+
+def score(model: nn.Module) -> nn.Linear:
+    """The scalar score; with an adapter, the copy of it that is trained and saved."""
+    found = plain(model).score
+    return found.modules_to_save["default"] if hasattr(found, "modules_to_save") else found

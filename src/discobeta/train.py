@@ -1,0 +1,119 @@
+"""One run, from its settings to its directory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from discobeta import runs
+from discobeta.config import RunConfig
+from discobeta.errors import UserError
+from discobeta.files import write_json
+from discobeta.flags import Arm
+
+STARTED = time.monotonic()
+"""When the process began to work, as near as an import can tell."""
+
+
+def train(config: RunConfig) -> None:
+    """Train `config` and leave its run directory."""
+    if config.stage == "sft":
+        from discobeta.stages import sft
+
+        return sft.train(config)
+
+    import os
+
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    from discobeta import loop, policy
+    from discobeta.data.batches import Pairs
+    from discobeta.data.tokens import load_or_tokenise
+    from discobeta.stages import stage_class
+
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    kind = stage_class(config.stage)
+    directory = Path(config.output_dir)
+    # the first process tokenises and computes the reference pass while the others wait
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    accelerator = Accelerator(
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=directory / "tracker",
+        kwargs_handlers=[patience],
+    )
+    if accelerator.is_main_process:
+        go_on = runs.open_run(config)
+    else:
+        go_on = True
+    accelerator.wait_for_everyone()
+    if not go_on:
+        print(f"{directory} holds this run, finished; overwrite_output_dir: true trains it again", file=sys.stderr)
+        return
+    _say_same_as(config, accelerator.print)
+
+    tokenizer = policy.load_tokenizer(config)
+    with accelerator.main_process_first():
+        data = load_or_tokenise(config, tokenizer)
+        columns, held_out_columns = kind.columns(config, data.train, data.held_out)
+    stage = kind.fresh(config, columns)
+    pairs = Pairs(data.train, columns)
+    held_out = None if data.held_out is None else Pairs(data.held_out, held_out_columns)
+    if config.eval_strategy != "no" and held_out is None:
+        raise UserError(f"eval_strategy: {config.eval_strategy}, and {config.tokenized_path} holds no held-out rows")
+    facts = {"base": policy.weights_hash(config), "data": data.train.key()}
+
+    if accelerator.log_with:
+        accelerator.init_trackers("discobeta", config.resolved(), _tracker_options(config))
+    startup = time.monotonic() - STARTED
+    spent = loop.fit(stage, pairs, held_out, config, accelerator, directory, runs.identity(config, facts))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        stage.save(directory)
+        write_json(directory / "cost.json", _cost(spent, startup, accelerator))
+        if config.plot_loss:
+            from discobeta.report.figures import loss_curve
+
+            loss_curve(directory / "log.jsonl", directory / "loss.png")
+        runs.write_provenance(directory, config, facts | {"pairs": len(pairs), "rows": data.report})
+        runs.remove_checkpoints(directory)
+    accelerator.end_training()
+
+
+def _cost(spent: dict[str, float], startup: float, accelerator: Any) -> dict[str, Any]:
+    """What the run took: seconds of optimisation over all attempts, throughput, memory."""
+    import torch
+
+    on_gpu = accelerator.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds, processes = spent["seconds"], accelerator.num_processes
+    return {
+        "seconds": seconds,
+        "startup_seconds": startup,
+        "pairs": spent["pairs"],
+        "tokens": spent["tokens"],
+        "pairs_per_second": spent["pairs"] / seconds,
+        "tokens_per_second": spent["tokens"] / seconds,
+        "peak_memory_bytes": peak,
+        "gpu_seconds": seconds * processes if on_gpu else 0.0,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "processes": processes,
+    }
+
+
+def _say_same_as(config: RunConfig, say: Any) -> None:
+    trained: Arm = config.arm.trained_as(config.stage)
+    if trained != config.arm:
+        say(f"stage {config.stage} has no reference model for a Beta Head: this is the run of {trained.name}")
+
+
+def _tracker_options(config: RunConfig) -> dict[str, Any]:
+    return {"wandb": {"name": config.run_name}} if config.report_to == "wandb" and config.run_name else {}
+
