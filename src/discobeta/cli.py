@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from discobeta import __version__
@@ -24,6 +25,8 @@ def main(words: list[str] | None = None) -> int:
     # compute nodes often have no network: never let an import wait for one
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # peft still calls what transformers has renamed; nothing that a user could act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     arguments = parser().parse_args(words)
     try:
         return arguments.command(arguments) or 0
@@ -131,7 +134,8 @@ def prepare(arguments: argparse.Namespace) -> None:
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.policy import load_tokenizer
 
-    load_or_tokenise(config, load_tokenizer(config))
+    for line in load_or_tokenise(config, load_tokenizer(config)).lines():
+        print(line)
 
 
 def reference(arguments: argparse.Namespace) -> None:

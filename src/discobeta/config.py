@@ -139,7 +139,9 @@ class RunConfig:
     num_train_epochs: float = option(3.0, "passes over the data", least=0)
     max_steps: int = option(-1, "optimiser steps; -1: by num_train_epochs", least=-1)
     stop_after_steps: int | None = option(None, "stop early, with the schedule of the whole run", least=1)
-    lr_scheduler_type: str = option("linear", "a scheduler of transformers")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+    ] = option("linear", "schedule of the learning rate after warm-up")
     warmup_ratio: float = option(0.0, "share of the steps", least=0, most=1)
     warmup_steps: int = option(0, "overrides warmup_ratio if positive", least=0)
     optim: Literal["adamw_torch"] = option("adamw_torch", "optimiser")
@@ -260,6 +262,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold `key: value` lines, not {type(settings).__name__}")
     return settings

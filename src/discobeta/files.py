@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise writing_error(path, error) from error
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors, written in Rust, reports an OSError
+        if number is None:
+            raise
+        raise writing_error(path, OSError(int(number[1]), os.strerror(int(number[1])))) from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

@@ -59,7 +59,9 @@ class Means:
         """Go on from `total`, which one process takes over for all."""
         if accelerator.is_main_process:
             self.pairs = int(total.pop("pairs"))
-            self.sums = {name: torch.tensor(value, dtype=torch.float64).to(accelerator.device) for name, value in total.items()}
+            self.sums = {
+                name: torch.tensor(value, dtype=torch.float64).to(accelerator.device) for name, value in total.items()
+            }
 
 
 class Log:
@@ -129,15 +131,8 @@ def fit(
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
     )
-    try:
-        warmup = config.warmup_steps or math.ceil(steps * config.warmup_ratio)
-        scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup, steps)
-    except ValueError:
-        from transformers import SchedulerType
-
-        known = ", ".join(kind.value for kind in SchedulerType)
-        raise UserError(f"lr_scheduler_type: {config.lr_scheduler_type!r} should be one of {known}") from None
-
+    warmup = config.warmup_steps or math.ceil(steps * config.warmup_ratio)
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup, steps)
     means = Means()
     saver = Checkpoints(directory / "checkpoints", identity, stage, optimizer, scheduler, means)
     done, spent = saver.resume(config, accelerator)
@@ -150,52 +145,53 @@ def fit(
         total=stop, initial=done, desc=f"{config.stage} {config.arm.name}", unit="step",
         disable=not accelerator.is_main_process, mininterval=0.5,
     )  # fmt: skip
-
-    for step in range(done, stop):
-        optimizer.zero_grad(set_to_none=True)
-        pairs_in_step = len(schedule.step_rows(step))
-        passes = list(schedule.passes(step, train.lengths, accelerator.process_index))
-        for number, indices in enumerate(passes):
-            torch.manual_seed(derive(config.seed, "dropout", step, number, accelerator.process_index))
-            batch = train.batch(indices).to(accelerator.device)
-            with nullcontext() if number == len(passes) - 1 else accelerator.no_sync(module):
-                objective, statistics = module(batch)
-                # DDP averages over processes; this makes the gradient the mean over the step's pairs
-                accelerator.backward(objective.sum() * (accelerator.num_processes / pairs_in_step))
-            means.add(statistics)
-        norms = {
-            name: torch.nn.utils.clip_grad_norm_(
-                weights, (config.max_grad_norm if name == "model" else config.head_max_grad_norm) or math.inf
-            )
-            for name, weights in groups.items()
-        }  # each head on its own: one norm over all would let a head change the model's clipping
-        optimizer.step()
-        learning_rate = scheduler.get_last_lr()[0]
-        scheduler.step()
-        counts["pairs"] += pairs_in_step
-        counts["tokens"] += train.tokens(schedule.step_rows(step))
-        now = step + 1
-        bar.update()
-
-        if now % config.logging_steps == 0 or now == stop:
-            values = {"step": now, "epoch": now / schedule.steps_per_epoch, **means.take(accelerator)}
-            values |= {"learning_rate": learning_rate}
-            values |= {f"{'' if name == 'model' else name + '_'}grad_norm": norm.item() for name, norm in norms.items()}
-            if not all(map(math.isfinite, values.values())):
-                raise UserError(
-                    f"training diverged at step {now} (loss {values['loss']}); a lower learning_rate may help. "
-                    f"The log up to here is {log.path}"
+    with bar:
+        for step in range(done, stop):
+            optimizer.zero_grad(set_to_none=True)
+            pairs_in_step = len(schedule.step_rows(step))
+            passes = list(schedule.passes(step, train.lengths, accelerator.process_index))
+            for number, indices in enumerate(passes):
+                torch.manual_seed(derive(config.seed, "dropout", step, number, accelerator.process_index))
+                batch = train.batch(indices).to(accelerator.device)
+                with nullcontext() if number == len(passes) - 1 else accelerator.no_sync(module):
+                    objective, statistics = module(batch)
+                    # DDP averages over processes; this makes the gradient the mean over the step's pairs
+                    accelerator.backward(objective.sum() * (accelerator.num_processes / pairs_in_step))
+                means.add(statistics)
+            norms = {
+                name: torch.nn.utils.clip_grad_norm_(
+                    weights, (config.max_grad_norm if name == "model" else config.head_max_grad_norm) or math.inf
                 )
-            log.write(values)
-            accelerator.log(values, step=now)
-            bar.set_postfix(loss=f"{values['loss']:.4f}", accuracy=f"{values['accuracy']:.3f}")
-        if held_out is not None and _is_due(now, config, schedule, stop):
-            values = {"step": now, **held_out_means(module, stage, held_out, config, accelerator)}
-            log.write(values)
-            accelerator.log(values, step=now)
-        if config.save_steps and now % config.save_steps == 0 and now < stop:
-            saver.save(now, {"seconds": time.monotonic() - started, **counts}, accelerator)
-    bar.close()
+                for name, weights in groups.items()
+            }  # each head on its own: one norm over all would let a head change the model's clipping
+            optimizer.step()
+            learning_rate = scheduler.get_last_lr()[0]
+            scheduler.step()
+            counts["pairs"] += pairs_in_step
+            counts["tokens"] += train.tokens(schedule.step_rows(step))
+            now = step + 1
+            bar.update()
+
+            if now % config.logging_steps == 0 or now == stop:
+                values = {"step": now, "epoch": now / schedule.steps_per_epoch, **means.take(accelerator)}
+                values |= {"learning_rate": learning_rate}
+                values |= {
+                    f"{'' if name == 'model' else name + '_'}grad_norm": norm.item() for name, norm in norms.items()
+                }
+                if not all(map(math.isfinite, values.values())):
+                    raise UserError(
+                        f"training diverged at step {now} (loss {values['loss']}); a lower learning_rate may help. "
+                        f"The log up to here is {log.path}"
+                    )
+                log.write(values)
+                accelerator.log(values, step=now)
+                bar.set_postfix(loss=f"{values['loss']:.4f}", accuracy=f"{values['accuracy']:.3f}")
+            if held_out is not None and _is_due(now, config, schedule, stop):
+                values = {"step": now, **held_out_means(module, stage, held_out, config, accelerator)}
+                log.write(values)
+                accelerator.log(values, step=now)
+            if config.save_steps and now % config.save_steps == 0 and now < stop:
+                saver.save(now, {"seconds": time.monotonic() - started, **counts}, accelerator)
     stage.eval()
     return {"seconds": time.monotonic() - started, **counts}
 

@@ -85,7 +85,9 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
     linear = {name.rpartition(".")[2] for name, part in trunk(model).named_modules() if isinstance(part, nn.Linear)}
     targets = linear if config.lora_target == "all" else {name.strip() for name in config.lora_target.split(",")}
     if unknown := sorted(targets - linear):
-        raise UserError(f"lora_target: the model has no linear layer called {unknown[0]}; it has {', '.join(sorted(linear))}")
+        raise UserError(
+            f"lora_target: the model has no linear layer called {unknown[0]}; it has {', '.join(sorted(linear))}"
+        )
     lora = LoraConfig(
         task_type=task,
         r=config.lora_rank,
@@ -189,19 +191,26 @@ def weights_hash(config: RunConfig) -> str:
 
     A file of the hub's cache is a link to a blob named by its own sha256, which is then not read.
     """
-    from transformers.utils import cached_file
-
-    with _loading(config, "model"):
-        found = cached_file(
-            config.model_name_or_path, "config.json", cache_dir=config.cache_dir, revision=config.model_revision
-        )
     digest = hashlib.sha256()
-    folders = [Path(found).parent, *([Path(config.adapter_name_or_path)] if config.adapter_name_or_path else [])]
+    folders = [_folder(config.model_name_or_path, "config.json", config)]
+    if config.adapter_name_or_path:
+        folders.append(_folder(config.adapter_name_or_path, "adapter_config.json", config))
     for folder in folders:
         for path in sorted(folder.iterdir()):
             if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json"):
                 digest.update(f"{path.name} {_file_hash(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _folder(name: str, member: str, config: RunConfig) -> Path:
+    """The folder of a model or adapter: a local one, or its snapshot in the hub's cache."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(name, member, cache_dir=config.cache_dir, revision=config.model_revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {name}: {_first_line(error)}") from None
+    return Path(found).parent
 
 
 def _file_hash(path: Path) -> str:
@@ -233,14 +242,21 @@ def _loading(config: RunConfig, what: str):
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
         raise UserError(f"model_name_or_path: there is no directory {name}")
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a fresh score is announced as a missing weight
+    logging.disable_progress_bar()  # of reading weights, which would stand between ours
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"cannot load the {what} {name}: {_first_line(error)}") from None
     except Exception as error:  # safetensors and tokenizers raise bare Exception subclasses of their own
-        if type(error).__module__.split(".")[0] in ("safetensors", "tokenizers", "safetensors_rust", "builtins"):
+        if type(error).__name__ in ("SafetensorError", "Exception"):
             raise UserError(f"cannot load the {what} {name}: {_first_line(error)}") from None
         raise
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _first_line(error: Exception) -> str:

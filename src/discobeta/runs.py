@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import shutil
 import subprocess
@@ -37,36 +38,42 @@ PARTS = (
 
 
 def open_run(config: RunConfig) -> bool:
-    """Make `output_dir` ready for `config`; False if it holds this very run, finished.
+    """Whether `output_dir` is free for `config`; False if it holds this very run, finished.
 
-    An unfinished run of the same settings is left for its checkpoint to be found. Another run is
-    refused, or removed with overwrite_output_dir: true, which also trains a finished run again.
+    An unfinished run of the same settings is left for its checkpoint to be found. Another run, if it
+    is finished or has a checkpoint, is refused, or removed with overwrite_output_dir: true, which
+    also trains a finished run again. Nothing is written: a run that cannot start leaves no trace.
     """
     if not config.output_dir:
         raise UserError("output_dir is missing: where the run is to be written")
     directory = Path(config.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"output_dir: {directory} is a file")
-    if (directory / "config.yaml").exists():
-        here, wanted = _identity(read_yaml(directory / "config.yaml")), _identity(config.resolved())
-        different = [name for name in wanted if here.get(name) != wanted[name]]
-        finished = (directory / "provenance.json").exists()
-        if not different and finished and not config.overwrite_output_dir:
-            return False
-        if different and not config.overwrite_output_dir:
-            name = different[0]
-            raise UserError(
-                f"output_dir: {directory} holds another run ({name}: {here.get(name)!r} there, {wanted[name]!r} here); "
-                "give another output_dir, or overwrite_output_dir: true"
-            )
-        if different or finished:
-            _clear(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: cannot make {directory}: {error.strerror}") from None
-    write_yaml(config.resolved(), directory / "config.yaml")
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"output_dir: {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"output_dir: {existing} may not be written to")
+    if not (directory / "config.yaml").exists():
+        return True
+    here, wanted = _identity(read_yaml(directory / "config.yaml")), _identity(config.resolved())
+    different = [name for name in wanted if here.get(name) != wanted[name]]
+    finished = (directory / "provenance.json").exists()
+    precious = finished or any((directory / "checkpoints").glob("*.pt"))
+    if not different and finished and not config.overwrite_output_dir:
+        return False
+    if different and precious and not config.overwrite_output_dir:
+        name = different[0]
+        raise UserError(
+            f"output_dir: {directory} holds another run ({name}: {here.get(name)!r} there, {wanted[name]!r} here); "
+            "give another output_dir, or overwrite_output_dir: true"
+        )
+    if different or finished:
+        _clear(directory)
     return True
+
+
+def begin(config: RunConfig) -> None:
+    """The directory, with the resolved settings in it."""
+    write_yaml(config.resolved(), Path(config.output_dir) / "config.yaml")
 
 
 def _identity(settings: dict[str, Any]) -> dict[str, Any]:
@@ -188,21 +195,30 @@ class RewardModel:
     def score(
         self, prompts: list[str], responses: list[str], batch_size: int = 64
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(N,) float32 mean rewards and variances of N texts; variance is None where a reward is a number."""
+        """(N,) float32 mean rewards and variances of N texts; variance is None where a reward is a number.
+
+        Raises UserError for a text that cannot be scored, e.g. a prompt that fills cutoff_len.
+        """
         import numpy as np
         import torch
 
         from discobeta.data.batches import collate
-        from discobeta.data.tokens import encode_texts
+        from discobeta.data.formats import Example
+        from discobeta.data.sources import RowReport
+        from discobeta.data.tokens import Rows, encode
         from discobeta.heads import SIGMA0
 
-        rows = encode_texts(self.tokenizer, prompts, responses, self.config.cutoff_len)
+        pairs = zip(prompts, responses, strict=True)
+        examples = [Example(prompt, response, source=f"text {i}") for i, (prompt, response) in enumerate(pairs)]
+        report = RowReport("texts", len(examples))
+        found = encode(examples, self.tokenizer, self.config.cutoff_len, "supervised", report)
+        report.check(0.0)
+        rows = Rows(found.prompt_ids, found.chosen_ids, found.chosen_ids)  # each response against itself
         device = next(self.stage.parameters()).device
         means, variances = [], []
         with torch.no_grad():
             for indices in np.array_split(np.arange(len(rows)), -(-len(rows) // batch_size) or 1):
                 if len(indices):
-                    # a pair of a response with itself: one shape of batch for everything
                     mean, log_sigma = self.stage.rewards(collate(rows, indices).to(device))
                     means.append(mean[: len(indices)])
                     if log_sigma is not None:

@@ -32,6 +32,11 @@ class Comparison:
     def objective(self) -> Tensor:
         return self.loss if self.penalty is None else self.loss + self.penalty
 
+    @property
+    def sigma(self) -> Tensor | None:
+        """(2, B) standard deviations of chosen and rejected."""
+        return None if self.log_sigma is None else SIGMA0 * self.log_sigma.exp()
+
     def statistics(self) -> dict[str, Tensor]:
         """Per-pair quantities whose means are logged; those of heads only if the head is used."""
         values = {"loss": self.loss, "accuracy": (self.mean_margin > 0).float(), "margin": self.mean_margin}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -26,8 +27,6 @@ def train(config: RunConfig) -> None:
 
         return sft.train(config)
 
-    import os
-
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
@@ -49,12 +48,9 @@ def train(config: RunConfig) -> None:
         project_dir=directory / "tracker",
         kwargs_handlers=[patience],
     )
-    if accelerator.is_main_process:
-        go_on = runs.open_run(config)
-    else:
-        go_on = True
-    accelerator.wait_for_everyone()
-    if not go_on:
+    with accelerator.main_process_first():
+        is_free = runs.open_run(config)
+    if not is_free:
         print(f"{directory} holds this run, finished; overwrite_output_dir: true trains it again", file=sys.stderr)
         return
     _say_same_as(config, accelerator.print)
@@ -63,6 +59,8 @@ def train(config: RunConfig) -> None:
     with accelerator.main_process_first():
         data = load_or_tokenise(config, tokenizer)
         columns, held_out_columns = kind.columns(config, data.train, data.held_out)
+    for line in data.lines():
+        accelerator.print(line)
     stage = kind.fresh(config, columns)
     pairs = Pairs(data.train, columns)
     held_out = None if data.held_out is None else Pairs(data.held_out, held_out_columns)
@@ -70,6 +68,8 @@ def train(config: RunConfig) -> None:
         raise UserError(f"eval_strategy: {config.eval_strategy}, and {config.tokenized_path} holds no held-out rows")
     facts = {"base": policy.weights_hash(config), "data": data.train.key()}
 
+    if accelerator.is_main_process:
+        runs.begin(config)
     if accelerator.log_with:
         accelerator.init_trackers("discobeta", config.resolved(), _tracker_options(config))
     startup = time.monotonic() - STARTED

@@ -95,9 +95,7 @@ class Pairs:
     def __init__(self, rows: Rows, columns: dict[str, Tensor] | None = None):
         self.rows = rows
         self.columns = columns or {}
-        prompts, chosen, rejected = (
-            np.array([len(ids) for ids in column]) for column in (rows.prompt_ids, rows.chosen_ids, rows.rejected_ids)
-        )
+        prompts, chosen, rejected = (column.lengths for column in (rows.prompt_ids, rows.chosen_ids, rows.rejected_ids))
         self.lengths = prompts + np.maximum(chosen, rejected)  # of the longer of a pair's two sequences
         self.sizes = 2 * prompts + chosen + rejected  # real tokens of a pair
 

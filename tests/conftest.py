@@ -1,0 +1,113 @@
+"""A tiny random-weight Qwen3, a word tokenizer and a few preference rows, made once for all tests."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+
+WORDS = "<pad> <bos> <eos> <unk> user assistant red green blue one two three four five six seven eight . ?".split()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a Qwen3 with 2 layers of width 32 and random weights, and of its tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("base")
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    config = Qwen3Config(
+        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, intermediate_size=64, tie_word_embeddings=True, max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def preference_rows(count: int, seed: int) -> list[dict[str, str]]:
+    """Rows of varying length in which the chosen response holds lower number words than the rejected one."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        colours = random.choice(WORDS[6:9], size=random.integers(1, 5))
+        low, high = random.choice(WORDS[9:13], 3), random.choice(WORDS[13:17], 3)
+        keep = random.integers(1, 4, size=2)
+        end = random.choice([".", "?"], 2)
+        rows.append(
+            {
+                "prompt": f"user {' '.join(colours)} assistant",
+                "chosen": f"{' '.join(low[: keep[0]])} {end[0]}",
+                "rejected": f"{' '.join(high[: keep[1]])} {end[1]}",
+                "truth": {"topic": f"topic-{number % 2}", "noise": 0.5 + number % 2, "familiarity": number // 2 % 2},
+            }
+        )
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two jsonl files of 40 and 12 pairs."""
+    folder = tmp_path_factory.mktemp("pairs")
+    return {
+        "train": write_rows(folder / "train.jsonl", preference_rows(40, 1)),
+        "eval": write_rows(folder / "eval.jsonl", preference_rows(12, 2)),
+    }
+
+
+@pytest.fixture
+def settings(base: Path, pairs: dict[str, Path], tmp_path: Path):
+    """settings(stage, **changes): the flat config of a run of a few steps in a folder of its own."""
+
+    def make(stage: str, **changes) -> dict:
+        name = changes.pop("name", "run")
+        return {
+            "stage": stage,
+            "model_name_or_path": str(base),
+            "dataset": str(pairs["train"]),
+            "eval_dataset": str(pairs["eval"]),
+            "output_dir": str(tmp_path / name),
+            "cutoff_len": 32,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-3,
+            "max_steps": 4,
+            "logging_steps": 2,
+            "pref_beta": 0.5,
+            "lora_rank": 4,
+            "seed": 7,
+        } | changes
+
+    return make
+
+
+@pytest.fixture
+def run(settings):
+    """run(stage, **changes): train (in this process) and return the run directory."""
+    from discobeta.config import RunConfig
+    from discobeta.train import train
+
+    def go(stage: str, **changes) -> Path:
+        config, _ = RunConfig.from_mapping(settings(stage, **changes))
+        train(config)
+        return Path(config.output_dir)
+
+    return go

@@ -1,0 +1,171 @@
+"""What must not change what a model says: padding, its side, the batch, the order of the rows."""
+
+import numpy as np
+import pytest
+import torch
+
+from discobeta.config import RunConfig
+from discobeta.data.batches import Pairs, Schedule, collate
+from discobeta.data.tokens import Rows, load_or_tokenise
+from discobeta.flags import Architecture
+from discobeta.heads import build
+from discobeta.policy import load_causal_lm, load_scorer, load_tokenizer, response_logps, hidden_states
+from discobeta.reference import compute
+from discobeta.stages.dpo import DirectPreference
+from discobeta.stages.rm import RewardModelling
+
+INDICES = np.array([3, 0, 5, 8, 11, 2])
+USED = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_dynamic_beta": True}
+BOTH = Architecture(add_disco_head=True, add_beta_head=True)
+
+
+@pytest.fixture(params=["last", "mean"])
+def prepared(settings, request):
+    """(stage, rows, columns) of an arm that uses both heads, with weights that are not the fresh ones."""
+
+    def make(kind):
+        config, _ = RunConfig.from_mapping(settings(kind, finetuning_type="full", head_pooling=request.param, **USED))
+        rows = load_or_tokenise(config, load_tokenizer(config)).train
+        columns = compute(load_causal_lm(config), Pairs(rows), config, torch.device("cpu"))
+        if kind == "dpo":
+            heads = build(BOTH, 32, 1, prompt_features=columns["prompt_features"])
+            stage = DirectPreference(config, load_causal_lm(config), heads)
+        else:
+            model = load_scorer(config)
+            heads = build(BOTH, 32, 1, score_weight=model.score.weight)
+            stage = RewardModelling(config, model, heads)
+        noise = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for weight in stage.parameters():
+                weight += 0.1 * torch.randn(weight.shape, generator=noise)
+        return stage.eval(), rows, columns if kind == "dpo" else {}
+
+    return make
+
+
+def said(stage, batch):
+    with torch.no_grad():
+        comparison = stage.compare(batch)
+    values = {"loss": comparison.loss, "margin": comparison.mean_margin, "sigma": comparison.sigma.T}
+    return values | ({} if comparison.log_s is None else {"log_s": comparison.log_s})
+
+
+def assert_same(one, other):
+    """Equal to the rounding of float32 sums, whose order depends on the shape of the batch."""
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["rm", "dpo"])
+@pytest.mark.parametrize("padding", [{"pad_to": 29}, {"side": "left"}, {"side": "left", "pad_to": 31}])
+def test_padding_changes_nothing(prepared, kind, padding):
+    stage, rows, columns = prepared(kind)
+    assert_same(said(stage, collate(rows, INDICES, columns)), said(stage, collate(rows, INDICES, columns, **padding)))
+
+
+@pytest.mark.parametrize("kind", ["rm", "dpo"])
+def test_the_pad_id_changes_nothing(prepared, kind):
+    stage, rows, columns = prepared(kind)
+    plain = collate(rows, INDICES, columns, pad_to=30)
+    real = torch.zeros_like(plain.input_ids, dtype=torch.bool)
+    for row, end in enumerate(plain.response_end):
+        real[row, : end + 1] = True
+    other = collate(rows, INDICES, columns, pad_to=30)
+    other.input_ids = torch.where(real, plain.input_ids, 2)  # <eos> as padding, as many tokenizers have it
+    assert_same(said(stage, plain), said(stage, other))
+
+
+@pytest.mark.parametrize("kind", ["rm", "dpo"])
+def test_batch_and_order_change_nothing(prepared, kind):
+    stage, rows, columns = prepared(kind)
+    whole = said(stage, collate(rows, INDICES, columns))
+    alone = [said(stage, collate(rows, INDICES[i : i + 1], columns)) for i in range(len(INDICES))]
+    assert_same(whole, {name: torch.cat([part[name] for part in alone]) for name in whole})
+    order = np.array([4, 2, 0, 5, 1, 3])
+    assert_same({name: value[order] for name, value in whole.items()}, said(stage, collate(rows, INDICES[order], columns)))
+
+
+@pytest.mark.parametrize("kind", ["rm", "dpo"])
+def test_swapping_chosen_and_rejected_mirrors_everything(prepared, kind):
+    stage, rows, columns = prepared(kind)
+    swapped_rows = Rows(rows.prompt_ids, rows.rejected_ids, rows.chosen_ids)
+    swapped_columns = dict(columns)
+    if kind == "dpo":
+        swapped_columns["reference_logps"] = columns["reference_logps"].flip(1)
+    one, other = said(stage, collate(rows, INDICES, columns)), said(stage, collate(swapped_rows, INDICES, swapped_columns))
+    torch.testing.assert_close(one["margin"], -other["margin"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one["sigma"], other["sigma"].flip(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((-one["loss"]).exp() + (-other["loss"]).exp(), torch.ones(6), rtol=1e-5, atol=1e-5)
+
+
+def test_response_logps_are_the_models_own(settings):
+    """Against the plain definition: log_softmax of the full logits, one response at a time."""
+    config, _ = RunConfig.from_mapping(settings("dpo"))
+    rows = load_or_tokenise(config, load_tokenizer(config)).train
+    model = load_causal_lm(config)
+    batch = collate(rows, INDICES)
+    with torch.no_grad():
+        found = response_logps(model, hidden_states(model, batch), batch)
+        for place, index in enumerate(INDICES):
+            for side, responses in enumerate((rows.chosen_ids, rows.rejected_ids)):
+                prompt, response = rows.prompt_ids[index].tolist(), responses[index].tolist()
+                logps = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+                expected = sum(logps[len(prompt) - 1 + i, token].item() for i, token in enumerate(response))
+                assert found[side * 6 + place].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_logits_in_chunks_give_the_same_gradient(settings, monkeypatch):
+    config, _ = RunConfig.from_mapping(settings("dpo", finetuning_type="full"))
+    rows = load_or_tokenise(config, load_tokenizer(config)).train
+    batch, gradients = collate(rows, INDICES), []
+    for chunk in (10_000, 7):
+        monkeypatch.setattr("discobeta.policy.LOGIT_CHUNK", chunk)
+        model = load_causal_lm(config)
+        response_logps(model, hidden_states(model, batch), batch).sum().backward()
+        gradients.append(model.get_input_embeddings().weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_the_prompt_ends_where_it_ends():
+    """Positions by length: a prompt that holds the pad id 0 and a response that ends in it."""
+    rows = Rows([[5, 0, 7], [5]], [[0, 8, 0], [9, 9]], [[8], [0]])
+    batch = collate(rows, np.array([0, 1]))
+    assert batch.prompt_end.tolist() == [2, 0, 2, 0] and batch.response_end.tolist() == [5, 2, 3, 1]
+    assert batch.target_ids.tolist() == [0, 8, 0, 9, 9, 8, 0]
+    assert batch.predictor_index.tolist() == [2, 3, 4, 6, 7, 14, 18]
+    assert batch.sequence_index.tolist() == [0, 0, 0, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_an_epoch_visits_each_row_once_whatever_the_processes(processes):
+    schedule = Schedule(rows=50, pairs_per_pass=6, passes_per_step=2, processes=processes, seed=1)
+    lengths = np.arange(50) % 13
+    seen = []
+    for step in range(schedule.steps_per_epoch):
+        cuts = [list(schedule.passes(step, lengths, process)) for process in range(processes)]
+        assert len({tuple(map(len, cut)) for cut in cuts}) == 1  # equal work, or a process would wait for ever
+        seen += [row for cut in cuts for part in cut for row in part]
+    assert len(seen) == len(set(seen)) == 50 - 50 % processes
+    assert sorted(schedule.step_rows(0)) != sorted(schedule.step_rows(schedule.steps_per_epoch))  # another epoch
+
+
+def test_one_process_and_two_see_the_same_passes():
+    one = Schedule(rows=40, pairs_per_pass=8, passes_per_step=2, processes=1, seed=1)
+    two = Schedule(rows=40, pairs_per_pass=8, passes_per_step=2, processes=2, seed=1)
+    lengths = np.random.default_rng(0).integers(1, 30, 40)
+    for step in range(3):
+        halves = zip(two.passes(step, lengths, 0), two.passes(step, lengths, 1), strict=True)
+        joined = [np.concatenate(pair).tolist() for pair in halves]
+        assert joined == [part.tolist() for part in one.passes(step, lengths, 0)]
+
+
+def test_cutting_a_step_into_passes_leaves_the_run_the_same(run):
+    """2 x 4 pairs per step or 1 x 8: the same weights to rounding (no used head: its penalty is per pass)."""
+    from safetensors.torch import load_file
+
+    whole = run("dpo", name="whole", per_device_train_batch_size=8)
+    parts = run("dpo", name="parts", per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    one, other = (load_file(path / "adapter/adapter_model.safetensors") for path in (whole, parts))
+    # AdamW's first steps are lr * sign(gradient): compare far below the learning rate of 1e-3
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=2e-5, msg=name)
