@@ -1,0 +1,344 @@
+"""From the names in a run's `dataset` to usable examples, and an account of the rows that are not.
+
+A name is (1) an entry of dataset_info.json or datasets.yaml in `dataset_dir`, (2) a local .json,
+.jsonl or .parquet file, or (3) a hub id. Local files are read row by row, so that one broken row
+costs that row and not the file; every unusable row is counted by reason, and too many are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from discobeta.config import RunConfig, read_yaml
+from discobeta.data.formats import COLUMNS, TAGS, Example, Kind, Reason, Unusable, find_layout, read_example
+from discobeta.errors import UserError
+from discobeta.files import read_json
+
+FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+ENTRY = ("file_name", "hf_hub_url", "subset", "split", "num_samples", "ranking", "formatting", "columns", "tags")
+ELSEWHERE = ("ms_hub_url", "om_hub_url")
+"""Other hubs' addresses of the same data, which LLaMA-Factory's entries carry along."""
+SCRIPTS = {"hh_rlhf_en": "Anthropic/hh-rlhf", "ultra_chat": "HuggingFaceH4/ultrachat_200k"}
+"""LLaMA-Factory's loading scripts, which current `datasets` cannot run, and the data that they load."""
+
+Row = tuple[str, dict[str, Any] | Unusable]
+"""(where it stands, the row or why it could not be read)."""
+
+
+@dataclass
+class RowReport:
+    """How many rows of a dataset are used, and which are not, by reason."""
+
+    dataset: str
+    total: int = 0
+    truncated_responses: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    first: dict[str, list[str]] = field(default_factory=dict)
+    """Reason -> where the first few such rows stand."""
+
+    SHOWN = 3
+
+    @property
+    def usable(self) -> int:
+        return self.total - sum(self.reasons.values())
+
+    def count_unusable(self, reason: Reason, source: str) -> None:
+        self.reasons[reason.value] = self.reasons.get(reason.value, 0) + 1
+        shown = self.first.setdefault(reason.value, [])
+        if len(shown) < self.SHOWN:
+            shown.append(source)
+
+    def lines(self) -> list[str]:
+        """What the run's log says: one line, and one more per reason."""
+        truncated = f"; {self.truncated_responses} responses cut at cutoff_len" if self.truncated_responses else ""
+        return [f"{self.dataset}: {self.usable} of {self.total} rows are usable{truncated}", *self._reason_lines()]
+
+    def _reason_lines(self) -> list[str]:
+        order = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
+        return [
+            f"  {reason}: {count} ({', '.join(self.first[reason])}{', …' if count > len(self.first[reason]) else ''})"
+            for reason, count in order
+        ]
+
+    def check(self, most: float) -> None:
+        """Raise UserError when no row is usable, or more than the share `most` is not."""
+        reasons = "\n".join(["", *self._reason_lines()])
+        hint = " (a larger cutoff_len keeps more)" if Reason.PROMPT_TOO_LONG in self.reasons else ""
+        if not self.total:
+            raise UserError(f"{self.dataset} has no rows")
+        if not self.usable:
+            raise UserError(f"{self.dataset}: none of the {self.total} rows is usable{hint}:{reasons}")
+        if self.total - self.usable > most * self.total:
+            raise UserError(
+                f"{self.dataset}: {self.total - self.usable} of {self.total} rows are unusable, "
+                f"more than max_unusable_rows: {most:g} allows{hint}:{reasons}"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"usable": self.usable}
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> RowReport:
+        return cls(**{name: value for name, value in saved.items() if name != "usable"})
+
+
+@dataclass(frozen=True)
+class Source:
+    """One named dataset: a local file (`path`) or a hub dataset (`hub`, `subset`, `split`)."""
+
+    name: str
+    path: Path | None = None
+    hub: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    limit: int | None = None
+    entry: dict[str, Any] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """What the rows come from: the file's content, or the hub dataset's address."""
+        if self.path:
+            origin = {"sha256": _sha256(self.path)}
+        else:
+            origin = {"hub": self.hub, "subset": self.subset, "split": self.split}
+        reading = {key: self.entry[key] for key in ("formatting", "columns", "tags") if self.entry.get(key)}
+        return {"name": self.name, **origin, **({"limit": self.limit} if self.limit else {}), **reading}
+
+    def rows(self, config: RunConfig) -> list[Row]:
+        """The first rows, as many as the entry and max_samples allow."""
+        limit = min((n for n in (self.limit, config.max_samples) if n), default=None)
+        if self.path:
+            return list(islice(_file_rows(self.path), limit))
+        return _hub_rows(self, config, limit)
+
+
+def read_examples(names: str, config: RunConfig, *, split: str, kind: Kind) -> tuple[list[Example], RowReport]:
+    """All usable examples of the comma-separated datasets, in order, and the account of their rows.
+
+    split: of hub datasets whose entry names none (config.split or config.eval_split).
+    Raises UserError for a dataset that is not there, cannot be read or has no known format, that
+    has no usable row at all, and when more than config.max_unusable_rows of all rows are unusable.
+    """
+    report, examples = RowReport(names), []
+    for source in resolve(names, config, split):
+        rows, own = source.rows(config), RowReport(source.name)
+        readable = [row for _, row in rows if isinstance(row, dict)]
+        layout = find_layout(readable, source.entry, kind, source.name) if readable else None
+        for where, row in rows:
+            own.total, report.total = own.total + 1, report.total + 1
+            try:
+                if isinstance(row, Unusable):
+                    raise row
+                examples.append(read_example(row, layout, kind, where))
+            except Unusable as unusable:
+                own.count_unusable(unusable.reason, where)
+                report.count_unusable(unusable.reason, where)
+        own.check(1.0)
+    report.check(config.max_unusable_rows)
+    return examples, report
+
+
+def resolve(names: str, config: RunConfig, split: str) -> list[Source]:
+    """The datasets behind comma-separated names. Reads no data; raises UserError for what cannot be."""
+    words = [word.strip() for word in names.split(",") if word.strip()]
+    if not words:
+        raise UserError("dataset: names no dataset")
+    entries = _entries(Path(config.dataset_dir))
+    return [_resolve(word, entries, config, split) for word in words]
+
+
+def _resolve(name: str, entries: dict[str, Any], config: RunConfig, split: str) -> Source:
+    if name in entries:
+        return _from_entry(name, entries[name], config, split)
+    places = [Path(name), Path(config.dataset_dir) / name]
+    for path in places:
+        if os.path.isfile(path):
+            return Source(name, path=_known_file(path))
+    near = difflib.get_close_matches(name, entries, n=1)
+    hint = f"; did you mean the entry {near[0]!r}?" if near else ""
+    if any(map(os.path.isdir, places)):
+        raise UserError(f"dataset {name!r} is a directory; name a {', '.join(FILES)} file in it{hint}")
+    if name.endswith(FILES) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        looked = " or ".join(dict.fromkeys(map(str, places)))
+        raise UserError(f"dataset: no such file: {looked}{hint}")
+    if near and "/" not in name:
+        raise UserError(f"dataset {name!r} is neither an entry of {config.dataset_dir} nor a file{hint}")
+    return Source(name, hub=name, split=split)
+
+
+def _entries(folder: Path) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    for path in (folder / "dataset_info.json", folder / "datasets.yaml"):
+        if os.path.isfile(path):
+            found = read_json(path) if path.suffix == ".json" else read_yaml(path)
+            if not isinstance(found, dict):
+                raise UserError(f"{path} must map names to datasets, not be a {type(found).__name__}")
+            entries |= found
+    return entries
+
+
+def _from_entry(name: str, entry: Any, config: RunConfig, split: str) -> Source:
+    where = f"dataset {name!r} in {config.dataset_dir}"
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: its entry must be a mapping with file_name or hf_hub_url")
+    if script := entry.get("script_url"):
+        instead = SCRIPTS.get(script)
+        hint = f"use dataset: {instead}" if instead else "use the hub id of the data that the script loads"
+        raise UserError(f"{where} is a loading script ({script}), which datasets no longer runs; {hint}")
+    for key, known in ((None, ENTRY), ("columns", COLUMNS), ("tags", TAGS)):
+        part = entry if key is None else entry.get(key) or {}
+        if not isinstance(part, dict):
+            raise UserError(f"{where}: {key} must be a mapping")
+        for word in part:
+            if word not in known and not (key is None and word in ELSEWHERE):
+                raise UserError(f"{where}: {word!r} is not supported; known: {', '.join(known)}")
+    if entry.get("formatting") not in (None, "alpaca", "sharegpt"):
+        raise UserError(f"{where}: formatting: {entry['formatting']!r} should be alpaca or sharegpt")
+    limit = entry.get("num_samples")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise UserError(f"{where}: num_samples: {limit!r} should be a whole number of rows")
+    if hub := entry.get("hf_hub_url"):
+        own_split = entry.get("split") or split
+        return Source(name, hub=hub, subset=entry.get("subset"), split=own_split, limit=limit, entry=entry)
+    if not (file_name := entry.get("file_name")):
+        raise UserError(f"{where}: its entry needs file_name or hf_hub_url")
+    path = Path(config.dataset_dir) / file_name
+    if not os.path.isfile(path):
+        raise UserError(f"{where}: no such file: {path}")
+    return Source(name, path=_known_file(path), limit=limit, entry=entry)
+
+
+def _known_file(path: Path) -> Path:
+    if not path.name.endswith(FILES):
+        raise UserError(f"dataset {path}: unknown kind of file; known: {', '.join(FILES)}")
+    return path
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _file_rows(path: Path) -> Iterator[Row]:
+    """The rows of a local file, each with "file:line" (parquet: "file:row"), counted from 1."""
+    try:
+        if path.suffix == ".parquet":
+            yield from _parquet_rows(path)
+            return
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+            file.seek(0)
+            if start.startswith(b"["):
+                yield from _array_rows(file.read(), path)
+            else:
+                yield from _line_rows(file, path)
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise UserError(f"{path} is not a whole gzip file") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _line_rows(file: Any, path: Path) -> Iterator[Row]:
+    for number, line in enumerate(file, 1):
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if line.strip():
+            yield f"{path.name}:{number}", _parsed(line)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | Unusable:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return Unusable(Reason.NOT_UTF8)
+    except (ValueError, RecursionError):
+        return Unusable(Reason.NOT_JSON)
+    return row if isinstance(row, dict) else Unusable(Reason.WRONG_TYPES)
+
+
+def _array_rows(content: bytes, path: Path) -> Iterator[Row]:
+    """The elements of one JSON array. Bytes that are not UTF-8 cost their row; broken syntax, the file.
+
+    The decoder takes one element at a time, so that each row's line is known.
+    """
+    text = content.decode("utf-8-sig", errors="surrogateescape")
+    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
+    place, line, counted = text.index("[") + 1, 1, 0
+    try:
+        place = blank.match(text, place).end()
+        while text[place] != "]":
+            line, counted = line + text.count("\n", counted, place), place
+            row, place = decode(text, place)
+            escaped = not text.isascii() and _has_escaped_bytes(text[counted:place])
+            if escaped or not isinstance(row, dict):
+                row = Unusable(Reason.NOT_UTF8 if escaped else Reason.WRONG_TYPES)
+            yield f"{path.name}:{line}", row
+            place = blank.match(text, place).end()
+            if text[place] == ",":
+                place = blank.match(text, place + 1).end()
+            elif text[place] != "]":
+                raise ValueError
+        if text[place + 1 :].strip():
+            raise ValueError
+    except (ValueError, IndexError, RecursionError):
+        line = 1 + text.count("\n", 0, place)
+        raise UserError(
+            f"{path} is not valid JSON after line {line}; a broken row of a .jsonl file would cost only that row"
+        ) from None
+
+
+def _has_escaped_bytes(text: str) -> bool:
+    """Whether surrogateescape stood in for bytes that are not UTF-8."""
+    return re.search("[\udc80-\udcff]", text) is not None
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for row in _batch_rows(batch):
+                    number += 1
+                    yield f"{path.name}:{number}", row
+    except (pa.ArrowInvalid, pa.ArrowException) as error:
+        raise UserError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _batch_rows(batch: Any) -> list[dict[str, Any] | Unusable]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:  # somewhere in the batch: look row by row
+        if batch.num_rows == 1:
+            return [Unusable(Reason.NOT_UTF8)]
+        return [row for place in range(batch.num_rows) for row in _batch_rows(batch.slice(place, 1))]
+
+
+def _hub_rows(source: Source, config: RunConfig, limit: int | None) -> list[Row]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(source.hub, source.subset, split=source.split, cache_dir=config.cache_dir)
+    except Exception as error:  # the hub, its cache and its parsers raise whatever they like
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"dataset {source.name!r} is no local file, and cannot be loaded from the hub or its cache "
+            f"as {source.hub!r}, split {source.split!r}: {reason}"
+        ) from None
+    if limit is not None and limit < len(dataset):
+        dataset = dataset.select(range(limit))
+    return [(f"{source.hub}:{index}", row) for index, row in enumerate(dataset.to_list())]

@@ -1,0 +1,563 @@
+"""From examples to token ids: once per (data, tokenizer, cutoff), shared by all arms.
+
+A row is prompt ids and response ids, tokenised apart, so that the prompt's end is known exactly and
+is the same for chosen and rejected. The prompt is never cut; a response is cut at the right to what
+cutoff_len leaves. Rows live in flat arrays, so a hundred thousand of them load in well under a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from discobeta import files, seeds
+from discobeta.config import RunConfig
+from discobeta.data.formats import Example, Kind, Message, Prompt, Reason, Unusable
+from discobeta.data.sources import RowReport, read_examples, resolve
+from discobeta.errors import UserError
+
+LAYOUT = 1
+"""Of the folder. Raised when tokenisation or the files change, so that old folders are refused."""
+CHUNK = 1000
+QUIET_BELOW = 5000
+"""Rows; fewer take a moment and get no progress bar."""
+
+
+class Ragged(Sequence):
+    """N integer sequences as one flat array; item i is the view values[offsets[i] : offsets[i + 1]]."""
+
+    def __init__(self, values: np.ndarray, offsets: np.ndarray) -> None:
+        self.values, self.offsets = values, offsets
+
+    @classmethod
+    def of(cls, sequences: Iterable[Sequence[int]]) -> Ragged:
+        if isinstance(sequences, Ragged):
+            return sequences
+        arrays = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
+        return cls(np.concatenate([np.empty(0, np.int32), *arrays]), _offsets([len(array) for array in arrays]))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        index = range(len(self))[index]  # negative indices, and IndexError beyond the end
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def select(self, indices: np.ndarray) -> Ragged:
+        lengths, starts = self.lengths[indices], self.offsets[:-1][indices]
+        offsets = _offsets(lengths)
+        places = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Ragged(self.values[places], offsets)
+
+    def update(self, digest: Any) -> None:
+        """Feed lengths and values to a hash, as little-endian bytes."""
+        digest.update(self.offsets.astype("<i8").tobytes())
+        digest.update(self.values.astype("<i4").tobytes())
+
+
+def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+@dataclass
+class Rows:
+    """Tokenised rows; sequences of (L_i,) int32 arrays, kept as `Ragged`.
+
+    chosen_ids and rejected_ids are None as a whole when the kind has none. `source` says where a
+    row stood ("file:line", "hub:index"); `truth` holds columns of what is known about it, with NaN or
+    "" where a row says nothing.
+    """
+
+    prompt_ids: Ragged
+    chosen_ids: Ragged | None = None
+    rejected_ids: Ragged | None = None
+    source: list[str] = field(default_factory=list)
+    truth: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.prompt_ids = Ragged.of(self.prompt_ids)
+        self.chosen_ids = None if self.chosen_ids is None else Ragged.of(self.chosen_ids)
+        self.rejected_ids = None if self.rejected_ids is None else Ragged.of(self.rejected_ids)
+        self.source = list(self.source) or [""] * len(self)
+        for part in (*self.parts().values(), self.source, *self.truth.values()):
+            if len(part) != len(self):
+                raise ValueError(f"columns of {len(self)} and {len(part)} rows")
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def parts(self) -> dict[str, Ragged]:
+        """The token columns that are there."""
+        columns = {"prompt_ids": self.prompt_ids, "chosen_ids": self.chosen_ids, "rejected_ids": self.rejected_ids}
+        return {name: column for name, column in columns.items() if column is not None}
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> Rows:
+        indices = np.asarray(indices, dtype=np.int64)
+        return Rows(
+            **{name: column.select(indices) for name, column in self.parts().items()},
+            source=[self.source[index] for index in indices],
+            truth={name: column[indices] for name, column in self.truth.items()},
+        )
+
+    def fingerprints(self) -> np.ndarray:
+        """(N,) int64, a hash of each row's token ids: equal rows, and only they, are equal."""
+        return _fingerprints(list(self.parts().values()))
+
+    def key(self) -> str:
+        """sha256 over the token ids of all rows in order."""
+        digest = hashlib.sha256()
+        for name, column in self.parts().items():
+            digest.update(name.encode())
+            column.update(digest)
+        return digest.hexdigest()
+
+
+def _fingerprints(columns: list[Ragged]) -> np.ndarray:
+    # Each part is preceded by its length, so that moving a token across a boundary changes the hash.
+    flat = [(column.values.astype("<i4"), column.offsets.tolist()) for column in columns]
+    hashes = np.empty(len(columns[0]), np.int64)
+    for row in range(len(hashes)):
+        digest = hashlib.blake2b(digest_size=8)
+        for values, offsets in flat:
+            start, end = offsets[row], offsets[row + 1]
+            digest.update((end - start).to_bytes(8, "little"))
+            digest.update(values[start:end])
+        hashes[row] = int.from_bytes(digest.digest(), "little", signed=True)
+    return hashes
+
+
+@dataclass
+class TokenisedData:
+    """Training rows, held-out rows if any, and the JSON-able account of where they came from."""
+
+    train: Rows
+    held_out: Rows | None
+    report: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        """What the run's log says about the data."""
+        reports = [RowReport.of(self.report[part]) for part in ("train", "eval") if part in self.report]
+        lines = [line for report in reports for line in report.lines()]
+        if self.held_out is not None:
+            lines.append(f"{len(self.train)} training rows, {len(self.held_out)} held-out rows")
+        if shared := self.report.get("shared_prompts"):
+            lines.append(f"{shared} held-out prompts also occur in the training rows")
+        return lines
+
+
+def tokenise(config: RunConfig, tokenizer: Any, kind: Kind = "pairs") -> TokenisedData:
+    """The run's data as token ids, without touching the disk.
+
+    report: "train" and "eval" (row reports as dicts), "shared_prompts" (distinct held-out prompts
+    that also occur in the training rows).
+    Raises UserError for data that cannot be read or that has too many unusable rows.
+    """
+    if not config.dataset:
+        raise UserError("dataset is missing: comma-separated names, local files or hub ids")
+    train, account = _read_rows(config.dataset, config, tokenizer, split=config.split, kind=kind)
+    report: dict[str, Any] = {"train": account.as_dict()}
+    held_out = None
+    if config.eval_dataset:
+        held_out, account = _read_rows(config.eval_dataset, config, tokenizer, split=config.eval_split, kind=kind)
+        report["eval"] = account.as_dict()
+    elif config.val_size:
+        train, held_out = hold_out(train, config.val_size, config.seed)
+    if held_out is not None:
+        both = [np.unique(_fingerprints([rows.prompt_ids])) for rows in (train, held_out)]
+        report["shared_prompts"] = len(np.intersect1d(*both))
+    return TokenisedData(train, held_out, report)
+
+
+def hold_out(rows: Rows, val_size: float, seed: int) -> tuple[Rows, Rows]:
+    """(train, held-out): a share below 1, or a number of rows, drawn by (seed, "val_size").
+
+    All rows of one prompt fall on the same side, so a held-out prompt is never trained on: prompts
+    are drawn in random order, each with all its rows if they fit into the asked number (and at least
+    one prompt in any case). Both sides keep the order of the data.
+    """
+    import torch
+
+    asked = round(val_size * len(rows)) if val_size < 1 else int(val_size)
+    _, group = np.unique(_fingerprints([rows.prompt_ids]), return_inverse=True)
+    order = torch.randperm(group.max() + 1, generator=seeds.generator(seed, "val_size")).tolist()
+    if asked >= len(rows) or len(order) < 2:
+        raise UserError(
+            f"val_size: {val_size:g} leaves nothing to train on: {len(rows)} usable rows, {len(order)} prompts"
+        )
+    sizes, taken, room = np.bincount(group).tolist(), [], asked
+    for prompt in order:
+        if sizes[prompt] <= room:
+            taken.append(prompt)
+            room -= sizes[prompt]
+    mask = np.isin(group, taken or order[:1])
+    return rows.select(np.flatnonzero(~mask)), rows.select(np.flatnonzero(mask))
+
+
+def _read_rows(names: str, config: RunConfig, tokenizer: Any, *, split: str, kind: Kind) -> tuple[Rows, RowReport]:
+    examples, report = read_examples(names, config, split=split, kind=kind)
+    rows = encode(examples, tokenizer, config.cutoff_len, kind, report)
+    report.check(config.max_unusable_rows)
+    return rows, report
+
+
+def encode(examples: list[Example], tokenizer: Any, cutoff_len: int, kind: Kind, report: RowReport) -> Rows:
+    """Examples as rows of token ids of at most cutoff_len (prompt + response).
+
+    Rows that come to nothing (a prompt that leaves no response token, responses that are equal once
+    cut) and responses that were cut, and so have no end-of-sequence token, are counted in `report`.
+    """
+    from tqdm import tqdm
+
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token (eos_token)")
+    leading = _leading_tokens(tokenizer, next((text for e in examples for text in (e.chosen, e.prompt) if text), "a"))
+    quiet = True if len(examples) < QUIET_BELOW else None  # None: quiet unless on a terminal
+    columns: list[list[np.ndarray]] = [[] for _ in range({"pairs": 3, "supervised": 2, "prompts": 1}[kind])]
+    kept = []
+    with tqdm(total=len(examples), desc="tokenising", unit="rows", disable=quiet) as progress:
+        for start in range(0, len(examples), CHUNK):
+            chunk = examples[start : start + CHUNK]
+            for example, outcome in zip(chunk, _encode_chunk(chunk, tokenizer, leading, cutoff_len), strict=True):
+                if isinstance(outcome, Unusable):
+                    report.count_unusable(outcome.reason, example.source)
+                    continue
+                ids, cut = outcome
+                report.truncated_responses += cut
+                kept.append(example)
+                for column, sequence in zip(columns, ids, strict=True):
+                    column.append(np.array(sequence, np.int32))
+            progress.update(len(chunk))
+    return Rows(
+        *map(Ragged.of, columns),
+        source=[example.source for example in kept],
+        truth=_truth_columns([example.truth for example in kept]),
+    )
+
+
+Encoded = tuple[list[list[int]], int]
+"""([prompt ids, response ids …], how many of the responses were cut)."""
+
+
+def _encode_chunk(
+    chunk: list[Example], tokenizer: Any, leading: list[int], cutoff_len: int
+) -> Iterator[Encoded | Unusable]:
+    """For each example its token ids, or why it has none. One call of the tokenizer for all."""
+    rendered = [_render_or_refuse(example, tokenizer) for example in chunk]
+    texts = [text for item in rendered if isinstance(item, Rendered) for text in (item.prompt, *item.responses)]
+    ids = iter(_bare_ids(tokenizer, texts) if texts else [])
+    for example, item in zip(chunk, rendered, strict=True):
+        if isinstance(item, Unusable):
+            yield item
+            continue
+        prompt = next(ids)
+        responses = [next(ids) for _ in item.responses]
+        if not prompt and example.prompt:
+            yield Unusable(Reason.EMPTY_PROMPT)
+            continue
+        if not all(responses):
+            yield Unusable(Reason.EMPTY_RESPONSE)
+            continue
+        if item.plain and prompt[: len(leading)] != leading:
+            prompt = leading + prompt
+        if not item.closed:
+            end = tokenizer.eos_token_id
+            responses = [response if response[-1] == end else [*response, end] for response in responses]
+        room = cutoff_len - len(prompt)
+        cut = [response[:room] for response in responses]
+        if room < 1:
+            yield Unusable(Reason.PROMPT_TOO_LONG)
+        elif len(cut) == 2 and cut[0] == cut[1]:
+            yield Unusable(Reason.SAME_TOKENS)
+        else:
+            yield [prompt, *cut], sum(len(response) > room for response in responses)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """An example as the texts that are tokenised.
+
+    plain:  no chat template wrote the special tokens, so the tokenizer's leading ones (BOS) are due.
+    closed: the chat template ends the assistant's turn, so no end-of-sequence token is appended.
+    """
+
+    prompt: str
+    responses: list[str]
+    plain: bool = True
+    closed: bool = False
+
+
+def render(example: Example, tokenizer: Any) -> Rendered:
+    """The prompt's text, ending where the response begins, and the responses' texts.
+
+    A text prompt stays as it is. A conversation goes through the tokenizer's chat template, or, if
+    it has none, becomes an hh-rlhf transcript. Raises Unusable when the template refuses the row,
+    and UserError when the template cannot be split into prompt and response.
+    """
+    responses = [response for response in (example.chosen, example.rejected) if response is not None]
+    if isinstance(example.prompt, str):
+        return Rendered(example.prompt, responses)
+    if not tokenizer.chat_template:
+        return Rendered(transcript(example.prompt), [f" {response}" for response in responses])
+    # Preference data holds no thoughts, so a template that can think is told not to, and the empty
+    # thought is part of the prompt. Responses that do hold thoughts take the other form.
+    for thinking in (False, True):
+        prompt = _apply_template(tokenizer, example.prompt, thinking, add_generation_prompt=True)
+        wholes = [
+            _apply_template(tokenizer, [*example.prompt, {"role": "assistant", "content": response}], thinking)
+            for response in responses
+        ]
+        if all(whole.startswith(prompt) for whole in wholes):
+            break
+    else:
+        whole = next(whole for whole in wholes if not whole.startswith(prompt))
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path!r} does not render a conversation as its prompt "
+            f"followed by the response ({example.source or 'first such row'}): "
+            f"the prompt ends {prompt[-30:]!r}, the conversation goes on {_where_they_part(prompt, whole)!r}"
+        )
+    suffixes = [whole[len(prompt) :].rstrip() for whole in wholes]
+    closed = all(not suffix.endswith(response.strip()) for suffix, response in zip(suffixes, responses, strict=True))
+    return Rendered(prompt, suffixes, plain=False, closed=closed)
+
+
+def _where_they_part(prompt: str, whole: str) -> str:
+    place = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+    return whole[place : place + 30]
+
+
+def _render_or_refuse(example: Example, tokenizer: Any) -> Rendered | Unusable:
+    try:
+        return render(example, tokenizer)
+    except Unusable as unusable:
+        return unusable
+
+
+def _apply_template(
+    tokenizer: Any, messages: list[Message], thinking: bool, *, add_generation_prompt: bool = False
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=thinking
+        )
+    except TemplateError:
+        raise Unusable(Reason.TEMPLATE_REFUSED) from None
+
+
+def transcript(messages: list[Message]) -> str:
+    """hh-rlhf's form of a conversation that the assistant is about to continue."""
+    speakers = {"system": "System", "user": "Human", "assistant": "Assistant"}
+    turns = [f"\n\n{speakers[message['role']]}: {message['content']}" for message in messages]
+    return "".join([*turns, "\n\nAssistant:"])
+
+
+def _bare_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+
+
+def _leading_tokens(tokenizer: Any, text: Prompt) -> list[int]:
+    """What the tokenizer puts in front of any text by itself: [BOS] or nothing, as a rule."""
+    text = text if isinstance(text, str) else transcript(text)
+    bare, whole = _bare_ids(tokenizer, [text])[0], tokenizer(text, verbose=False)["input_ids"]
+    starts = [start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare]
+    return whole[: starts[0]] if starts else []
+
+
+def _truth_columns(truths: list[dict[str, float | str | int]]) -> dict[str, np.ndarray]:
+    """Row dicts as columns: int64 or float64 (NaN where absent) if all are numbers, else text ("")."""
+    columns = {}
+    for name in sorted({name for truth in truths for name in truth}):
+        values = [truth.get(name) for truth in truths]
+        if any(isinstance(value, str) for value in values):
+            columns[name] = np.array(["" if value is None else str(value) for value in values])
+        elif all(isinstance(value, int) for value in values):
+            columns[name] = np.array(values, np.int64)
+        else:
+            columns[name] = np.array([np.nan if value is None else value for value in values], np.float64)
+    return columns
+
+
+# --- the folder of tokenised rows
+
+
+def load_or_tokenise(config: RunConfig, tokenizer: Any, kind: Kind = "pairs") -> TokenisedData:
+    """`tokenise`, through the folder config.tokenized_path when that is set: read if there, else written.
+
+    The folder holds train.parquet, eval.parquet (if there are held-out rows) and tokens.json (what
+    they were made from). Raises UserError, naming what differs, for a folder that was made from
+    something else. Without `dataset` the folder is taken for what it says it is.
+    """
+    if not config.tokenized_path:
+        return tokenise(config, tokenizer, kind)
+    folder = Path(config.tokenized_path)
+    if (folder / "tokens.json").exists():
+        return load(folder, config, tokenizer, kind)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"tokenized_path: {folder} is there and holds no tokenised rows (no tokens.json)")
+    recipe = made_from(config, tokenizer, kind)
+    data = tokenise(config, tokenizer, kind)
+    try:
+        with files.replacing(folder) as temporary:
+            temporary.mkdir()
+            _write(data, recipe, temporary)
+            if (folder / "tokens.json").exists():
+                raise _WrittenMeanwhile  # or it comes between here and the renaming, which then fails
+    except (_WrittenMeanwhile, UserError):
+        if not (folder / "tokens.json").exists():
+            raise
+        return load(folder, config, tokenizer, kind)
+    return data
+
+
+class _WrittenMeanwhile(Exception):
+    """Another process has written the folder: keep its, discard ours."""
+
+
+def made_from(config: RunConfig, tokenizer: Any, kind: Kind) -> dict[str, Any]:
+    """Everything that the tokenised rows depend on. The seed is part of it only where it draws a split."""
+    recipe = {"layout": LAYOUT, "kind": kind, "cutoff_len": config.cutoff_len, "tokenizer": tokenizer_hash(tokenizer)}
+    if config.dataset:
+        recipe["dataset"] = [source.identity() for source in resolve(config.dataset, config, config.split)]
+        recipe["max_samples"] = config.max_samples
+        recipe["val_size"] = config.val_size
+        recipe["seed"] = config.seed if config.val_size else None
+        recipe["eval_dataset"] = [
+            source.identity() for source in resolve(config.eval_dataset, config, config.eval_split)
+        ] if config.eval_dataset else []  # fmt: skip
+    return recipe
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of what decides the token ids: the backend, the special tokens, the chat template.
+
+    Equal in every process, and after saving and loading. Padding and truncation are left out: they
+    are a call's settings that the backend happens to remember.
+    """
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        backend |= {"padding": None, "truncation": None}
+    else:
+        backend = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    parts = json.dumps([backend, special, tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def load(folder: Path, config: RunConfig, tokenizer: Any, kind: Kind = "pairs") -> TokenisedData:
+    """The rows of a folder, after checking that they are what this run would make."""
+    saved = files.read_json(folder / "tokens.json")
+    try:
+        _check_recipe(saved["made_from"], made_from(config, tokenizer, kind), folder)
+        report, keys = saved["report"], saved["keys"]
+        for part in report.keys() & {"train", "eval"}:
+            RowReport.of(report[part]).check(config.max_unusable_rows)
+        rows = {part: _read(folder / f"{part}.parquet") for part in keys}
+        train = rows["train"]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder}/tokens.json is incomplete; delete the folder and it is made again") from None
+    for part, key in keys.items():
+        if rows[part].key() != key:
+            raise UserError(f"{folder}/{part}.parquet was changed after it was written; delete the folder")
+    return TokenisedData(train, rows.get("eval"), report)
+
+
+def _check_recipe(saved: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+    differing = [name for name, value in asked.items() if _content(saved[name]) != _content(value)]
+    if differing:
+        details = "; ".join(_difference(name, saved[name], asked[name]) for name in differing)
+        raise UserError(
+            f"tokenized_path: {folder} was made from something else: {details}.\n"
+            "Name another folder, or delete this one and it is made again"
+        )
+
+
+def _content(value: Any) -> Any:
+    """What a dataset is, whatever it is called: a file that was moved is still the same rows."""
+    if not isinstance(value, list):
+        return value
+    return [{key: item for key, item in source.items() if key != "name"} for source in value]
+
+
+def _difference(name: str, saved: Any, asked: Any) -> str:
+    if name == "tokenizer":
+        return f"another tokenizer (hash {saved[:8]}, here {asked[:8]})"
+    if name in ("dataset", "eval_dataset"):
+        if [source["name"] for source in saved] == [source["name"] for source in asked]:
+            return f"{name} has changed since ({', '.join(source['name'] for source in asked)})"
+        saved, asked = (", ".join(source["name"] for source in sources) or "none" for sources in (saved, asked))
+    return f"{name} was {saved}, here {asked}"
+
+
+def _write(data: TokenisedData, recipe: dict[str, Any], folder: Path) -> None:
+    parts = {"train": data.train} | ({} if data.held_out is None else {"eval": data.held_out})
+    for part, rows in parts.items():
+        _write_rows(rows, folder / f"{part}.parquet")
+    files.write_json(
+        folder / "tokens.json",
+        {
+            "made_from": recipe,
+            "counts": {part: len(rows) for part, rows in parts.items()},
+            "keys": {part: rows.key() for part, rows in parts.items()},
+            "report": data.report,
+        },
+    )
+
+
+def _write_rows(rows: Rows, path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        name: pa.LargeListArray.from_arrays(pa.array(part.offsets), pa.array(part.values))
+        for name, part in rows.parts().items()
+    }
+    columns["source"] = pa.array(rows.source, pa.large_string())
+    columns |= {f"truth.{name}": pa.array(column) for name, column in rows.truth.items()}
+    pq.write_table(pa.table(columns), path, compression="zstd")
+
+
+def _read(path: Path) -> Rows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}; delete the folder") from None
+    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+    truth = {name: column for name, column in columns.items() if name.startswith("truth.")}
+    return Rows(
+        **{name: _ragged(column) for name, column in columns.items() if name not in truth and name != "source"},
+        source=columns["source"].to_pylist(),
+        truth={name.removeprefix("truth."): _truth_array(column) for name, column in truth.items()},
+    )
+
+
+def _ragged(column: Any) -> Ragged:
+    # Arrow's memory is read-only, and torch warns of tensors over such memory: copy once.
+    values = column.flatten().to_numpy(zero_copy_only=False, writable=True)
+    return Ragged(values, _offsets(column.value_lengths().to_numpy()))
+
+
+def _truth_array(column: Any) -> np.ndarray:
+    array = column.to_numpy(zero_copy_only=False)
+    return array.astype(str) if array.dtype == object else array

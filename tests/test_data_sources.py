@@ -1,0 +1,225 @@
+"""Names to files and hub datasets; broken rows cost themselves, broken files say so."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+
+import pytest
+
+from discobeta.config import RunConfig
+from discobeta.data.sources import read_examples
+from discobeta.errors import UserError
+
+PAIR = {"prompt": "hi", "chosen": "a", "rejected": "b"}
+LINE = json.dumps(PAIR).encode()
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(names, kind=..., **config): examples and report, with tmp_path as dataset_dir."""
+
+    def go(names, kind="pairs", split="train", **changes):
+        settings = {"stage": "rm", "model_name_or_path": "m", "dataset_dir": str(tmp_path), "max_unusable_rows": 1}
+        return read_examples(names, RunConfig.from_mapping(settings | changes)[0], split=split, kind=kind)
+
+    return go
+
+
+def sources(examples):
+    return [example.source for example in examples]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz"])
+def test_broken_lines_cost_only_themselves(read, tmp_path, name):
+    lines = [
+        b"\xef\xbb\xbf" + LINE,
+        b"",
+        b'{"prompt": "h\xff"}',
+        b"{broken",
+        b"[1]",
+        b"[" * 100_000,
+        b'{"prompt": "hi"}',
+        LINE,
+    ]
+    (tmp_path / name).write_bytes((gzip.compress if name.endswith("gz") else bytes)(b"\n".join(lines)))
+    examples, report = read(name)
+    assert sources(examples) == [f"{name}:1", f"{name}:8"]
+    assert report.total == 7 and report.usable == 2
+    assert report.reasons == {"not UTF-8": 1, "not JSON": 2, "wrong types": 1, "missing column": 1}
+    assert report.first["not JSON"] == [f"{name}:4", f"{name}:6"]
+
+
+def test_array_rows_know_their_line(read, tmp_path):
+    text = b'\n[\n %s,\n\n %s , 3,\n {"prompt": "h\xff", "chosen": "a", "rejected": "b"}]\n' % (LINE, LINE)
+    (tmp_path / "a.json").write_bytes(text)
+    examples, report = read("a.json")
+    assert sources(examples) == ["a.json:3", "a.json:5"]
+    assert report.first == {"wrong types": ["a.json:5"], "not UTF-8": ["a.json:6"]}
+
+
+@pytest.mark.parametrize("text", [b"[%s,\n", b"[%s\n", b"[%s,\n{broken}]", b"[%s]\n[1]", b"[%s %s]", b"["])
+def test_a_broken_array_is_refused(read, tmp_path, text):
+    (tmp_path / "a.json").write_bytes(text.replace(b"%s", LINE))
+    with pytest.raises(UserError, match="a.json is not valid JSON after line [12]"):
+        read("a.json")
+
+
+def test_parquet(read, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    bad = pa.Array.from_buffers(pa.string(), 3, [None, *pa.array([b"a", b"\xff", b"c"], pa.binary()).buffers()[1:]])
+    columns = {"prompt": ["hi", "ho", "he"], "chosen": bad, "rejected": ["b", "b", None], "truth": [{"noise": 0.5}] * 3}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    examples, report = read("a.parquet")
+    assert sources(examples) == ["a.parquet:1"] and examples[0].truth == {"noise": 0.5}
+    assert report.first == {"not UTF-8": ["a.parquet:2"], "wrong types": ["a.parquet:3"]}
+    (tmp_path / "b.parquet").write_bytes(LINE)
+    with pytest.raises(UserError, match="b.parquet is not a readable parquet file"):
+        read("b.parquet")
+
+
+@pytest.mark.parametrize("content", [LINE, gzip.compress(LINE * 999)[:-20]])
+def test_a_broken_gzip_file_is_refused(read, tmp_path, content):
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(UserError, match="a.jsonl.gz is not a whole gzip file"):
+        read("a.jsonl.gz")
+
+
+def test_names_are_concatenated_and_max_samples_counts_per_dataset(read, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([LINE, b"broken", LINE]))
+    (tmp_path / "b.jsonl").write_bytes(b"\n".join([LINE] * 3))
+    examples, report = read("a.jsonl, b.jsonl", max_samples=2)
+    assert sources(examples) == ["a.jsonl:1", "b.jsonl:1", "b.jsonl:2"]
+    assert (report.total, report.usable) == (4, 3)
+
+
+def test_a_path_may_be_absolute_or_relative_to_the_working_directory(read, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert len(read(str(tmp_path / "a.jsonl"), dataset_dir="elsewhere")[0]) == 1
+    assert len(read("./a.jsonl", dataset_dir="elsewhere")[0]) == 1
+
+
+def test_too_many_unusable_rows_are_refused_with_reasons(read, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([LINE] * 3 + [b"broken"]))
+    assert len(read("a.jsonl", max_unusable_rows=0.25)[0]) == 3
+    with pytest.raises(UserError, match=r"1 of 4 rows are unusable, .*0.2 allows:\n  not JSON: 1 \(a.jsonl:4\)"):
+        read("a.jsonl", max_unusable_rows=0.2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "has no rows"), (b"x\ny", r"none of the 2 rows .*\n.*not JSON: 2")]
+)
+def test_zero_usable_rows_are_refused(read, tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "b.jsonl").write_bytes(LINE)
+    with pytest.raises(UserError, match=f"a.jsonl.*{message}"):
+        read("b.jsonl,a.jsonl")
+
+
+def test_report_lines(read, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([LINE, *[b"broken"] * 4, b"[]"]))
+    report = read("a.jsonl")[1]
+    assert report.lines() == [
+        "a.jsonl: 1 of 6 rows are usable",
+        "  not JSON: 4 (a.jsonl:2, a.jsonl:3, a.jsonl:4, …)",
+        "  wrong types: 1 (a.jsonl:6)",
+    ]
+
+
+def test_entries_of_dataset_info_and_datasets_yaml(read, tmp_path):
+    human, gpt, bad = ({"from": role, "value": text} for role, text in (("human", "hi"), ("gpt", "a"), ("gpt", "b")))
+    (tmp_path / "a.json").write_text(json.dumps([{"turns": [human], "chosen": gpt, "rejected": bad}] * 3))
+    columns = {"messages": "turns", "chosen": "chosen", "rejected": "rejected"}
+    entry = {"file_name": "a.json", "ranking": True, "formatting": "sharegpt", "columns": columns, "num_samples": 2}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"one": entry}))
+    (tmp_path / "datasets.yaml").write_text(
+        "two: {file_name: a.json, formatting: sharegpt, columns: {messages: turns}}"
+    )
+    assert len(read("one")[0]) == 2
+    assert len(read("two")[0]) == 3
+    assert read("one")[0][0].prompt == [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"script_url": "hh_rlhf_en"}, "use dataset: Anthropic/hh-rlhf"),
+        ({"file_name": "gone.json"}, "no such file: .*gone.json"),
+        ({"file": "a.json"}, "'file' is not supported; known: file_name"),
+        ({"file_name": "a.json", "columns": {"promt": "x"}}, "'promt' is not supported; known: prompt"),
+        ({"file_name": "a.json", "columns": {"images": "x"}}, "'images' is not supported"),
+        ({"file_name": "a.json", "formatting": "chatml"}, "should be alpaca or sharegpt"),
+        ({"file_name": "a.json", "num_samples": "all"}, "num_samples"),
+        ({}, "needs file_name or hf_hub_url"),
+        ("a.json", "must be a mapping"),
+    ],
+)
+def test_wrong_entries(read, tmp_path, entry, message):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    with pytest.raises(UserError, match=message):
+        read("mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gone.jsonl", "no such file: gone.jsonl or .*/gone.jsonl"),
+        ("/data/gone", "no such file: /data/gone"),
+        ("folder", "is a directory"),
+        ("mime", "did you mean the entry 'mine'"),
+        ("table.csv", "unknown kind of file"),
+        (" , ", "names no dataset"),
+    ],
+)
+def test_wrong_names(read, tmp_path, name, message):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "a.json"}}))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "table.csv").write_text("a,b")
+    with pytest.raises(UserError, match=message):
+        read(name)
+
+
+def test_a_hub_id_offline_fails_fast(read):
+    import datasets  # noqa: F401  (its import is not what is timed)
+
+    start = time.monotonic()
+    with pytest.raises(UserError, match="nobody/nothing.*cannot be loaded from the hub or its cache"):
+        read("nobody/nothing")
+    assert time.monotonic() - start < 5
+
+
+def test_hub_datasets_take_subset_split_and_limit(read, tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, subset, *, split, cache_dir):
+        asked.append((name, subset, split))
+        return datasets.Dataset.from_list([PAIR] * 3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (tmp_path / "datasets.yaml").write_text(
+        "mine: {hf_hub_url: me/pairs, subset: en, split: train_prefs, num_samples: 2}"
+    )
+    assert sources(read("me/pairs", split="test")[0]) == ["me/pairs:0", "me/pairs:1", "me/pairs:2"]
+    assert sources(read("mine", split="test")[0]) == ["me/pairs:0", "me/pairs:1"]
+    assert asked == [("me/pairs", None, "test"), ("me/pairs", "en", "train_prefs")]
+
+
+def test_the_shipped_entries_can_be_resolved():
+    from pathlib import Path
+
+    from discobeta.data.sources import resolve
+
+    folder = Path(__file__).parents[1] / "config"
+    config = RunConfig.from_mapping({"stage": "rm", "model_name_or_path": "m", "dataset_dir": str(folder)})[0]
+    assert [(source.hub, source.split) for source in resolve("hh_rlhf,ultrafeedback_binarized", config, "test")] == [
+        ("Anthropic/hh-rlhf", "test"),
+        ("trl-lib/ultrafeedback_binarized", "test"),
+    ]

@@ -1,0 +1,466 @@
+"""From examples to ids, truncation, held-out rows, and the folder that all arms share."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from discobeta.config import RunConfig
+from discobeta.data import tokens
+from discobeta.data.formats import Example
+from discobeta.data.sources import RowReport
+from discobeta.data.tokens import Rows, encode, load_or_tokenise, tokenise, tokenizer_hash
+from discobeta.errors import UserError
+
+VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", "d", "Human:", "Assistant:", "System:"]
+VOCABULARY += ["<u>", "<m>", "<end>", "<sys>", "<think>"]
+BOS, EOS, _, A, B, C, D, HUMAN, ASSISTANT, SYSTEM, U, M, END, SYS, THINK = range(1, 16)
+TEMPLATE = (  # <sys> and <u> open a turn, <m> the assistant's, which <end> closes
+    "{%- for m in messages %}{{ {'system': '<sys> ', 'user': '<u> ', 'assistant': '<m> '}[m.role] + m.content }}"
+    "{{ ' <end>\n' if m.role == 'assistant' else ' ' }}{% endfor %}{% if add_generation_prompt %}<m> {% endif %}"
+)
+USER = {"role": "user", "content": "a"}
+
+
+def word_tokenizer(*, template=None, bos=False, vocabulary=VOCABULARY):
+    """Whole words to their place in VOCABULARY."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def ids(example, tokenizer, cutoff_len=32, kind="pairs"):
+    """The ids of one example, by part."""
+    rows = encode([example], tokenizer, cutoff_len, kind, RowReport("data", total=1))
+    return [part[0].tolist() for part in rows.parts().values()]
+
+
+def why_not(example, tokenizer, cutoff_len):
+    """The reason for which one example gives no row."""
+    report = RowReport("data", total=1)
+    assert len(encode([example], tokenizer, cutoff_len, "pairs", report)) == 0
+    (reason,) = report.reasons
+    return reason
+
+
+# --- ids
+
+
+def test_text_prompt():
+    example = Example("a b", "c", "d d")
+    assert ids(example, word_tokenizer()) == [[A, B], [C, EOS], [D, D, EOS]]
+    assert ids(example, word_tokenizer(bos=True)) == [[BOS, A, B], [C, EOS], [D, D, EOS]]
+    assert ids(example, word_tokenizer(template=TEMPLATE)) == [[A, B], [C, EOS], [D, D, EOS]]
+
+
+def test_special_tokens_of_the_text_are_not_doubled():
+    assert ids(Example("<s> a", "c </s>", "d"), word_tokenizer(bos=True)) == [[BOS, A], [C, EOS], [D, EOS]]
+
+
+def test_kinds_have_their_columns():
+    assert ids(Example("a", "b"), word_tokenizer(), kind="supervised") == [[A], [B, EOS]]
+    assert ids(Example("", "b"), word_tokenizer(), kind="supervised") == [[], [B, EOS]]
+    assert ids(Example("", "b"), word_tokenizer(bos=True), kind="supervised") == [[BOS], [B, EOS]]
+    assert ids(Example("a"), word_tokenizer(), kind="prompts") == [[A]]
+
+
+def test_conversation_without_a_template_is_a_transcript():
+    turns = [{"role": "system", "content": "d"}, USER, {"role": "assistant", "content": "b"}, USER]
+    prompt = [SYSTEM, D, HUMAN, A, ASSISTANT, B, HUMAN, A, ASSISTANT]
+    assert ids(Example(turns, "c", "d"), word_tokenizer()) == [prompt, [C, EOS], [D, EOS]]
+    assert ids(Example(turns, "c", "d"), word_tokenizer(bos=True))[0] == [BOS, *prompt]
+    rendered = tokens.render(Example([USER], "c", "d"), word_tokenizer())
+    assert (rendered.prompt, rendered.responses) == ("\n\nHuman: a\n\nAssistant:", [" c", " d"])
+
+
+def test_chat_template_writes_all_special_tokens():
+    example = Example([{"role": "system", "content": "d"}, USER], "c", "d")
+    expected = [[SYS, D, U, A, M], [C, END], [D, END]]
+    assert ids(example, word_tokenizer(template=TEMPLATE)) == expected
+    assert ids(example, word_tokenizer(template=TEMPLATE, bos=True)) == expected  # the template's business
+    with_bos = word_tokenizer(template="<s> " + TEMPLATE, bos=True)
+    assert ids(example, with_bos) == [[BOS, *expected[0]], [C, END], [D, END]]
+
+
+def test_a_template_that_does_not_end_the_turn_gets_an_end():
+    open_ended = word_tokenizer(template=TEMPLATE.replace("<end>", ""))
+    assert ids(Example([USER], "c", "d"), open_ended) == [[U, A, M], [C, EOS], [D, EOS]]
+
+
+def test_templates_that_think_put_the_empty_thought_into_the_prompt():
+    thinks = "{% if add_generation_prompt %}<m> {% if not enable_thinking %}<think> {% endif %}{% endif %}"
+    template = TEMPLATE[: TEMPLATE.index("{% if add_generation")].replace("'<m> '", "'<m> <think> '") + thinks
+    assert ids(Example([USER], "c", "d"), word_tokenizer(template=template)) == [[U, A, M, THINK], [C, END], [D, END]]
+
+
+def test_a_template_whose_conversation_does_not_continue_its_prompt_is_an_error():
+    tokenizer = word_tokenizer(template=TEMPLATE + "{% if add_generation_prompt %}<think>{% endif %}")
+    with pytest.raises(UserError, match="does not render a conversation as its prompt followed by .*file:7"):
+        ids(Example([USER], "c", "d", source="file:7"), tokenizer)
+
+
+def test_rows_that_the_template_refuses_are_counted():
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    example = Example([{"role": "system", "content": "d"}, USER], "c", "d")
+    assert why_not(example, word_tokenizer(template=refusing), 32) == "refused by the chat template"
+
+
+def test_a_tokenizer_without_an_end_token_is_refused():
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        ids(Example("a", "b", "c"), tokenizer)
+
+
+# --- truncation
+
+
+def test_responses_are_cut_at_the_right_and_counted():
+    report = RowReport("data", total=2)
+    examples = [Example("a b", "c c d", "d"), Example("a", "b", "c")]
+    rows = encode(examples, word_tokenizer(), 4, "pairs", report)
+    assert [rows.prompt_ids[0].tolist(), rows.chosen_ids[0].tolist(), rows.rejected_ids[0].tolist()] == [
+        [A, B], [C, C], [D, EOS],
+    ]  # fmt: skip
+    assert report.truncated_responses == 1
+    assert "1 responses cut at cutoff_len" in report.lines()[0]
+
+
+def test_a_prompt_that_leaves_no_response_token_is_unusable():
+    tokenizer = word_tokenizer()
+    assert ids(Example("a b c", "c", "d"), tokenizer, cutoff_len=4) == [[A, B, C], [C], [D]]
+    assert why_not(Example("a b c", "c", "d"), tokenizer, cutoff_len=3) == "prompt fills cutoff_len"
+
+
+def test_responses_that_differ_only_behind_the_cut_are_unusable():
+    reason = "chosen equals rejected after tokenisation and truncation"
+    assert why_not(Example("a", "b c", "b d"), word_tokenizer(), cutoff_len=2) == reason
+    assert why_not(Example("a", "new", "words"), word_tokenizer(), cutoff_len=9) == reason
+
+
+def test_texts_without_tokens_are_unusable():
+    from tokenizers import normalizers
+
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("z", "")
+    assert why_not(Example("z", "a", "b"), tokenizer, 9) == "empty prompt"
+    assert why_not(Example("a", "z", "b"), tokenizer, 9) == "empty response"
+
+
+# --- rows
+
+
+def three_rows():
+    return Rows(
+        [[1, 2], [3], [1, 2]],
+        [[4], [5, 6], [4]],
+        [[7], [8], [7]],
+        ["f:1", "f:2", "f:3"],
+        {"noise": np.array([1.0, 2, 3])},
+    )
+
+
+def test_rows_select():
+    chosen = three_rows().select([1, 0, -1])
+    assert [row.tolist() for row in chosen.prompt_ids] == [[3], [1, 2], [1, 2]]
+    assert [row.tolist() for row in chosen.chosen_ids] == [[5, 6], [4], [4]]
+    assert (chosen.source, chosen.truth["noise"].tolist()) == (["f:2", "f:1", "f:3"], [2, 1, 3])
+    assert len(three_rows().select([])) == 0
+    assert three_rows().prompt_ids[-1].tolist() == [1, 2]
+    with pytest.raises(IndexError):
+        three_rows().prompt_ids[3]
+
+
+def test_fingerprints_are_of_the_ids_and_of_where_the_parts_meet():
+    first, second, third = three_rows().fingerprints()
+    assert first == third != second
+    moved = Rows([[1]], [[2, 4]], [[7]]).fingerprints()[0]
+    assert moved != Rows([[1, 2]], [[4]], [[7]]).fingerprints()[0] == first
+
+
+def test_key_depends_on_ids_order_and_parts():
+    key = three_rows().key()
+    assert key == dataclasses.replace(three_rows(), source=[], truth={}).key()
+    others = [three_rows().select([1, 0, 2]), three_rows().select([0, 1]), Rows([[1, 2], [3], [1, 2]])]
+    others.append(Rows([[1, 2], [3], [1, 2]], [[4], [5], [6, 4]], [[7], [8], [7]]))
+    assert len({key, *(rows.key() for rows in others)}) == 5
+
+
+def test_columns_of_unequal_length_are_refused():
+    with pytest.raises(ValueError, match="columns of 1 and 2 rows"):
+        Rows([[1]], [[1], [2]], [[1]])
+
+
+# --- a run's data
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """make_config(rows, held_out_rows, **changes): the config of a run on files of these rows."""
+
+    def make(rows=None, held_out=None, **changes):
+        settings = {"stage": "rm", "model_name_or_path": "m", "dataset_dir": str(tmp_path), "cutoff_len": 16}
+        for key, name, content in (("dataset", "train.jsonl", rows), ("eval_dataset", "eval.jsonl", held_out)):
+            if content is not None:
+                (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+                settings[key] = name
+        return RunConfig.from_mapping(settings | changes)[0]
+
+    return make
+
+
+def pair(prompt, **truth):
+    return {"prompt": prompt, "chosen": "c", "rejected": "d", **({"truth": truth} if truth else {})}
+
+
+def twenty(**truth):
+    """Rows of twenty different prompts."""
+    return [pair("a " * (1 + number % 5) + "b " * (1 + number // 5), **truth) for number in range(20)]
+
+
+def test_tokenise_reports_both_datasets_and_the_prompts_they_share(make_config):
+    rows = [pair("a"), pair("b"), pair("b"), {"prompt": "a", "chosen": "", "rejected": "d"}]
+    data = tokenise(make_config(rows, [pair("b"), pair("b"), pair("c")], max_unusable_rows=0.25), word_tokenizer())
+    assert (len(data.train), len(data.held_out)) == (3, 3)
+    assert data.report["shared_prompts"] == 1
+    assert data.report["train"]["reasons"] == {"empty response": 1}
+    assert data.lines() == [
+        "train.jsonl: 3 of 4 rows are usable",
+        "  empty response: 1 (train.jsonl:4)",
+        "eval.jsonl: 3 of 3 rows are usable",
+        "3 training rows, 3 held-out rows",
+        "1 held-out prompts also occur in the training rows",
+    ]
+
+
+def test_rows_lost_to_cutoff_len_count_too(make_config):
+    rows = [pair("a"), pair("b"), pair("a " * 20)]
+    assert len(tokenise(make_config(rows, max_unusable_rows=0.4), word_tokenizer()).train) == 2
+    with pytest.raises(
+        UserError, match=r"1 of 3 rows .*larger cutoff_len.*\n  prompt fills cutoff_len: 1 \(train.jsonl:3"
+    ):
+        tokenise(make_config(rows, max_unusable_rows=0.3), word_tokenizer())
+    with pytest.raises(UserError, match="none of the 1 rows is usable"):
+        tokenise(make_config(rows[2:], max_unusable_rows=1), word_tokenizer())
+
+
+def test_truth_becomes_columns(make_config):
+    rows = [pair("a", topic="x", noise=0.5, level=1, odd=1), pair("b", topic="y", noise=1, level=2), pair("c", level=3)]
+    truth = tokenise(make_config(rows), word_tokenizer()).train.truth
+    assert {name: column.dtype.kind for name, column in truth.items()} == {
+        "topic": "U",
+        "noise": "f",
+        "level": "i",
+        "odd": "f",
+    }
+    assert truth["topic"].tolist() == ["x", "y", ""]
+    assert truth["level"].tolist() == [1, 2, 3]
+    np.testing.assert_array_equal(truth["noise"], [0.5, 1, np.nan])
+    np.testing.assert_array_equal(truth["odd"], [1, np.nan, np.nan])
+
+
+@pytest.mark.parametrize(("val_size", "size"), [(0.25, 5), (7, 7), (0.001, 1)])
+def test_val_size_splits_once_and_for_all(make_config, val_size, size):
+    data = tokenise(make_config(twenty(), val_size=val_size, seed=1), word_tokenizer())
+    again = tokenise(make_config(val_size=val_size, seed=1, dataset="train.jsonl"), word_tokenizer())
+    other = tokenise(make_config(val_size=val_size, seed=2, dataset="train.jsonl"), word_tokenizer())
+    assert len(data.held_out) == size
+    assert sorted(data.train.source + data.held_out.source) == sorted(f"train.jsonl:{line}" for line in range(1, 21))
+    assert data.held_out.source == again.held_out.source != other.held_out.source
+    assert data.train.source == sorted(data.train.source, key=lambda where: int(where.split(":")[1]))
+
+
+def test_val_size_keeps_all_rows_of_a_prompt_on_one_side(make_config):
+    rows = [pair("a " * (1 + number % 5)) for number in range(20)]  # 5 prompts, 4 rows each
+    for seed in range(5):
+        data = tokenise(make_config(rows, val_size=6, seed=seed), word_tokenizer())
+        assert len(data.held_out) == 4 and data.report["shared_prompts"] == 0
+
+
+def test_val_size_must_leave_something_to_train_on(make_config):
+    for rows in ([pair("a")] * 4, [pair("a"), pair("b")]):
+        with pytest.raises(UserError, match="val_size: 2 leaves nothing to train on"):
+            tokenise(make_config(rows, val_size=2), word_tokenizer())
+
+
+def test_dataset_is_needed(make_config):
+    with pytest.raises(UserError, match="dataset is missing"):
+        tokenise(make_config(), word_tokenizer())
+
+
+# --- the folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "shared" / "tokens"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_folder_gives_back_what_was_written(make_config, folder, monkeypatch):
+    config = make_config(twenty(topic="x", noise=0.5, level=2), [pair("c")], tokenized_path=str(folder))
+    made = load_or_tokenise(config, word_tokenizer())
+    monkeypatch.setattr(tokens, "tokenise", None)  # not called again
+    read = load_or_tokenise(config, word_tokenizer())
+    assert names(folder) == ["eval.parquet", "tokens.json", "train.parquet"] and names(folder.parent) == ["tokens"]
+    assert read.report == made.report and read.lines() == made.lines()
+    for mine, other in ((made.train, read.train), (made.held_out, read.held_out)):
+        assert mine.key() == other.key() and mine.source == other.source
+        assert {k: (v.dtype, v.tolist()) for k, v in mine.truth.items()} == {
+            k: (v.dtype, v.tolist()) for k, v in other.truth.items()
+        }
+    assert read.train.prompt_ids[0].tolist() == [A, B] and read.train.prompt_ids[0].flags.writeable
+
+
+def test_the_folder_of_other_kinds(make_config, folder):
+    for kind, parts in (("supervised", ["prompt_ids", "chosen_ids"]), ("prompts", ["prompt_ids"])):
+        config = make_config(twenty(), tokenized_path=str(folder / kind), val_size=2)
+        made, read = (load_or_tokenise(config, word_tokenizer(), kind) for _ in range(2))
+        assert list(read.train.parts()) == parts
+        assert read.held_out.key() == made.held_out.key()
+
+
+def test_a_folder_of_something_else_is_refused(make_config, folder, tmp_path):
+    make_config(twenty(), [pair("c")], val_size=0)
+    asked = {"dataset": "train.jsonl", "val_size": 4, "tokenized_path": str(folder), "seed": 1}
+    load_or_tokenise(make_config(**asked), word_tokenizer())
+
+    def refused(message, tokenizer=None, kind="pairs", **changes):
+        with pytest.raises(UserError, match=message):
+            load_or_tokenise(make_config(**asked | changes), tokenizer or word_tokenizer(), kind)
+
+    refused("cutoff_len was 16, here 8", cutoff_len=8)
+    refused("kind was pairs, here supervised", kind="supervised")
+    refused("max_samples was None, here 3", max_samples=3)
+    refused("val_size was 4.0, here 2.0", val_size=2)
+    refused("seed was 1, here 2", seed=2)
+    refused("dataset was train.jsonl, here eval.jsonl", dataset="eval.jsonl")
+    refused("eval_dataset was none, here eval.jsonl", val_size=0, eval_dataset="eval.jsonl")
+    refused("another tokenizer", word_tokenizer(vocabulary=VOCABULARY[::-1]))
+    refused("another tokenizer", word_tokenizer(template=TEMPLATE))
+    refused("kind was pairs, here prompts; cutoff_len was", cutoff_len=8, kind="prompts")
+    (tmp_path / "train.jsonl").write_text(json.dumps(pair("b")))
+    refused(r"dataset has changed since \(train.jsonl\)")
+
+
+def test_a_file_that_moved_is_the_same_data(make_config, folder, tmp_path):
+    load_or_tokenise(make_config(twenty(), tokenized_path=str(folder)), word_tokenizer())
+    (tmp_path / "train.jsonl").rename(tmp_path / "moved.jsonl")
+    for dataset in ("moved.jsonl", None):
+        assert (
+            len(load_or_tokenise(make_config(dataset=dataset, tokenized_path=str(folder)), word_tokenizer()).train)
+            == 20
+        )
+    with pytest.raises(UserError, match="no such file: train.jsonl"):
+        load_or_tokenise(make_config(dataset="train.jsonl", tokenized_path=str(folder)), word_tokenizer())
+
+
+def test_the_seed_matters_only_where_it_draws_a_split(make_config, folder):
+    for seed in (1, 2):
+        load_or_tokenise(make_config(twenty(), tokenized_path=str(folder), seed=seed), word_tokenizer())
+
+
+def test_a_stricter_share_refuses_a_folder_that_was_made_with_a_looser_one(make_config, folder):
+    rows = [pair("a"), pair("")]
+    load_or_tokenise(make_config(rows, tokenized_path=str(folder), max_unusable_rows=0.5), word_tokenizer())
+    with pytest.raises(UserError, match=r"1 of 2 rows are unusable.*\n  empty prompt: 1 \(train.jsonl:2\)"):
+        load_or_tokenise(make_config(rows, tokenized_path=str(folder), max_unusable_rows=0.4), word_tokenizer())
+
+
+def test_a_tampered_folder_is_refused(make_config, folder):
+    config = make_config(twenty(), tokenized_path=str(folder))
+    load_or_tokenise(config, word_tokenizer())
+    original = (folder / "train.parquet").read_bytes()
+    rows = tokens._read(folder / "train.parquet")
+    rows.chosen_ids.values[0] = B
+    tokens._write_rows(rows, folder / "train.parquet")
+    with pytest.raises(UserError, match="train.parquet was changed"):
+        load_or_tokenise(config, word_tokenizer())
+    (folder / "train.parquet").write_bytes(original[:100])
+    with pytest.raises(UserError, match="cannot read .*train.parquet"):
+        load_or_tokenise(config, word_tokenizer())
+    (folder / "train.parquet").unlink()
+    with pytest.raises(UserError, match="cannot read .*train.parquet"):
+        load_or_tokenise(config, word_tokenizer())
+    (folder / "tokens.json").write_text("{}")
+    with pytest.raises(UserError, match="tokens.json is incomplete"):
+        load_or_tokenise(config, word_tokenizer())
+    (folder / "tokens.json").unlink()
+    (folder / "mine.txt").write_text("not to be overwritten")
+    with pytest.raises(UserError, match="holds no tokenised rows"):
+        load_or_tokenise(config, word_tokenizer())
+    assert names(folder) == ["mine.txt"]
+
+
+def test_a_full_disk_leaves_nothing(make_config, folder, monkeypatch):
+    import pyarrow.parquet as pq
+
+    def write_table(table, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", write_table)
+    with pytest.raises(UserError, match="no space left"):
+        load_or_tokenise(make_config(twenty(), tokenized_path=str(folder)), word_tokenizer())
+    assert names(folder.parent) == []
+
+
+def test_the_first_of_two_writers_wins(make_config, folder, monkeypatch):
+    config, write = make_config(twenty(), tokenized_path=str(folder)), tokens._write
+    started = []
+
+    def write_after_another(data, recipe, temporary):
+        write(data, recipe, temporary)
+        if not started:  # meanwhile, another process
+            started.append(temporary)
+            folder.mkdir()
+            write(data, recipe, folder)
+            (folder / "train.parquet").touch()
+            started.append((folder / "train.parquet").stat().st_ino)
+
+    monkeypatch.setattr(tokens, "_write", write_after_another)
+    assert len(load_or_tokenise(config, word_tokenizer()).train) == 20
+    assert (folder / "train.parquet").stat().st_ino == started[1]
+    assert names(folder.parent) == ["tokens"]
+
+
+def test_tokenizer_hash(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = word_tokenizer(template=TEMPLATE, bos=True)
+    expected = tokenizer_hash(tokenizer)
+    tokenizer(["a", "a b"], padding=True, truncation=True, max_length=4)  # the backend remembers both
+    tokenizer.save_pretrained(tmp_path)
+    script = (
+        "import sys; from transformers import AutoTokenizer; from discobeta.data.tokens import tokenizer_hash;"
+        "print(tokenizer_hash(AutoTokenizer.from_pretrained(sys.argv[1])))"
+    )
+    other = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert tokenizer_hash(tokenizer) == expected == other.stdout.strip()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.eos_token = "<end>"
+    others = [
+        word_tokenizer(template=TEMPLATE),
+        word_tokenizer(bos=True),
+        word_tokenizer(vocabulary=VOCABULARY[:9]),
+        tokenizer,
+    ]
+    assert len({expected, *map(tokenizer_hash, others)}) == 5
