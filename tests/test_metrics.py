@@ -1,0 +1,56 @@
+"""Metrics against values worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from discobeta import metrics
+
+
+def test_classification():
+    # labels predicted with p = .9, .6, .2, .5: right, right, wrong, tie
+    found = metrics.classification(-np.log([0.9, 0.6, 0.2, 0.5]))
+    assert found["accuracy"] == pytest.approx(2.5 / 4)
+    assert found["nll"] == pytest.approx(-(math.log(0.9) + math.log(0.6) + math.log(0.2) + math.log(0.5)) / 4)
+    assert found["brier"] == pytest.approx((0.01 + 0.16 + 0.64 + 0.25) / 4)
+    # confidences .9 (right), .6 (right), .8 (wrong), .5 (half right), each alone in its bin
+    assert found["ece"] == pytest.approx((0.1 + 0.4 + 0.8 + 0.0) / 4)
+
+
+def test_calibration_bins_pool_pairs_of_equal_confidence():
+    table = metrics.reliability([0.82, 0.84, 0.18, 1.0], bins=5)  # bins of width .1; .8-.9 holds three
+    assert table["count"].tolist() == [0, 0, 0, 3, 1]
+    assert table["accuracy"][3] == pytest.approx(2 / 3) and table["confidence"][3] == pytest.approx(2.48 / 3)
+    assert metrics.expected_calibration_error([0.82, 0.84, 0.18, 1.0], bins=5) == pytest.approx(0.75 * (0.16))
+
+
+def test_a_calibrated_predictor_has_a_small_error_and_an_overconfident_one_has_not():
+    random = np.random.default_rng(0)
+    truth = random.uniform(0.5, 1, 20_000)
+    won = random.uniform(size=20_000) < truth
+    calibrated = np.where(won, truth, 1 - truth)
+    assert metrics.expected_calibration_error(calibrated) < 0.02  # sampling error, about 1/sqrt(2000) per bin
+    overconfident = np.where(won, 0.99, 0.01)
+    assert metrics.expected_calibration_error(overconfident) == pytest.approx(0.24, abs=0.02)
+
+
+def test_against_oracle():
+    found = metrics.against_oracle(nll=[1.0, 2.0], oracle_probability=[0.25, 0.5])
+    assert found["bayes_accuracy"] == pytest.approx((0.75 + 0.5) / 2)
+    assert found["oracle_nll"] == pytest.approx((math.log(4) + math.log(2)) / 2)
+    assert found["excess_nll"] == pytest.approx(1.5 - 1.5 * math.log(2))
+
+
+def test_spearman_sees_order_only():
+    assert metrics.spearman([1, 2, 3, 4], [10, 20, 30, 4000]) == pytest.approx(1)
+    assert metrics.spearman([1, 2, 3], [3, 1, 2]) == pytest.approx(-0.5)  # 1 - 6*(4+1+1)/(3*8)
+    assert metrics.spearman([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_partial_correlation_takes_the_common_cause_away():
+    # x = z + u, y = z - u: r_xy = 0 for equal variances, given z it is -1
+    z, u = np.array([1.0, 1, -1, -1]), np.array([1.0, -1, 1, -1])
+    assert np.corrcoef(z + u, z - u)[0, 1] == pytest.approx(0)
+    assert metrics.partial_correlation(z + u, z - u, given=z) == pytest.approx(-1)
+    assert metrics.partial_correlation(z, u, given=z) is None

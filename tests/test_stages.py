@@ -1,0 +1,237 @@
+"""Where gradients go, what comes back from disk, and that what is promised of a run directory holds."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import discobeta
+from discobeta import runs
+from discobeta.config import RunConfig
+from discobeta.data.batches import Pairs, collate
+from discobeta.data.tokens import load_or_tokenise
+from discobeta.errors import UserError
+from discobeta.flags import Arm, arms_of
+from discobeta.policy import load_tokenizer
+from discobeta.stages import stage_class
+from discobeta.stages.rm import score
+
+USED = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_dynamic_beta": True}
+
+
+@pytest.fixture
+def fresh(settings):
+    def make(stage, **changes):
+        config, _ = RunConfig.from_mapping(settings(stage, **changes))
+        data = load_or_tokenise(config, load_tokenizer(config))
+        kind = stage_class(stage)
+        columns, _ = kind.columns(config, data.train, data.held_out)
+        return kind.fresh(config, columns), Pairs(data.train, columns)
+
+    return make
+
+
+def moved(stage):
+    """Every trained weight away from its start: at the start, zeros hide gradients."""
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for group in stage.parameter_groups().values():
+            for weight in group:
+                weight += 0.1 * torch.randn(weight.shape, generator=noise)
+    return stage
+
+
+@pytest.mark.parametrize("name", [arm.name for arm in arms_of("dpo")])
+def test_gradient_reaches_a_head_exactly_if_it_is_used(fresh, name):
+    arm = Arm.from_name(name)
+    stage, pairs = fresh("dpo", **arm.flags)
+    objective, _ = moved(stage)(pairs.batch(np.arange(8)))
+    objective.mean().backward()
+    for part, used in (("disco", arm.use.disco_pref), ("beta", arm.use.use_dynamic_beta)):
+        head = getattr(stage.heads, part)
+        if head is not None:
+            reached = [weight.grad is not None and bool(weight.grad.abs().sum() > 0) for weight in head.parameters()]
+            assert all(reached) if used else not any(reached), part
+    assert stage.parameter_groups().keys() == {"model"} | set(stage.signals.parameters())
+
+
+@pytest.mark.parametrize("name", [arm.name for arm in arms_of("rm")])
+def test_rm_trains_the_score_or_the_mean_in_its_place(fresh, name):
+    arm = Arm.from_name(name)
+    stage, pairs = fresh("rm", **arm.flags)
+    objective, _ = moved(stage)(pairs.batch(np.arange(8)))
+    objective.mean().backward()
+    used = arm.use.disco_pref
+    assert (score(stage.model).weight.grad is None) == used
+    if stage.heads.disco is not None:
+        assert all((weight.grad is not None) == used for weight in stage.heads.disco.parameters())
+    in_group = {id(weight) for weight in stage.parameter_groups()["model"]}
+    assert (id(score(stage.model).weight) in in_group) != used
+
+
+def test_disco_starts_with_the_baselines_gradient(fresh):
+    """At step 0 the margin is 0 and sigma = sigma0: same slope, so the same gradient of the adapter."""
+    gradients = []
+    for name in ("baseline", "disco-used_beta-used"):
+        stage, pairs = fresh("dpo", **Arm.from_name(name).flags)
+        objective, _ = stage(pairs.batch(np.arange(8)))
+        objective.mean().backward()
+        gradients.append([weight.grad for weight in stage.parameter_groups()["model"]])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_dynamic_beta_scales_beta_and_not_the_variance(fresh):
+    """By hand from its parts: -log Phi(pref_beta * s * margin / sqrt(sigma_w^2 + sigma_l^2))."""
+    stage, pairs = fresh("dpo", **USED)
+    with torch.no_grad():
+        comparison = moved(stage).compare(pairs.batch(np.arange(8)))
+        baseline, _ = fresh("dpo")
+        baseline.model.load_state_dict(stage.model.state_dict())
+        margin = baseline.compare(pairs.batch(np.arange(8))).mean_margin / 0.5  # pref_beta of the settings
+        z = 0.5 * comparison.log_s.exp() * margin / (comparison.sigma**2).sum(0).sqrt()
+        expected = -torch.log(0.5 * torch.erfc(-z / 2**0.5))
+    torch.testing.assert_close(comparison.loss, expected, rtol=1e-5, atol=1e-6)
+    assert comparison.log_s.abs().max() > 0.01 and comparison.log_sigma.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("finetuning", ["lora", "full"])
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_save_and_load_give_the_same_outputs_bitwise(run, fresh, stage, finetuning, monkeypatch):
+    kept = {}
+    original = stage_class(stage).save
+
+    def keep(self, directory):
+        kept["stage"] = self
+        return original(self, directory)
+
+    monkeypatch.setattr(stage_class(stage), "save", keep)
+    directory = run(stage, finetuning_type=finetuning, **USED)
+    _, pairs = fresh(stage, **USED)
+    batch = pairs.batch(np.arange(8))
+    with torch.no_grad():
+        one, other = kept["stage"].eval().compare(batch), runs.load_stage(directory).compare(batch)
+    assert torch.equal(one.loss, other.loss) and torch.equal(one.log_sigma, other.log_sigma)
+    assert stage == "rm" or torch.equal(one.log_s, other.log_s)
+
+
+def test_a_reward_model_scores_texts_and_loads_in_plain_peft(run, base):
+    from peft import AutoPeftModelForSequenceClassification
+
+    directory = run("rm", **USED)
+    reward_model = discobeta.load_reward_model(directory)
+    prompts, responses = ["user red assistant", "user blue green assistant"], ["one two .", "seven ?"]
+    mean, variance = reward_model.score(prompts, responses)
+    assert mean.shape == variance.shape == (2,) and (variance > 0).all()
+    plain = AutoPeftModelForSequenceClassification.from_pretrained(directory / "adapter", num_labels=1).eval()
+    for index, text in enumerate(zip(prompts, responses, strict=True)):
+        ids = reward_model.tokenizer(" ".join(text))["input_ids"] + [reward_model.tokenizer.eos_token_id]
+        with torch.no_grad():
+            scalar = plain(input_ids=torch.tensor([ids])).logits.item()
+        assert scalar == pytest.approx(mean[index].item(), abs=1e-5)  # other padding, other order of sums
+    with pytest.raises(UserError, match="prompt fills cutoff_len"):
+        reward_model.score(["user " * 40], ["one"])
+
+
+def test_a_scalar_reward_model_has_no_variance(run):
+    assert discobeta.load_reward_model(run("rm")).score(["user red assistant"], ["one ."])[1] is None
+
+
+def test_a_policy_is_an_ordinary_peft_model(run, base):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    directory = run("dpo", **USED)
+    policy = discobeta.load_policy(directory)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory / "adapter")
+    ids = torch.tensor([[4, 6, 5, 9, 17]])
+    with torch.no_grad():
+        assert torch.equal(policy.model(ids).logits, plain.eval()(ids).logits)
+    assert policy.heads.disco is not None and policy.heads.beta is not None
+    with pytest.raises(UserError, match="is a run of stage dpo, not rm"):
+        discobeta.load_reward_model(directory)
+    with pytest.raises(UserError, match="is not a finished run"):
+        discobeta.load_policy(base)
+
+
+def test_an_adapter_to_start_from_is_the_reference_too(run):
+    """The second run's policy starts where the first ended, and so does its reference: margin 0."""
+    first = run("dpo", name="first")
+    second = run("dpo", name="second", adapter_name_or_path=str(first / "adapter"), logging_steps=1, learning_rate=1e-4)
+    line = json.loads((second / "log.jsonl").read_text().splitlines()[0])
+    assert line["margin"] == pytest.approx(0, abs=1e-5) and line["loss"] == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_a_run_directory_holds_what_is_promised(run):
+    directory = run("dpo", plot_loss=True, eval_strategy="steps", eval_steps=2, report_to="tensorboard", **USED)
+    names = {path.name for path in directory.iterdir()}
+    assert names == {
+        "config.yaml", "adapter", "heads.safetensors", "heads.json", "log.jsonl", "cost.json", "provenance.json",
+        "loss.png", "reference", "tracker",
+    }  # fmt: skip
+    resolved = yaml.safe_load((directory / "config.yaml").read_text())
+    assert resolved["disco_pref"] is True and resolved["disco_mean_penalty"] == 0.1
+    again, _ = RunConfig.from_mapping(resolved)
+    assert again.resolved() == resolved
+    provenance = json.loads((directory / "provenance.json").read_text())
+    assert provenance["seed"] == 7 and len(provenance["base"]) == len(provenance["data"]) == 64
+    log = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "eval_loss" in line] == [2, 4]
+    assert not any("second" in key for line in log for key in line)
+
+
+def test_bf16_keeps_sums_losses_and_heads_in_float32(fresh):
+    stage, pairs = fresh("dpo", bf16=True, **USED)
+    assert next(stage.model.get_base_model().parameters()).dtype == torch.bfloat16
+    assert all(weight.dtype == torch.float32 for group in stage.parameter_groups().values() for weight in group)
+    comparison = stage.compare(pairs.batch(np.arange(8)))
+    assert comparison.loss.dtype == comparison.log_sigma.dtype == comparison.log_s.dtype == torch.float32
+    assert comparison.loss.mean().item() == pytest.approx(np.log(2), abs=1e-3)  # policy = reference, also in bf16
+
+
+def test_a_model_that_changes_its_logits_is_refused(base, monkeypatch):
+    from discobeta import policy
+
+    model = policy.load_causal_lm(RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": str(base)})[0])
+    original = model.forward
+
+    def capped(*words, **options):
+        output = original(*words, **options)
+        output.logits = 0.5 * torch.tanh(output.logits / 0.5)
+        return output
+
+    monkeypatch.setattr(model, "forward", capped)
+    with pytest.raises(UserError, match="changes its logits"):
+        policy._check_head(model, "capped")
+
+
+def test_two_processes_train_as_one(settings, tmp_path):
+    """Two CPU processes (gloo), as `accelerate launch` or torchrun start them: same global batch, same losses, one writer."""
+    logs = {}
+    for processes in (1, 2):
+        wanted = settings(
+            "dpo", name=f"p{processes}", per_device_train_batch_size=8 // processes, logging_steps=1, **USED,
+            gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=2, save_steps=3,
+        )  # fmt: skip
+        path = tmp_path / f"{processes}.yaml"
+        path.write_text(yaml.safe_dump(wanted))
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        words = ["-m", "discobeta.cli", "train", str(path), "--no-evaluate"]
+        command = [sys.executable, *(launch if processes > 1 else []), *words]
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        logs[processes] = [json.loads(line) for line in (tmp_path / f"p{processes}" / "log.jsonl").read_text().splitlines()]
+        cost = json.loads((tmp_path / f"p{processes}" / "cost.json").read_text())
+        assert cost["processes"] == processes and cost["pairs"] == 4 * 16 - 16 + 8  # 40 rows: the third step has 8
+    assert len(logs[1]) == len(logs[2])
+    for one, two in zip(logs[1], logs[2], strict=True):
+        assert one.keys() == two.keys()
+        for name in one:
+            # 1e-5 relative and absolute: float32 sums in another order
+            assert two[name] == pytest.approx(one[name], rel=2e-5, abs=2e-5), (name, one["step"])
