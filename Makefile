@@ -1,0 +1,65 @@
+# make ablation     the whole study on the embedded world, from nothing to tables (minutes on two cores)
+# make test         the tests                    make lint      style of code and workflow
+# make smoke        a study in small, for real   make dry-run   every shipped study, planned only
+# make report       the HTML report of a study that has run
+#
+# Every target first sets up what it needs in $(VENV). Variables:
+#   CONFIG=config/x.yaml   the study of `ablation` and `report`      CORES=4   how many cores to use
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu   torch without CUDA: a much smaller download
+
+PYTHON ?= python3
+VENV ?= .venv
+CORES ?= all
+CONFIG ?= config/config.yaml
+TORCH_INDEX ?=
+
+OVERLAYS := config/hh-rlhf-tiny.yaml
+STUDIES := $(filter-out config/datasets.yaml $(OVERLAYS),$(wildcard config/*.yaml))
+READY := $(VENV)/.ready
+RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
+SNAKEMAKE := $(RUN) snakemake
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: ablation smoke test lint dry-run report clean
+.NOTPARALLEL:
+
+ablation: $(READY)
+	$(SNAKEMAKE) --cores $(CORES) --configfile $(CONFIG)
+	@$(RUN) discobeta plan --configfile $(CONFIG) | tail -n 1
+
+smoke: $(READY)
+	$(SNAKEMAKE) --cores $(CORES) --configfile config/smoke.yaml
+	@$(RUN) discobeta plan --configfile config/smoke.yaml | tail -n 1
+
+report: $(READY)
+	$(SNAKEMAKE) --configfile $(CONFIG) --report report.html
+
+# One thread per test process: with more processes than cores, threads wait for each other.
+test: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(RUN) pytest --numprocesses auto
+
+lint: $(READY)
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) snakefmt --check workflow
+	$(SNAKEMAKE) --lint --configfile config/config.yaml
+	$(SNAKEMAKE) --lint --configfile config/qwen3-0.6b.yaml
+
+define dry_run
+$(SNAKEMAKE) --dry-run --nolock --quiet rules --configfile $(1)
+
+endef
+dry-run: $(READY)
+	$(foreach study,$(STUDIES),$(call dry_run,$(study)))
+	$(foreach overlay,$(OVERLAYS),$(call dry_run,config/hh-rlhf.yaml $(overlay)))
+
+# What a study computed is not removed here: it may have taken days.
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build src/*.egg-info
+
+# torch comes first and on its own, so that its index serves nothing else.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --constraint constraints.txt --editable '.[workflow,dev]'
+	@touch $@

@@ -1,0 +1,373 @@
+"""A study = one grid of runs: stages x arms x seeds on the same base and the same data.
+
+Everything that turns a study config into run configs happens here, so that the workflow, the
+tables and the tests agree on it. The workflow only calls this module; it works without Snakemake.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from discobeta.config import RunConfig, parse_overrides, read_yaml
+from discobeta.errors import UserError
+from discobeta.flags import ARMS, FLAGS, Arm
+
+STAGES = ("rm", "dpo")
+
+KEYS = [
+    "study",
+    "environment",
+    "seeds",
+    "stages",
+    "idle_arms",
+    "prove_steps",
+    "arms",
+    "data",
+    "base",
+    "common",
+    "rm",
+    "dpo",
+]
+WORLD_DEFAULTS = {"sft_examples": 6000, "train": 9600, "evaluation": 1600, "noise": "heteroscedastic", "seed": 1}
+DATA_KEYS = [
+    "dataset",
+    "eval_dataset",
+    "dataset_dir",
+    "split",
+    "eval_split",
+    "cutoff_len",
+    "max_samples",
+    "val_size",
+    "max_unusable_rows",
+]
+MODEL_KEYS = ["model_name_or_path", "model_revision", "trust_remote_code", "cache_dir"]
+CORPUS_KEYS = ["dataset", "dataset_dir", "split", "cutoff_len", "max_samples", "max_unusable_rows"]
+"""What the base is trained on unless `base: sft:` says otherwise: the study's own training data."""
+
+REFERENCE_KEYS = ["finetuning_type", "bf16", "flash_attn", "deterministic", "per_device_eval_batch_size"]
+"""What the reference pass depends on besides model and data: not seed, adapter, beta or loss."""
+
+PATH_KEYS = [
+    "stage",
+    "seed",
+    "output_dir",
+    "tokenized_path",
+    "reference_path",
+    "overwrite_output_dir",
+    "stop_after_steps",
+]
+BELONGS = (
+    dict.fromkeys(FLAGS, "it comes from the grid (choose arms with `arms:`)")
+    | dict.fromkeys(DATA_KEYS, "it belongs in `data:` (all runs see the same rows)")
+    | dict.fromkeys(MODEL_KEYS, "it belongs in `base:` (all runs start from the same model)")
+    | dict.fromkeys(PATH_KEYS, "the study sets it")
+)
+"""Run keys that `common:`, `rm:` and `dpo:` may not hold, and where they belong."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained run of a study."""
+
+    stage: str
+    arm: Arm
+    seed: int
+    directory: Path
+    proof: bool = False  # only the first prove_steps steps, to compare an idle arm with its twin
+
+
+class Study:
+    """A checked study. Construction validates the merged config of every run that it holds."""
+
+    def __init__(self, settings: dict[str, Any], where: str = "study config"):
+        self._where = where
+        _known(settings, KEYS, where)
+        for key in ("study", "data", "base"):
+            if not settings.get(key):
+                raise UserError(f"{where}: {key} is missing")
+        self.settings = settings
+        self.name = str(settings["study"])
+        if Path(self.name).name != self.name or self.name == "published":
+            raise UserError(f"{where}: study: {self.name!r} should be a plain folder name, and not 'published'")
+        self.directory = Path("results") / self.name
+        self.seeds: list[int] = self._listed("seeds", [1, 2], int)
+        self.stages: list[str] = self._listed("stages", list(STAGES), str)
+        for stage in self.stages:
+            if stage not in STAGES:
+                raise UserError(f"{where}: stages: {stage!r} should be one of {', '.join(STAGES)}")
+        self.idle_arms: str = settings.get("idle_arms", "run")
+        if self.idle_arms not in ("run", "prove"):
+            raise UserError(f"{where}: idle_arms: {self.idle_arms!r} should be run or prove")
+        self.prove_steps: int = settings.get("prove_steps", 20)
+        self.arms: list[Arm] = self._arms()
+        self.world: dict[str, Any] | None = None
+        self._read_data()
+        self._read_base()
+        self._sections = {name: self._section(name) for name in ("common", *STAGES)}
+        self._runs = [run for stage in self.stages for arm in self.arms_of(stage) for run in self._runs_of(stage, arm)]
+        self._check()
+
+    @classmethod
+    def read(cls, configfiles: str | Path | Iterable[str | Path], overrides: Iterable[str] = ()) -> Study:
+        """From one YAML file or several, later ones on top key by key; `-` is standard input.
+
+        overrides: `key=value` words on top of the files, e.g. `seeds=[1]` or `data={dataset: x.jsonl}`.
+        """
+        if isinstance(configfiles, str | Path):
+            configfiles = [configfiles]
+        settings: dict[str, Any] = {}
+        for layer in (*map(read_yaml, configfiles), parse_overrides(list(overrides))):
+            settings = _merged(settings, layer)
+        return cls(settings, ", ".join(map(str, configfiles)))
+
+    # --- what is trained
+
+    def arms_of(self, stage: str) -> list[Arm]:
+        """The arms that the study trains in `stage`; in rm, arms that differ only in beta are one."""
+        return list(dict.fromkeys(arm.trained_as(stage) for arm in self.arms))
+
+    def runs(self) -> list[Run]:
+        """Every run of the study, proofs included, by stage, arm and seed."""
+        return self._runs
+
+    def run(self, stage: str, arm: Arm | str, seed: int, proof: bool = False) -> Run:
+        """The run with these coordinates, which the study must hold."""
+        arm = Arm.from_name(arm) if isinstance(arm, str) else arm
+        for run in self._runs:
+            if (run.stage, run.arm, run.seed, run.proof) == (stage, arm, seed, proof):
+                return run
+        raise UserError(f"{self._where}: no {'proof' if proof else 'run'} of {stage}, {arm.name}, seed {seed}")
+
+    def run_settings(self, run: Run) -> dict[str, Any]:
+        """The flat run YAML of `run`: flags from the grid, the rest merged from the study's sections."""
+        draw = self.draw(run.seed)
+        paths = {"tokenized_path": str(self.tokens(draw))}
+        if run.stage != "rm":
+            paths["reference_path"] = str(self.reference(draw))
+        return {
+            "stage": run.stage,
+            "output_dir": str(run.directory),
+            "seed": run.seed,
+            **run.arm.flags,
+            **self.model,
+            **self.data(draw),
+            **paths,
+            **({"ground_truth": "world"} if self.world else {}),
+            **self._sections["common"],
+            **self._sections[run.stage],
+            "overwrite_output_dir": True,  # Snakemake has decided that what is there is out of date
+            **({"stop_after_steps": self.prove_steps} if run.proof else {}),
+        }
+
+    # --- what the runs share
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Run keys of the model that reference and policy start from."""
+        return {"model_name_or_path": str(self.base_directory)} if self.sft else self._model
+
+    @property
+    def shared_directory(self) -> Path:
+        return self.directory / "shared"
+
+    @property
+    def world_directory(self) -> Path:
+        return self.shared_directory / "world"
+
+    @property
+    def base_directory(self) -> Path:
+        return self.shared_directory / "base"
+
+    def draw(self, seed: int) -> str:
+        """Which data the runs of `seed` see: their own if the seed decides (fresh pairs, val_size), else the same."""
+        return f"seed-{seed}" if self.world or self._data.get("val_size") else "all"
+
+    def draws(self) -> list[str]:
+        return list(dict.fromkeys(map(self.draw, self.seeds)))
+
+    def pairs(self, draw: str) -> Path:
+        return self.shared_directory / "data" / draw / "pairs"
+
+    def tokens(self, draw: str) -> Path:
+        return self.shared_directory / "data" / draw / "tokens"
+
+    def reference(self, draw: str) -> Path:
+        return self.shared_directory / "data" / draw / "reference"
+
+    def data(self, draw: str) -> dict[str, Any]:
+        """Run keys of the preference data of one draw."""
+        if not self.world:
+            return self._data
+        pairs = self.pairs(draw)
+        return {"dataset": str(pairs / "train.jsonl"), "eval_dataset": str(pairs / "eval.jsonl")}
+
+    def shared(self) -> list[tuple[str, Path]]:
+        """What is computed once for many runs, as (label, folder with a cost.json)."""
+        folders = [("base", self.base_directory)] if self.sft else []
+        if "dpo" in self.stages:
+            folders += [(f"reference, {draw}", self.reference(draw)) for draw in self.draws()]
+        return folders
+
+    def base_settings(self) -> dict[str, Any]:
+        """The run YAML of stage sft: the base, trained on the world's corpus or on the study's own data."""
+        if self.world:
+            corpus = {
+                "dataset": str(self.world_directory / "sft.jsonl"),
+                "tokenizer_name": str(self.world_directory / "tokenizer"),
+            }
+        else:
+            corpus = {key: self._data[key] for key in CORPUS_KEYS if key in self._data}
+        ours = {"stage": "sft", "output_dir": str(self.base_directory), "finetuning_type": "full"}
+        return ours | corpus | (self.sft or {}) | {"overwrite_output_dir": True}
+
+    def prepare_settings(self, draw: str) -> dict[str, Any]:
+        """The run YAML of `discobeta prepare`: only what the tokens depend on, so that nothing else remakes them."""
+        return {
+            "stage": self.stages[0],
+            **({} if draw == "all" else {"seed": int(draw.removeprefix("seed-"))}),
+            **self.model,
+            **self.data(draw),
+            "tokenized_path": str(self.tokens(draw)),
+            "output_dir": str(self.tokens(draw)),
+        }
+
+    def reference_settings(self, draw: str) -> dict[str, Any]:
+        """The run YAML of `discobeta reference`: only what the reference's numbers depend on."""
+        dpo = self._sections["common"] | self._sections["dpo"]
+        return self.prepare_settings(draw) | {
+            "stage": "dpo",
+            "output_dir": str(self.reference(draw)),
+            "reference_path": str(self.reference(draw)),
+            **{key: dpo[key] for key in REFERENCE_KEYS if key in dpo},
+        }
+
+    # --- reading and checking
+
+    def _listed(self, key: str, default: list, kind: type) -> list:
+        values = self.settings.get(key, default)
+        right = isinstance(values, list) and all(isinstance(value, kind) and value is not True for value in values)
+        if not right or not values or len(set(values)) < len(values):
+            noun = "whole numbers" if kind is int else "names"
+            raise UserError(f"{self._where}: {key}: {values!r} should be a list of different {noun}")
+        return values
+
+    def _arms(self) -> list[Arm]:
+        if self.settings.get("arms", "all") == "all":
+            return list(ARMS)
+        try:
+            arms = [Arm.from_name(name) for name in self._listed("arms", [], str)]
+        except UserError as error:
+            raise UserError(f"{self._where}: arms: {error}") from None
+        for arm in arms:
+            if self.idle_arms == "prove" and arm.twin not in arms:
+                raise UserError(f"{self._where}: arms: {arm.name} is proved against {arm.twin.name}: list that too")
+        return arms
+
+    def _runs_of(self, stage: str, arm: Arm) -> list[Run]:
+        def run(seed: int, proof: bool) -> Run:
+            directory = self.directory / "runs" / stage / arm.name / f"seed-{seed}"
+            return Run(stage, arm, seed, directory / "proof" if proof else directory, proof)
+
+        if self.idle_arms == "run":
+            kinds = [False]
+        elif arm.is_idle:
+            kinds = [True]
+        else:
+            is_twin = any(other.is_idle and other.twin == arm for other in self.arms_of(stage))
+            kinds = [False, True] if is_twin else [False]
+        return [run(seed, proof) for proof in kinds for seed in self.seeds]
+
+    def _read_data(self) -> None:
+        data = self._mapping("data")
+        if "world" in data:
+            _known(data, ["world"], f"{self._where}: data: world makes its own rows, so next to it")
+            world = data["world"] or {}
+            _known(world, WORLD_DEFAULTS, f"{self._where}: data: world")
+            self.world = WORLD_DEFAULTS | world
+            if self.world["noise"] not in ("heteroscedastic", "homoscedastic"):
+                raise UserError(f"{self._where}: data: world: noise should be heteroscedastic or homoscedastic")
+            for key in ("sft_examples", "train", "evaluation", "seed"):
+                if type(self.world[key]) is not int or self.world[key] < (key != "seed"):
+                    raise UserError(f"{self._where}: data: world: {key}: {self.world[key]!r} should be a whole number")
+        else:
+            _known(data, DATA_KEYS, f"{self._where}: data")
+            if not data.get("dataset"):
+                raise UserError(f"{self._where}: data: give dataset (a file, a hub id or a name) or world")
+            if not data.get("eval_dataset") and not data.get("val_size"):
+                raise UserError(f"{self._where}: data: give eval_dataset or val_size (rows to compare runs on)")
+        self._data = {key: ",".join(value) if isinstance(value, list) else value for key, value in data.items()}
+
+    def _read_base(self) -> None:
+        base = {key: value for key, value in self._mapping("base").items() if value is not None}
+        _known(base, ["sft", *MODEL_KEYS], f"{self._where}: base")
+        if ("sft" in base) == ("model_name_or_path" in base):
+            raise UserError(f"{self._where}: base: give either model_name_or_path or sft (a base trained here)")
+        self.sft: dict[str, Any] | None = base.pop("sft", None)
+        self._model = base
+
+    def _section(self, name: str) -> dict[str, Any]:
+        section = self._mapping(name)
+        for key in section:
+            if key in BELONGS:
+                raise UserError(f"{self._where}: {name}: {key} may not stand here: {BELONGS[key]}")
+        return section
+
+    def _mapping(self, key: str) -> dict[str, Any]:
+        value = self.settings.get(key) or {}
+        if not isinstance(value, dict):
+            raise UserError(f"{self._where}: {key} should hold `key: value` lines, not {value!r}")
+        return value
+
+    def _check(self) -> None:
+        """Every run config of the study, through the same checks as `discobeta train`."""
+        if type(self.prove_steps) is not int or self.prove_steps < 1:
+            raise UserError(f"{self._where}: prove_steps: {self.prove_steps!r} should be a whole number above 0")
+        if self.sft:
+            self._check_one(self.base_settings(), "base: sft")
+        for run in self._runs:
+            proof = ", proof" if run.proof else ""
+            self._check_one(self.run_settings(run), f"{run.stage}, arm {run.arm.name}, seed {run.seed}{proof}")
+
+    def _check_one(self, settings: dict[str, Any], label: str) -> None:
+        where = f"{self._where}: {label}"
+        _, notes = RunConfig.from_mapping(settings, where)
+        if notes:
+            raise UserError(f"{where}: {notes[0].replace(' and is ignored', '')}: leave it out of a study")
+
+
+def plan(study: Study) -> str:
+    """What the study trains, one line per run with its folder, and where the tables will be."""
+    lines = [f"{study.name}: {len(study.runs())} runs in {study.directory}"]
+    for run in study.runs():
+        steps = f"first {study.prove_steps} steps" if run.proof else "whole run"
+        lines.append(f"{run.stage:4} {run.arm.name:29} seed {run.seed:<4} {steps:15} {run.directory}")
+    lines.append(f"tables: {study.directory / 'tables'}   figures: {study.directory / 'figures'}")
+    return "\n".join(lines)
+
+
+def as_yaml(settings: dict[str, Any]) -> str:
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _known(settings: dict[str, Any], names: Iterable[str], where: str) -> None:
+    names = list(names)
+    for key in settings:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(names)}"
+            raise UserError(f"{where}: unknown key {key!r}{hint}")
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key, anything else is replaced: what Snakemake does with its config files."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged

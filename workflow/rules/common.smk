@@ -1,0 +1,142 @@
+# What the rules share. Every decision about runs is made by discobeta.study; here are only paths.
+import os
+import sys
+from pathlib import Path
+
+import yaml
+from snakemake.settings.types import DeploymentMethod
+from snakemake.utils import update_config, validate
+
+SOURCE = Path(os.path.relpath(Path(workflow.basedir).parent / "src"))
+sys.path.insert(0, str(SOURCE.resolve()))
+
+from discobeta.errors import UserError
+from discobeta.study import Study, as_yaml
+
+
+def as_meant(value):
+    """What `--config seeds=[1]` says: Snakemake leaves the values inside lists and mappings as texts."""
+    if isinstance(value, dict):
+        return {key: as_meant(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [as_meant(inner) for inner in value]
+    return yaml.safe_load(value) if isinstance(value, str) else value
+
+
+update_config(config, as_meant(workflow.config_settings.config or {}))
+try:
+    validate(config, "../schemas/config.schema.yaml", set_default=False)
+    study = Study(config, where=", ".join(map(str, workflow.overwrite_configfiles)) or "config/config.yaml")
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+# The code that runs is the code that the rules name as their input, whatever else is installed; without
+# conda it runs in the Python that runs snakemake, whatever `python` is on the PATH.
+shell.prefix(f"export PYTHONPATH={SOURCE.resolve()}; ")
+if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
+    shell.prefix(f"export PYTHONPATH={SOURCE.resolve()} PATH={Path(sys.executable).parent}:$PATH; ")
+
+ENVIRONMENT = f"../../envs/{config.get('environment', 'cpu')}.yaml"
+TABLE_NAMES = [*study.stages, "neutrality", "cost"]
+FIGURE_NAMES = ["learning-curves", "reliability"]
+LOGS = study.directory / "logs"
+RUN = study.directory / "runs"
+DATA = study.shared_directory / "data"
+
+
+wildcard_constraints:
+    arm="[a-z_-]+",
+    seed="[0-9]+",
+    proof="(/proof)?",
+    draw="[a-z0-9-]+",
+
+
+# The package files that each step is made of: editing one reruns the steps that list it, no others.
+DATA_MODULES = ["data/formats", "data/sources", "data/tokens"]
+TRAINING = [
+    "flags",
+    "seeds",
+    "heads",
+    "signals",
+    "losses",
+    "policy",
+    "loop",
+    "train",
+    "data/batches",
+    "stages/__init__",
+]
+MODULES = {
+    "world_corpus": ["world", "seeds"],
+    "world_pairs": ["world", "seeds", "generation"],
+    "sft": ["stages/sft", "seeds", *DATA_MODULES],
+    "prepare": DATA_MODULES,
+    "reference": ["reference", "policy", "data/batches"],
+    "rm": ["stages/rm", *TRAINING],
+    "dpo": ["stages/dpo", "reference", *TRAINING],
+    "evaluate": ["evaluate", "metrics", "generation"],
+    "tables": ["report/collect", "report/neutrality", "report/render", "report/statistics", "report/tables"],
+    "figures": ["report/collect", "report/figures", "report/statistics", "metrics"],
+}
+
+
+def modules(step):
+    """The package files of one step."""
+    return [str(SOURCE / "discobeta" / f"{name}.py") for name in MODULES[step]]
+
+
+def local_files(*names):
+    """Those of the comma-separated names that are files here: hub data cannot be watched, a file can."""
+    words = [word.strip() for name in names if name for word in name.split(",")]
+    return [word for word in words if Path(word).is_file()]
+
+
+def base_weights():
+    """What must be there before anything reads the base; a hub model is found by name."""
+    return study.base_directory / "provenance.json" if study.sft else []
+
+
+def corpus_files():
+    """What the base is trained on."""
+    settings = study.base_settings()
+    if study.world:
+        return [settings["dataset"], f"{settings['tokenizer_name']}/tokenizer.json"]
+    return local_files(settings.get("dataset"))
+
+
+def pair_files(wildcards):
+    """The preference pairs of one draw."""
+    settings = study.data(wildcards.draw)
+    if study.world:
+        return [settings["dataset"], settings["eval_dataset"]]
+    return local_files(settings["dataset"], settings.get("eval_dataset"))
+
+
+def shared_files(stage):
+    """An input function: what a run of `stage` reads of its draw."""
+
+    def files(wildcards):
+        draw = study.draw(int(wildcards.seed))
+        tokens = [study.tokens(draw) / "tokens.json"]
+        return tokens if stage == "rm" else [*tokens, study.reference(draw) / "reference.json"]
+
+    return files
+
+
+def run_settings(stage):
+    """A params function: the run YAML of one run, as text."""
+
+    def settings(wildcards):
+        run = study.run(stage, wildcards.arm, int(wildcards.seed), proof=bool(wildcards.proof))
+        return as_yaml(study.run_settings(run))
+
+    return settings
+
+
+def results():
+    """What tables and figures read: a whole run is measured, a proof only trained."""
+    return [run.directory / ("provenance.json" if run.proof else "metrics.json") for run in study.runs()]
+
+
+def caption(name):
+    """The text beside a table or figure in the HTML report; the stages share one."""
+    return f"../report/{'stage' if name in study.stages else name}.rst"

@@ -1,0 +1,96 @@
+# What the runs share: the world and its pairs, the base, the tokens, the reference pass.
+
+
+rule world_corpus:
+    input:
+        modules("world_corpus"),
+    output:
+        corpus=study.world_directory / "sft.jsonl",
+        tokenizer=study.world_directory / "tokenizer" / "tokenizer.json",
+        settings=study.world_directory / "world.json",
+    log:
+        LOGS / "world_corpus.log",
+    conda:
+        ENVIRONMENT
+    params:
+        directory=study.world_directory,
+        world=study.world or {},
+    shell:
+        "python -m discobeta world corpus --output {params.directory} --seed {params.world[seed]}"
+        " --sft-examples {params.world[sft_examples]} --noise {params.world[noise]} &> {log}"
+
+
+rule sft:
+    input:
+        modules("sft"),
+        corpus_files(),
+    output:
+        study.base_directory / "provenance.json",
+    log:
+        LOGS / "sft.log",
+    conda:
+        ENVIRONMENT
+    params:
+        settings=as_yaml(study.base_settings()),
+    shell:
+        "printf %s {params.settings:q} | python -m discobeta train - &> {log}"
+
+
+rule world_pairs:
+    input:
+        modules("world_pairs"),
+        world=rules.world_corpus.output.settings,
+        base=base_weights(),
+    output:
+        DATA / "seed-{seed}" / "pairs" / "train.jsonl",
+        DATA / "seed-{seed}" / "pairs" / "eval.jsonl",
+    log:
+        LOGS / "world_pairs" / "seed-{seed}.log",
+    conda:
+        ENVIRONMENT
+    params:
+        world=study.world_directory,
+        base=lambda wildcards: study.model["model_name_or_path"],
+        directory=lambda wildcards, output: Path(output[0]).parent,
+        sizes=study.world or {},
+    shell:
+        "python -m discobeta world pairs --world {params.world} --base {params.base} --output {params.directory}"
+        " --seed {wildcards.seed} --train {params.sizes[train]} --eval {params.sizes[evaluation]} &> {log}"
+
+
+rule prepare:
+    input:
+        modules("prepare"),
+        pair_files,
+        base_weights(),
+    output:
+        DATA / "{draw}" / "tokens" / "tokens.json",
+        DATA / "{draw}" / "tokens" / "train.parquet",
+        DATA / "{draw}" / "tokens" / "eval.parquet",
+    log:
+        LOGS / "prepare" / "{draw}.log",
+    conda:
+        ENVIRONMENT
+    params:
+        settings=lambda wildcards: as_yaml(study.prepare_settings(wildcards.draw)),
+    shell:
+        "printf %s {params.settings:q} | python -m discobeta prepare - &> {log}"
+
+
+rule reference:
+    input:
+        modules("reference"),
+        base_weights(),
+        tokens=rules.prepare.output,
+    output:
+        DATA / "{draw}" / "reference" / "reference.json",
+        DATA / "{draw}" / "reference" / "train.safetensors",
+        DATA / "{draw}" / "reference" / "eval.safetensors",
+    log:
+        LOGS / "reference" / "{draw}.log",
+    conda:
+        ENVIRONMENT
+    params:
+        settings=lambda wildcards: as_yaml(study.reference_settings(wildcards.draw)),
+    shell:
+        "printf %s {params.settings:q} | python -m discobeta reference - &> {log}"
