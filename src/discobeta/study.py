@@ -7,6 +7,7 @@ tables and the tests agree on it. The workflow only calls this module; it works 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ class Study:
                 raise UserError(f"{where}: {key} is missing")
         self.settings = settings
         self.name = str(settings["study"])
-        if Path(self.name).name != self.name or self.name == "published":
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) or self.name == "published":
             raise UserError(f"{where}: study: {self.name!r} should be a plain folder name, and not 'published'")
         self.directory = Path("results") / self.name
         self.seeds: list[int] = self._listed("seeds", [1, 2], int)
@@ -224,7 +225,7 @@ class Study:
         else:
             corpus = {key: self._data[key] for key in CORPUS_KEYS if key in self._data}
         ours = {"stage": "sft", "output_dir": str(self.base_directory), "finetuning_type": "full"}
-        return ours | corpus | (self.sft or {}) | {"overwrite_output_dir": True}
+        return ours | corpus | self.sft | {"overwrite_output_dir": True}
 
     def prepare_settings(self, draw: str) -> dict[str, Any]:
         """The run YAML of `discobeta prepare`: only what the tokens depend on, so that nothing else remakes them."""
@@ -251,7 +252,7 @@ class Study:
 
     def _listed(self, key: str, default: list, kind: type) -> list:
         values = self.settings.get(key, default)
-        right = isinstance(values, list) and all(isinstance(value, kind) and value is not True for value in values)
+        right = isinstance(values, list) and all(type(value) is kind for value in values)  # True is no seed
         if not right or not values or len(set(values)) < len(values):
             noun = "whole numbers" if kind is int else "names"
             raise UserError(f"{self._where}: {key}: {values!r} should be a list of different {noun}")
@@ -287,14 +288,13 @@ class Study:
         data = self._mapping("data")
         if "world" in data:
             _known(data, ["world"], f"{self._where}: data: world makes its own rows, so next to it")
-            world = data["world"] or {}
+            world = _mapping(data["world"], f"{self._where}: data: world")
             _known(world, WORLD_DEFAULTS, f"{self._where}: data: world")
             self.world = WORLD_DEFAULTS | world
             if self.world["noise"] not in ("heteroscedastic", "homoscedastic"):
                 raise UserError(f"{self._where}: data: world: noise should be heteroscedastic or homoscedastic")
             for key in ("sft_examples", "train", "evaluation", "seed"):
-                if type(self.world[key]) is not int or self.world[key] < (key != "seed"):
-                    raise UserError(f"{self._where}: data: world: {key}: {self.world[key]!r} should be a whole number")
+                _check_whole(self.world[key], 0 if key == "seed" else 1, f"{self._where}: data: world: {key}")
         else:
             _known(data, DATA_KEYS, f"{self._where}: data")
             if not data.get("dataset"):
@@ -308,7 +308,10 @@ class Study:
         _known(base, ["sft", *MODEL_KEYS], f"{self._where}: base")
         if ("sft" in base) == ("model_name_or_path" in base):
             raise UserError(f"{self._where}: base: give either model_name_or_path or sft (a base trained here)")
-        self.sft: dict[str, Any] | None = base.pop("sft", None)
+        self.sft = _mapping(base.pop("sft", None), f"{self._where}: base: sft")
+        for key in ("stage", "output_dir", "overwrite_output_dir"):
+            if key in self.sft:
+                raise UserError(f"{self._where}: base: sft: {key} may not stand here: {BELONGS[key]}")
         self._model = base
 
     def _section(self, name: str) -> dict[str, Any]:
@@ -319,15 +322,11 @@ class Study:
         return section
 
     def _mapping(self, key: str) -> dict[str, Any]:
-        value = self.settings.get(key) or {}
-        if not isinstance(value, dict):
-            raise UserError(f"{self._where}: {key} should hold `key: value` lines, not {value!r}")
-        return value
+        return _mapping(self.settings.get(key), f"{self._where}: {key}")
 
     def _check(self) -> None:
         """Every run config of the study, through the same checks as `discobeta train`."""
-        if type(self.prove_steps) is not int or self.prove_steps < 1:
-            raise UserError(f"{self._where}: prove_steps: {self.prove_steps!r} should be a whole number above 0")
+        _check_whole(self.prove_steps, 1, f"{self._where}: prove_steps")
         if self.sft:
             self._check_one(self.base_settings(), "base: sft")
         for run in self._runs:
@@ -353,6 +352,18 @@ def plan(study: Study) -> str:
 
 def as_yaml(settings: dict[str, Any]) -> str:
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    """The value, with an empty entry for none."""
+    if not isinstance(value or {}, dict):
+        raise UserError(f"{where} should hold `key: value` lines, not {value!r}")
+    return value or {}
+
+
+def _check_whole(value: Any, least: int, where: str) -> None:
+    if type(value) is not int or value < least:
+        raise UserError(f"{where}: {value!r} should be a whole number, at least {least}")
 
 
 def _known(settings: dict[str, Any], names: Iterable[str], where: str) -> None:

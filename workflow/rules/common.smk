@@ -1,5 +1,6 @@
 # What the rules share. Every decision about runs is made by discobeta.study; here are only paths.
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,16 +26,18 @@ def as_meant(value):
 
 update_config(config, as_meant(workflow.config_settings.config or {}))
 try:
-    validate(config, "../schemas/config.schema.yaml", set_default=False)
+    # before the schema, because it offers the nearest name for a misspelt key
     study = Study(config, where=", ".join(map(str, workflow.overwrite_configfiles)) or "config/config.yaml")
 except UserError as error:
     raise WorkflowError(str(error)) from None
+validate(config, "../schemas/config.schema.yaml", set_default=False)
 
 # The code that runs is the code that the rules name as their input, whatever else is installed; without
 # conda it runs in the Python that runs snakemake, whatever `python` is on the PATH.
-shell.prefix(f"export PYTHONPATH={SOURCE.resolve()}; ")
+EXPORTS = f"PYTHONPATH={shlex.quote(str(SOURCE.resolve()))}"
 if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
-    shell.prefix(f"export PYTHONPATH={SOURCE.resolve()} PATH={Path(sys.executable).parent}:$PATH; ")
+    EXPORTS += f" PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+shell.prefix(f"export {EXPORTS}; ")
 
 ENVIRONMENT = f"../../envs/{config.get('environment', 'cpu')}.yaml"
 TABLE_NAMES = [*study.stages, "neutrality", "cost"]
@@ -69,7 +72,7 @@ MODULES = {
     "world_corpus": ["world", "seeds"],
     "world_pairs": ["world", "seeds", "generation"],
     "sft": ["stages/sft", "seeds", *DATA_MODULES],
-    "prepare": DATA_MODULES,
+    "prepare": ["seeds", *DATA_MODULES],
     "reference": ["reference", "policy", "data/batches"],
     "rm": ["stages/rm", *TRAINING],
     "dpo": ["stages/dpo", "reference", *TRAINING],

@@ -54,7 +54,7 @@ rule world_pairs:
         directory=lambda wildcards, output: Path(output[0]).parent,
         sizes=study.world or {},
     shell:
-        "python -m discobeta world pairs --world {params.world} --base {params.base} --output {params.directory}"
+        "python -m discobeta world pairs --world {params.world} --base {params.base:q} --output {params.directory}"
         " --seed {wildcards.seed} --train {params.sizes[train]} --eval {params.sizes[evaluation]} &> {log}"
 
 

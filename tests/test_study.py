@@ -1,0 +1,290 @@
+"""A study's expansion into runs, and what a study config may not say. Counts are derived by hand from the 3x3 table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from discobeta import study as study_module
+from discobeta.config import RunConfig
+from discobeta.errors import UserError
+from discobeta.flags import FLAGS
+from discobeta.study import Study, plan
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    world = {"study": "s", "seeds": [3, 4], "data": {"world": {}}, "base": {"sft": {"model_type": "qwen3"}}}
+    return world | changes
+
+
+def fixed(**changes: Any) -> dict[str, Any]:
+    data = {"dataset": "a.jsonl", "eval_dataset": "b.jsonl"}
+    return {"study": "s", "seeds": [3, 4], "data": data, "base": {"model_name_or_path": "m"}} | changes
+
+
+def counts(study: Study) -> Counter:
+    return Counter((run.stage, "proof" if run.proof else "run") for run in study.runs() if run.seed == 3)
+
+
+def names(study: Study, stage: str, proof: bool) -> list[str]:
+    return [run.arm.name for run in study.runs() if (run.stage, run.proof, run.seed) == (stage, proof, 3)]
+
+
+# --- expansion
+
+
+def test_all_arms_are_three_reward_models_and_nine_policies_per_seed():
+    study = Study(settings())
+    assert counts(study) == {("rm", "run"): 3, ("dpo", "run"): 9}
+    assert len(study.runs()) == 24
+    assert names(study, "rm", False) == ["baseline", "disco-idle_beta-absent", "disco-used_beta-absent"]
+
+
+def test_proving_idle_arms_trains_only_the_others_in_full():
+    # full: the arms without idle heads (2 rm, 4 dpo). Proofs: 1 idle rm arm + its twin; 5 idle dpo arms
+    # + 3 twins (baseline; Disco, of used/idle; LeDPO, of idle/used). Disco + LeDPO is nobody's twin.
+    study = Study(settings(idle_arms="prove"))
+    assert counts(study) == {("rm", "run"): 2, ("rm", "proof"): 2, ("dpo", "run"): 4, ("dpo", "proof"): 8}
+    assert names(study, "dpo", True) == [
+        "baseline",
+        "disco-absent_beta-idle",
+        "disco-absent_beta-used",
+        "disco-idle_beta-absent",
+        "disco-idle_beta-idle",
+        "disco-idle_beta-used",
+        "disco-used_beta-absent",
+        "disco-used_beta-idle",
+    ]
+
+
+def test_a_proof_is_the_run_cut_short():
+    study = Study(settings(idle_arms="prove", prove_steps=7))
+    whole, proof = study.run("dpo", "baseline", 3), study.run("dpo", "baseline", 3, proof=True)
+    assert proof.directory == Path("results/s/runs/dpo/baseline/seed-3/proof")
+    difference = {
+        key: value for key, value in study.run_settings(proof).items() if study.run_settings(whole).get(key) != value
+    }
+    assert difference == {"output_dir": "results/s/runs/dpo/baseline/seed-3/proof", "stop_after_steps": 7}
+
+
+def test_chosen_arms_that_differ_only_in_beta_are_one_reward_model():
+    study = Study(settings(arms=["baseline", "disco-absent_beta-used"]))
+    assert names(study, "rm", False) == ["baseline"]
+    assert names(study, "dpo", False) == ["baseline", "disco-absent_beta-used"]
+
+
+def test_run_settings_of_the_world():
+    study = Study(settings(common={"lora_rank": 4, "learning_rate": 1.0}, dpo={"learning_rate": 2.0}))
+    assert study.run_settings(study.run("dpo", "disco-used_beta-idle", 4)) == {
+        "stage": "dpo",
+        "output_dir": "results/s/runs/dpo/disco-used_beta-idle/seed-4",
+        "seed": 4,
+        "add_disco_head": True,
+        "disco_pref": True,
+        "add_beta_head": True,
+        "use_dynamic_beta": False,
+        "model_name_or_path": "results/s/shared/base",
+        "dataset": "results/s/shared/data/seed-4/pairs/train.jsonl",
+        "eval_dataset": "results/s/shared/data/seed-4/pairs/eval.jsonl",
+        "tokenized_path": "results/s/shared/data/seed-4/tokens",
+        "reference_path": "results/s/shared/data/seed-4/reference",
+        "ground_truth": "world",
+        "lora_rank": 4,
+        "learning_rate": 2.0,
+        "overwrite_output_dir": True,
+    }
+
+
+def test_reward_models_do_not_read_the_reference():
+    study = Study(settings())
+    assert "reference_path" not in study.run_settings(study.run("rm", "baseline", 3))
+
+
+@pytest.mark.parametrize(
+    "config, draws",
+    [
+        (settings(), ["seed-3", "seed-4"]),  # fresh pairs per seed
+        (fixed(), ["all"]),
+        (fixed(data={"dataset": "a.jsonl", "val_size": 0.1}), ["seed-3", "seed-4"]),  # the seed picks what is held out
+    ],
+)
+def test_draws(config: dict[str, Any], draws: list[str]):
+    assert Study(config).draws() == draws
+
+
+def test_held_out_rows_that_the_seed_picks_are_prepared_with_it():
+    study = Study(fixed(data={"dataset": "a.jsonl", "val_size": 0.1}))
+    assert study.prepare_settings("seed-4")["seed"] == study.run_settings(study.run("rm", "baseline", 4))["seed"] == 4
+
+
+def test_shared_steps_depend_on_nothing_that_arms_or_losses_change():
+    config = settings(common={"bf16": True}, dpo={"pref_beta": 0.5})
+    changed = settings(common={"bf16": True, "lora_rank": 2, "max_steps": 9}, rm={"learning_rate": 1.0}, seeds=[3])
+    for make in (Study.base_settings, lambda s: s.prepare_settings("seed-3"), lambda s: s.reference_settings("seed-3")):
+        assert make(Study(config)) == make(Study(changed))
+    assert Study(config).reference_settings("seed-3")["bf16"] is True
+    assert "bf16" not in Study(config).prepare_settings("seed-3")
+
+
+def test_a_base_of_ones_own_learns_from_the_studys_data():
+    base = Study(fixed(base={"sft": {"model_type": "qwen3", "learning_rate": 1.0}})).base_settings()
+    assert (base["stage"], base["finetuning_type"], base["dataset"]) == ("sft", "full", "a.jsonl")
+    assert (base["output_dir"], base["learning_rate"]) == ("results/s/shared/base", 1.0)
+    assert "eval_dataset" not in base
+
+
+def test_shared_work():
+    assert [label for label, _ in Study(settings()).shared()] == ["base", "reference, seed-3", "reference, seed-4"]
+    assert [label for label, _ in Study(fixed(stages=["rm"])).shared()] == []
+
+
+def test_plan_names_every_run():
+    lines = plan(Study(settings(seeds=[3]))).splitlines()
+    assert lines[0] == "s: 12 runs in results/s"
+    assert len(lines) == 1 + 12 + 1
+    assert lines[1].endswith(" results/s/runs/rm/baseline/seed-3")
+
+
+# --- reading
+
+
+def test_later_files_and_overrides_win_key_by_key(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(fixed(common={"lora_rank": 4, "learning_rate": 1.0})))
+    (tmp_path / "b.yaml").write_text(
+        "common: {learning_rate: 2.0}\nbase: {model_name_or_path: null, sft: {model_type: q}}"
+    )
+    study = Study.read([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["seeds=[5]", "data={dataset: c.jsonl}"])
+    assert study.seeds == [5]
+    run = study.run_settings(study.runs()[0])
+    assert (run["lora_rank"], run["learning_rate"]) == (4, 2.0)
+    assert (run["dataset"], run["eval_dataset"]) == ("c.jsonl", "b.jsonl")
+    assert run["model_name_or_path"] == "results/s/shared/base"
+
+
+def test_a_missing_config_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="cannot read .*nowhere.yaml: No such file"):
+        Study.read(tmp_path / "nowhere.yaml")
+
+
+# --- refusals: what is wrong, where, and what would be right
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("section", ["common", "rm", "dpo"])
+def test_flags_come_from_the_grid(flag: str, section: str):
+    with pytest.raises(UserError, match=rf"^x\.yaml: {section}: {flag} may not stand here: it comes from the grid"):
+        Study(settings(**{section: {flag: True}}), "x.yaml")
+
+
+REFUSALS = {
+    "misspelt top key": (settings(seedz=[1]), "x.yaml: unknown key 'seedz'; did you mean 'seeds'?"),
+    "misspelt world key": (
+        settings(data={"world": {"trian": 5}}),
+        "x.yaml: data: world: unknown key 'trian'; did you mean 'train'?",
+    ),
+    "misspelt data key": (
+        fixed(data={"dataset": "a", "eval_datasets": "b"}),
+        "x.yaml: data: unknown key 'eval_datasets'; did you mean 'eval_dataset'?",
+    ),
+    "misspelt run key": (
+        settings(dpo={"pref_bta": 0.1}),
+        "x.yaml: dpo, arm baseline, seed 3: unknown key 'pref_bta'; did you mean 'pref_beta'?",
+    ),
+    "run key of no meaning": (
+        settings(common={"ddp_timeout": 5}),
+        "x.yaml: rm, arm baseline, seed 3: ddp_timeout: means nothing here: leave it out of a study",
+    ),
+    "wrong value in a run": (
+        settings(rm={"lora_rank": "many"}),
+        "x.yaml: rm, arm baseline, seed 3: lora_rank: 'many' should be a whole number",
+    ),
+    "contradiction in a run": (
+        settings(common={"max_steps": 0}),
+        "x.yaml: rm, arm baseline, seed 3: max_steps and num_train_epochs leave nothing to train",
+    ),
+    "wrong base": (
+        settings(base={"sft": {"model_type": "qwen3", "finetuning_type": "lora"}}),
+        "x.yaml: base: sft: stage sft trains all weights of the base: set finetuning_type: full",
+    ),
+    "data in a stage": (
+        settings(dpo={"cutoff_len": 9}),
+        "x.yaml: dpo: cutoff_len may not stand here: it belongs in `data:` (all runs see the same rows)",
+    ),
+    "model in a stage": (
+        settings(common={"model_name_or_path": "m"}),
+        "x.yaml: common: model_name_or_path may not stand here: it belongs in `base:` (all runs start from the same "
+        "model)",
+    ),
+    "path in a stage": (
+        settings(rm={"output_dir": "o"}),
+        "x.yaml: rm: output_dir may not stand here: the study sets it",
+    ),
+    "path in the base": (
+        settings(base={"sft": {"model_type": "qwen3", "output_dir": "o"}}),
+        "x.yaml: base: sft: output_dir may not stand here: the study sets it",
+    ),
+    "world of another type": (
+        settings(data={"world": 5}),
+        "x.yaml: data: world should hold `key: value` lines, not 5",
+    ),
+    "two bases": (
+        settings(base={"sft": {"model_type": "qwen3"}, "model_name_or_path": "m"}),
+        "x.yaml: base: give either model_name_or_path or sft (a base trained here)",
+    ),
+    "no base": ({"study": "s", "data": {"world": {}}}, "x.yaml: base is missing"),
+    "no held-out rows": (
+        fixed(data={"dataset": "a"}),
+        "x.yaml: data: give eval_dataset or val_size (rows to compare runs on)",
+    ),
+    "no such arm": (settings(arms=["disco"]), "x.yaml: arms: no arm is called 'disco'"),
+    "proof without twin": (
+        settings(arms=["baseline", "disco-used_beta-idle"], idle_arms="prove"),
+        "x.yaml: arms: disco-used_beta-idle is proved against disco-used_beta-absent: list that too",
+    ),
+    "seed twice": (settings(seeds=[1, 1]), "x.yaml: seeds: [1, 1] should be a list of different whole numbers"),
+    "seed of another type": (
+        settings(seeds=[True]),
+        "x.yaml: seeds: [True] should be a list of different whole numbers",
+    ),
+    "no such stage": (settings(stages=["rm", "sft"]), "x.yaml: stages: 'sft' should be one of rm, dpo"),
+    "idle arms": (settings(idle_arms="proof"), "x.yaml: idle_arms: 'proof' should be run or prove"),
+    "prove steps": (settings(prove_steps=0), "x.yaml: prove_steps: 0 should be a whole number, at least 1"),
+    "world size": (
+        settings(data={"world": {"train": "9"}}),
+        "x.yaml: data: world: train: '9' should be a whole number, at least 1",
+    ),
+    "section of another type": (settings(dpo=[1]), "x.yaml: dpo should hold `key: value` lines, not [1]"),
+    "name with a path": (settings(study="../s"), "x.yaml: study: '../s' should be a plain folder name"),
+    "name of what is kept": (settings(study="published"), "x.yaml: study: 'published' should be a plain folder name"),
+}
+
+
+@pytest.mark.parametrize("config, message", REFUSALS.values(), ids=REFUSALS.keys())
+def test_refusals(config: dict[str, Any], message: str):
+    with pytest.raises(UserError) as refusal:
+        Study(config, "x.yaml")
+    assert str(refusal.value).startswith(message)
+
+
+def test_an_arm_that_a_setting_breaks_is_named(monkeypatch: pytest.MonkeyPatch):
+    """Every arm's merged config is checked, not only the baseline's."""
+    check = RunConfig._check
+
+    def refuse_ledpo(config: RunConfig) -> None:
+        check(config)
+        if config.use_dynamic_beta and not config.add_disco_head:
+            raise UserError("broken")
+
+    monkeypatch.setattr(RunConfig, "_check", refuse_ledpo)
+    with pytest.raises(UserError, match="^x.yaml: dpo, arm disco-absent_beta-used, seed 3: broken$"):
+        Study(settings(), "x.yaml")
+
+
+def test_the_keys_that_a_study_sets_or_moves_are_run_keys():
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    assert set(study_module.BELONGS) | set(study_module.REFERENCE_KEYS) <= known
