@@ -138,6 +138,8 @@ UNUSABLE = [
     (GOOD, {"truth": [1]}, "wrong types"),
     (GOOD, {"truth": {"noise": [1]}}, "wrong types"),
     (GOOD, {"chosen": "half a pair: \ud83d"}, "not UTF-8"),
+    (GOOD, {"prompt": "\ud83d"}, "not UTF-8"),
+    (GOOD, {"truth": {"topic": "\ud83d"}}, "not UTF-8"),
     (GOOD, {"rejected": ...}, "missing column"),
     (TALK, {"rejected": [{"role": "user", "content": "ho"}, GO]}, "prompts differ"),
     (TALK, {"rejected": [USER]}, "last turn is not the assistant's"),
@@ -151,6 +153,7 @@ UNUSABLE = [
     (SCRIPT, {"rejected": "hi there"}, "last turn is not the assistant's"),
     (SCRIPT, {"rejected": "\n\nHuman: hi\n\nAssistant:"}, "empty response"),
     (ALPACA, {"history": [["one"]]}, "wrong types"),
+    (ALPACA, {"history": 3}, "wrong types"),
     (ALPACA, {"input": 3}, "wrong types"),
 ]  # fmt: skip
 

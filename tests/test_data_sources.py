@@ -51,6 +51,11 @@ def test_broken_lines_cost_only_themselves(read, tmp_path, name):
     assert report.first["not JSON"] == [f"{name}:4", f"{name}:6"]
 
 
+def test_the_first_line_of_a_jsonl_file_may_be_the_broken_one(read, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"[1]\n" + LINE)
+    assert read("a.jsonl")[1].first == {"wrong types": ["a.jsonl:1"]}
+
+
 def test_array_rows_know_their_line(read, tmp_path):
     text = b'\n[\n %s,\n\n %s , 3,\n {"prompt": "h\xff", "chosen": "a", "rejected": "b"}]\n' % (LINE, LINE)
     (tmp_path / "a.json").write_bytes(text)
@@ -156,6 +161,9 @@ def test_entries_of_dataset_info_and_datasets_yaml(read, tmp_path):
         ({"file_name": "a.json", "columns": {"images": "x"}}, "'images' is not supported"),
         ({"file_name": "a.json", "formatting": "chatml"}, "should be alpaca or sharegpt"),
         ({"file_name": "a.json", "num_samples": "all"}, "num_samples"),
+        ({"file_name": 3}, "file_name: 3 should be text"),
+        ({"file_name": "a.json", "columns": {"prompt": ["x"]}}, r"columns: prompt: \['x'\] should be text"),
+        ({"file_name": "a.json", "tags": "gpt"}, "tags must be a mapping"),
         ({}, "needs file_name or hf_hub_url"),
         ("a.json", "must be a mapping"),
     ],
@@ -199,17 +207,17 @@ def test_hub_datasets_take_subset_split_and_limit(read, tmp_path, monkeypatch):
 
     asked = []
 
-    def load_dataset(name, subset, *, split, cache_dir):
-        asked.append((name, subset, split))
+    def load_dataset(name, subset, *, data_dir, split, cache_dir):
+        asked.append((name, subset, data_dir, split))
         return datasets.Dataset.from_list([PAIR] * 3)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (tmp_path / "datasets.yaml").write_text(
-        "mine: {hf_hub_url: me/pairs, subset: en, split: train_prefs, num_samples: 2}"
+        "mine: {hf_hub_url: me/pairs, subset: en, folder: helpful, split: train_prefs, num_samples: 2}"
     )
     assert sources(read("me/pairs", split="test")[0]) == ["me/pairs:0", "me/pairs:1", "me/pairs:2"]
     assert sources(read("mine", split="test")[0]) == ["me/pairs:0", "me/pairs:1"]
-    assert asked == [("me/pairs", None, "test"), ("me/pairs", "en", "train_prefs")]
+    assert asked == [("me/pairs", None, None, "test"), ("me/pairs", "en", "helpful", "train_prefs")]
 
 
 def test_the_shipped_entries_can_be_resolved():

@@ -127,7 +127,7 @@ def find_layout(rows: Iterable[dict[str, Any]], entry: dict[str, Any], kind: Kin
 
     def column(role: str, default: str) -> str | None:
         name = named.get(role) or default
-        if role in named and name not in columns:
+        if named.get(role) and name not in columns:
             raise UserError(f"{there}; its entry says that {role} is the column {name!r}")
         return name if name in columns else None
 
@@ -178,8 +178,10 @@ def read_example(row: Any, layout: Layout, kind: Kind, source: str = "") -> Exam
         raise Unusable(Reason.EMPTY_RESPONSE)
     if len({response.strip() for response in responses}) < len(responses):
         raise Unusable(Reason.SAME_RESPONSES)
-    _check_encodable(prompt, responses)
-    return Example(prompt, *responses, truth=_truth(row.get("truth")), source=source)
+    truth = _truth(row.get("truth"))
+    turns = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+    _check_encodable([*turns, *responses, *map(str, truth.values())])
+    return Example(prompt, *responses, truth=truth, source=source)
 
 
 def _prompt_and_responses(row: dict[str, Any], layout: Layout, kind: Kind) -> tuple[Prompt, list[str]]:
@@ -189,16 +191,16 @@ def _prompt_and_responses(row: dict[str, Any], layout: Layout, kind: Kind) -> tu
         answer = row.get(layout.chosen or layout.completion)
         in_turns = isinstance(stated, str) and isinstance(answer, list)
         return (_join(stated, answer, layout)[0] if in_turns else stated), []
+    wanted = 2 if kind == "pairs" else 1
     if layout.ranked:
         answers = _value(row, layout.ranked)
         if not isinstance(answers, list) or len(answers) < 2:
             raise Unusable(Reason.WRONG_TYPES)
-        answers = answers[:2]
     elif layout.chosen and layout.rejected:
-        answers = [_value(row, column) for column in (layout.chosen, layout.rejected)[: 2 if kind == "pairs" else 1]]
+        answers = [_value(row, column) for column in (layout.chosen, layout.rejected)[:wanted]]
     else:
         answers = [_value(row, layout.completion or layout.conversation)]
-    answers = answers if kind == "pairs" else answers[:1]
+    answers = answers[:wanted]
     if kind == "prompts" and layout.conversation:
         turns = _system(row, layout) + _messages(answers[0], layout)
         return turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns, []
@@ -218,10 +220,8 @@ def _stated_prompt(row: dict[str, Any], layout: Layout) -> Prompt | None:
         if layout.query and (query := row.get(layout.query)):
             asked.append(_text(query))
         turns = _system(row, layout)
-        for exchange in row.get(layout.history) or [] if layout.history else []:
-            if not isinstance(exchange, list | tuple) or len(exchange) != 2:
-                raise Unusable(Reason.WRONG_TYPES)
-            turns += [_turn("user", _text(exchange[0])), _turn("assistant", _text(exchange[1]))]
+        for question, answer in _history(row, layout):
+            turns += [_turn("user", _text(question)), _turn("assistant", _text(answer))]
         return [*turns, _turn("user", "\n".join(filter(None, asked)))]
     if layout.conversation and layout.chosen and layout.rejected:
         return _system(row, layout) + _messages(_value(row, layout.conversation), layout)
@@ -284,6 +284,13 @@ def _system(row: dict[str, Any], layout: Layout) -> list[Message]:
     return [_turn("system", _text(content))] if content else []
 
 
+def _history(row: dict[str, Any], layout: Layout) -> list[list[Any]]:
+    exchanges = (row.get(layout.history) if layout.history else None) or []
+    if not isinstance(exchanges, list) or not all(isinstance(one, list) and len(one) == 2 for one in exchanges):
+        raise Unusable(Reason.WRONG_TYPES)
+    return exchanges
+
+
 def _turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
@@ -307,11 +314,10 @@ def _has_words(prompt: Prompt) -> bool:
     return any(turn["content"].strip() for turn in prompt if turn["role"] != "system")
 
 
-def _check_encodable(prompt: Prompt, responses: list[str]) -> None:
+def _check_encodable(texts: list[str]) -> None:
     """JSON can spell half a surrogate pair ("\\ud83d"), which no tokenizer takes."""
-    texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
     try:
-        "".join(texts + responses).encode()
+        "\n".join(texts).encode()
     except UnicodeEncodeError:
         raise Unusable(Reason.NOT_UTF8) from None
 

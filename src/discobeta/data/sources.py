@@ -26,7 +26,8 @@ from discobeta.errors import UserError
 from discobeta.files import read_json
 
 FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
-ENTRY = ("file_name", "hf_hub_url", "subset", "split", "num_samples", "ranking", "formatting", "columns", "tags")
+TEXTS = ("file_name", "hf_hub_url", "subset", "folder", "split", "script_url")
+ENTRY = (*TEXTS, "num_samples", "ranking", "formatting", "columns", "tags")
 ELSEWHERE = ("ms_hub_url", "om_hub_url")
 """Other hubs' addresses of the same data, which LLaMA-Factory's entries carry along."""
 SCRIPTS = {"hh_rlhf_en": "Anthropic/hh-rlhf", "ultra_chat": "HuggingFaceH4/ultrachat_200k"}
@@ -95,12 +96,13 @@ class RowReport:
 
 @dataclass(frozen=True)
 class Source:
-    """One named dataset: a local file (`path`) or a hub dataset (`hub`, `subset`, `split`)."""
+    """One named dataset: a local file (`path`) or a hub dataset (`hub`, `subset`, `folder`, `split`)."""
 
     name: str
     path: Path | None = None
     hub: str | None = None
     subset: str | None = None
+    folder: str | None = None
     split: str | None = None
     limit: int | None = None
     entry: dict[str, Any] = field(default_factory=dict)
@@ -110,7 +112,7 @@ class Source:
         if self.path:
             origin = {"sha256": _sha256(self.path)}
         else:
-            origin = {"hub": self.hub, "subset": self.subset, "split": self.split}
+            origin = {"hub": self.hub, "subset": self.subset, "folder": self.folder, "split": self.split}
         reading = {key: self.entry[key] for key in ("formatting", "columns", "tags") if self.entry.get(key)}
         return {"name": self.name, **origin, **({"limit": self.limit} if self.limit else {}), **reading}
 
@@ -189,8 +191,23 @@ def _entries(folder: Path) -> dict[str, Any]:
 
 def _from_entry(name: str, entry: Any, config: RunConfig, split: str) -> Source:
     where = f"dataset {name!r} in {config.dataset_dir}"
+    _check_entry(entry, where)
+    limit = entry.get("num_samples")
+    if hub := entry.get("hf_hub_url"):
+        address = {"subset": entry.get("subset"), "folder": entry.get("folder"), "split": entry.get("split") or split}
+        return Source(name, hub=hub, **address, limit=limit, entry=entry)
+    path = Path(config.dataset_dir) / entry["file_name"]
+    if not os.path.isfile(path):
+        raise UserError(f"{where}: no such file: {path}")
+    return Source(name, path=_known_file(path), limit=limit, entry=entry)
+
+
+def _check_entry(entry: Any, where: str) -> None:
     if not isinstance(entry, dict):
         raise UserError(f"{where}: its entry must be a mapping with file_name or hf_hub_url")
+    for key in TEXTS:
+        if not isinstance(entry.get(key), str | None):
+            raise UserError(f"{where}: {key}: {entry[key]!r} should be text")
     if script := entry.get("script_url"):
         instead = SCRIPTS.get(script)
         hint = f"use dataset: {instead}" if instead else "use the hub id of the data that the script loads"
@@ -202,20 +219,15 @@ def _from_entry(name: str, entry: Any, config: RunConfig, split: str) -> Source:
         for word in part:
             if word not in known and not (key is None and word in ELSEWHERE):
                 raise UserError(f"{where}: {word!r} is not supported; known: {', '.join(known)}")
+            if key and not isinstance(part[word], str | None):
+                raise UserError(f"{where}: {key}: {word}: {part[word]!r} should be text")
     if entry.get("formatting") not in (None, "alpaca", "sharegpt"):
         raise UserError(f"{where}: formatting: {entry['formatting']!r} should be alpaca or sharegpt")
     limit = entry.get("num_samples")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise UserError(f"{where}: num_samples: {limit!r} should be a whole number of rows")
-    if hub := entry.get("hf_hub_url"):
-        own_split = entry.get("split") or split
-        return Source(name, hub=hub, subset=entry.get("subset"), split=own_split, limit=limit, entry=entry)
-    if not (file_name := entry.get("file_name")):
+    if not (entry.get("hf_hub_url") or entry.get("file_name")):
         raise UserError(f"{where}: its entry needs file_name or hf_hub_url")
-    path = Path(config.dataset_dir) / file_name
-    if not os.path.isfile(path):
-        raise UserError(f"{where}: no such file: {path}")
-    return Source(name, path=_known_file(path), limit=limit, entry=entry)
 
 
 def _known_file(path: Path) -> Path:
@@ -241,7 +253,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
             file.seek(0)
-            if start.startswith(b"["):
+            if path.name.endswith((".json", ".json.gz")) and start.startswith(b"["):
                 yield from _array_rows(file.read(), path)
             else:
                 yield from _line_rows(file, path)
@@ -269,9 +281,10 @@ def _parsed(line: bytes) -> dict[str, Any] | Unusable:
 
 
 def _array_rows(content: bytes, path: Path) -> Iterator[Row]:
-    """The elements of one JSON array. Bytes that are not UTF-8 cost their row; broken syntax, the file.
+    """The elements of one JSON array. Bytes that are not UTF-8 cost their row, broken syntax the file.
 
-    The decoder takes one element at a time, so that each row's line is known.
+    The decoder takes one element at a time, so that each row's line is known. Bytes that are not UTF-8
+    become halves of surrogate pairs, which `read_example` refuses.
     """
     text = content.decode("utf-8-sig", errors="surrogateescape")
     decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
@@ -281,10 +294,7 @@ def _array_rows(content: bytes, path: Path) -> Iterator[Row]:
         while text[place] != "]":
             line, counted = line + text.count("\n", counted, place), place
             row, place = decode(text, place)
-            escaped = not text.isascii() and _has_escaped_bytes(text[counted:place])
-            if escaped or not isinstance(row, dict):
-                row = Unusable(Reason.NOT_UTF8 if escaped else Reason.WRONG_TYPES)
-            yield f"{path.name}:{line}", row
+            yield f"{path.name}:{line}", row if isinstance(row, dict) else Unusable(Reason.WRONG_TYPES)
             place = blank.match(text, place).end()
             if text[place] == ",":
                 place = blank.match(text, place + 1).end()
@@ -297,11 +307,6 @@ def _array_rows(content: bytes, path: Path) -> Iterator[Row]:
         raise UserError(
             f"{path} is not valid JSON after line {line}; a broken row of a .jsonl file would cost only that row"
         ) from None
-
-
-def _has_escaped_bytes(text: str) -> bool:
-    """Whether surrogateescape stood in for bytes that are not UTF-8."""
-    return re.search("[\udc80-\udcff]", text) is not None
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -332,7 +337,9 @@ def _hub_rows(source: Source, config: RunConfig, limit: int | None) -> list[Row]
     import datasets
 
     try:
-        dataset = datasets.load_dataset(source.hub, source.subset, split=source.split, cache_dir=config.cache_dir)
+        dataset = datasets.load_dataset(
+            source.hub, source.subset, data_dir=source.folder, split=source.split, cache_dir=config.cache_dir
+        )
     except Exception as error:  # the hub, its cache and its parsers raise whatever they like
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
