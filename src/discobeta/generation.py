@@ -1,0 +1,128 @@
+"""Sampling of responses: the one place that calls `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from discobeta.policy import plain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[np.ndarray | list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    batch_size: int = 64,
+    description: str | None = None,
+) -> list[np.ndarray]:
+    """y ~ pi(.|x), one response per prompt: int32 ids that end with the first <eos>, if it came.
+
+    model:       a causal LM or a PEFT model; its active adapter is used, its mode is restored.
+    prompt_ids:  token ids per prompt, without padding.
+    description: label of a progress bar; None for no bar.
+
+    Draws from torch's global stream: the caller sets it (`seeds.global_stream`). The draws depend on
+    `batch_size` and on the order of the prompts. Prompts of similar length share a batch, longest
+    first. Only the arguments shape the distribution: a hub model's own generation_config (top_p,
+    repetition_penalty, ...) is set aside, because KL(policy || reference) is about pi itself.
+    """
+    from tqdm import tqdm
+    from transformers import GenerationConfig
+
+    language_model = plain(model)
+    pad, stops = _padding_id(tokenizer), _stop_ids(language_model, tokenizer)
+    settings = GenerationConfig(
+        do_sample=True,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        pad_token_id=pad,
+        eos_token_id=stops,
+        bos_token_id=tokenizer.bos_token_id,
+        use_cache=True,
+    )
+    order = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))
+    responses: list[np.ndarray] = [np.empty(0, np.int32)] * len(prompt_ids)
+    bar = tqdm(total=len(order), desc=description, unit="response", disable=description is None)
+    with bar, _set_for_sampling(language_model):
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            ids, mask = _left_padded([prompt_ids[index] for index in indices], pad)
+            output = language_model.generate(
+                input_ids=ids.to(language_model.device),
+                attention_mask=mask.to(language_model.device),
+                generation_config=settings,
+            )
+            for index, new_ids in zip(indices, output[:, ids.shape[1] :].cpu().numpy(), strict=True):
+                responses[index] = _until_stop(new_ids, stops)
+            bar.update(len(indices))
+    return responses
+
+
+def response_text(tokenizer: PreTrainedTokenizerBase, response_ids: np.ndarray) -> str:
+    """The text of a response without its final <eos>.
+
+    Other special tokens stay visible: a response that holds them is not the text without them.
+    """
+    ids = [int(token) for token in response_ids]
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _left_padded(sequences: list[np.ndarray | list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, T) ids and attention mask, padded on the left so that every prompt ends where its response begins."""
+    width = max(map(len, sequences))
+    ids = torch.full((len(sequences), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, width - len(sequence) :] = torch.as_tensor(np.asarray(sequence, dtype=np.int64))
+        mask[row, width - len(sequence) :] = 1
+    return ids, mask
+
+
+def _until_stop(ids: np.ndarray, stops: list[int]) -> np.ndarray:
+    """Up to and with the first stop token; what follows is padding (and pad may equal <eos>)."""
+    ends = np.flatnonzero(np.isin(ids, stops))
+    return ids[: ends[0] + 1 if len(ends) else None].astype(np.int32)
+
+
+def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's <eos> and those that the model itself stops at (chat models have several)."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    return sorted({tokenizer.eos_token_id, *own})
+
+
+@contextmanager
+def _set_for_sampling(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout, and no sampling option that the model brings along; both restored afterwards."""
+    from transformers import GenerationConfig
+
+    training, own_settings = model.training, model.generation_config
+    model.eval()
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own_settings
+        model.train(training)

@@ -1,0 +1,352 @@
+"""The base: supervised fine-tuning by TRL's SFTTrainer, from scratch or from a model.
+
+What policy and reference start from is not what this study is about, so the loop is the field's
+standard one; the other stages have a loop of their own (loop.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Container, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from discobeta import files, runs
+from discobeta.config import RunConfig, read_yaml, write_yaml
+from discobeta.data.sources import read_examples
+from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
+from discobeta.errors import UserError
+from discobeta.policy import ATTENTION, load_causal_lm, load_tokenizer
+from discobeta.seeds import derive, global_stream
+from discobeta.train import STARTED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig, SFTTrainer
+
+FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+LOGGED = ("epoch", "loss", "mean_token_accuracy", "learning_rate", "grad_norm", "eval_loss")
+"""What log.jsonl keeps of the trainer's log; its timings would make equal runs differ."""
+
+
+def train(config: RunConfig) -> None:
+    """Minimise -log pi(completion | prompt), the mean over completion tokens, over all weights.
+
+    Leaves `output_dir` as an ordinary transformers model folder (weights, config and tokenizer) with
+    config.yaml, log.jsonl, cost.json and provenance.json beside them. The folder appears whole or
+    not at all, so there are no checkpoints and a killed run starts again. Raises UserError if
+    `output_dir` holds something else.
+    """
+    from accelerate import PartialState
+
+    if not is_free(config):
+        print(
+            f"{config.output_dir} holds this run, finished; overwrite_output_dir: true trains it again", file=sys.stderr
+        )
+        return
+    processes = PartialState()
+    tokenizer = build_tokenizer(config)
+    with processes.main_process_first():
+        data = load_or_tokenise(config, tokenizer, kind="supervised")
+    for line in data.lines():
+        processes.print(line)
+    model = build_model(config, tokenizer)
+    # the other processes have nothing to leave behind
+    target = files.replacing(config.output_dir) if processes.is_main_process else tempfile.TemporaryDirectory()
+    with target as folder, global_stream(config.seed, "sft"):
+        folder = Path(folder)
+        trainer, log = build_trainer(config, model, tokenizer, data, folder)
+        begun = time.monotonic()
+        trainer.train()
+        spent = time.monotonic() - begun
+        if processes.is_main_process:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            write_yaml(config.resolved(), folder / "config.yaml")
+            files.write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log.rows))
+            files.write_json(folder / "cost.json", cost(trainer, spent, begun - STARTED))
+            if config.plot_loss:
+                from discobeta.report.figures import loss_curve
+
+                loss_curve(folder / "log.jsonl", folder / "loss.png")
+            facts = {"data": data.train.key(), "examples": len(data.train), "rows": data.report}
+            runs.write_provenance(folder, config, facts)
+    processes.wait_for_everyone()
+
+
+def is_free(config: RunConfig) -> bool:
+    """Whether `output_dir` is to be written; False if it holds this very run, finished.
+
+    Refused are another run (unless overwrite_output_dir) and, always, a folder that is no run at
+    all: the folder is replaced as a whole, and what it holds may be somebody's work.
+    """
+    if not config.output_dir:
+        raise UserError("output_dir is missing: where the model is to be written")
+    output = Path(config.output_dir)
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return True
+    if not (output / "config.yaml").is_file():
+        raise UserError(f"output_dir: {output} is there and holds no run of discobeta; give another output_dir")
+    if config.overwrite_output_dir:
+        return True
+    here, wanted = read_yaml(output / "config.yaml"), config.resolved()
+    for name in sorted(wanted.keys() - runs.NOT_THE_RUN):
+        if here.get(name) != wanted[name]:
+            raise UserError(
+                f"output_dir: {output} holds another run ({name}: {here.get(name)!r} there, {wanted[name]!r} here); "
+                "give another output_dir, or overwrite_output_dir: true"
+            )
+    return not (output / "provenance.json").exists()
+
+
+# --- tokenizer
+
+
+def build_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """tokenizer_name's, else the start model's, else one trained on the data."""
+    if config.tokenizer_name:
+        return load_tokenizer(config.replace(model_name_or_path=config.tokenizer_name))
+    if config.model_name_or_path:
+        return load_tokenizer(config)
+    examples, _ = read_examples(config.dataset, config, split=config.split, kind="supervised")
+    texts = (text for example in examples for text in texts_of(example.prompt, example.chosen))
+    return train_tokenizer(texts, config.vocab_size)
+
+
+def texts_of(prompt: str | list[dict[str, str]], completion: str) -> Iterator[str]:
+    yield from [prompt] if isinstance(prompt, str) else (message["content"] for message in prompt)
+    yield completion
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Byte-level BPE over `texts`, with <pad>, <bos> and <eos> apart; any text comes back as it went in.
+
+    A function of the texts alone: equal data gives an equal tokenizer.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special.values()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+
+
+# --- model
+
+
+def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The start model, or a new one of `model_type` whose vocabulary is the tokenizer's."""
+    if config.model_name_or_path:
+        return load_causal_lm(config)
+    from transformers import AutoModelForCausalLM
+
+    architecture = build_architecture(config.model_type, config.config_overrides, tokenizer)
+    try:
+        with global_stream(config.seed, "base weights"):
+            return AutoModelForCausalLM.from_config(architecture, attn_implementation=ATTENTION[config.flash_attn])
+    except (ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        raise UserError(f"model_type: cannot build a {config.model_type} causal LM: {first_line(error)}") from None
+
+
+def build_architecture(model_type: str, overrides: str, tokenizer: PreTrainedTokenizerBase):
+    """The transformers config of `model_type` with `overrides`, e.g. hidden_size=64,num_hidden_layers=2."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if model_type not in CONFIG_MAPPING_NAMES:
+        raise UserError(f"model_type: transformers knows no {model_type!r}{nearest(model_type, CONFIG_MAPPING_NAMES)}")
+    default = AutoConfig.for_model(model_type)
+    known = {**default.to_dict(), **{alias: getattr(default, alias) for alias in default.attribute_map}}
+    if "rope_parameters" in known:
+        known["rope_theta"] = 10000.0  # transformers takes it as an argument and keeps it in rope_parameters
+    sizes = {}
+    for word in filter(None, map(str.strip, overrides.split(","))):
+        name, sign, text = map(str.strip, word.partition("="))
+        if not sign:
+            raise UserError(f"config_overrides: {word!r}: write name=value")
+        if name in FROM_TOKENIZER:
+            raise UserError(f"config_overrides: {name} comes from the tokenizer; leave it out")
+        if name not in known:
+            raise UserError(f"config_overrides: {model_type} has no {name!r}{nearest(name, known)}")
+        sizes[name] = typed(name, text, known[name])
+    special = {name: getattr(tokenizer, name) for name in FROM_TOKENIZER[1:]}
+    try:
+        return AutoConfig.for_model(model_type, **sizes, **special, vocab_size=len(tokenizer))
+    except Exception as error:  # transformers' strict configs raise classes of their own
+        raise UserError(f"config_overrides: {' '.join(str(error).split())}") from None
+
+
+def typed(name: str, text: str, default: Any) -> Any:
+    """The override in the type of the architecture's default, if that has one."""
+    value = yaml.safe_load(text)
+    if isinstance(default, float) and not isinstance(value, bool):
+        try:
+            return float(value)  # `1e-5` has no dot, so YAML 1.1 says text
+        except (TypeError, ValueError):
+            pass
+    elif default is None or type(value) is type(default):
+        return value
+    raise UserError(f"config_overrides: {name}={text} should be like {default!r}")
+
+
+def nearest(name: str, known: Container[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+# --- training
+
+
+def build_trainer(
+    config: RunConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TokenisedData,
+    folder: Path,
+) -> tuple[SFTTrainer, Any]:
+    """TRL's trainer on rows that are tokenised already, and the callback that collects its log."""
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # labels say where the loss is, so the two may be one
+    log = collect_log(config.stop_after_steps)
+    trainer = SFTTrainer(
+        model=model,
+        args=trainer_settings(config, folder),
+        train_dataset=labelled(data.train),
+        eval_dataset=labelled(data.held_out) if data.held_out and config.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        callbacks=[log],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, log
+
+
+def labelled(rows: Rows) -> Dataset:
+    """Token ids with labels on the completion only (-100 elsewhere)."""
+    from datasets import Dataset
+
+    pairs = list(zip(rows.prompt_ids, rows.chosen_ids, strict=True))
+    return Dataset.from_dict(
+        {
+            "input_ids": [[*prompt.tolist(), *completion.tolist()] for prompt, completion in pairs],
+            "labels": [[-100] * len(prompt) + completion.tolist() for prompt, completion in pairs],
+        }
+    )
+
+
+def trainer_settings(config: RunConfig, folder: Path) -> SFTConfig:
+    """The run's settings under TRL's names; TRL's own defaults are for large models on a GPU."""
+    from trl import SFTConfig
+
+    try:
+        return SFTConfig(
+            output_dir=str(folder),
+            seed=derive(config.seed, "sft") % 2**32,  # what numpy takes
+            full_determinism=config.deterministic,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
+            per_device_train_batch_size=config.per_device_train_batch_size,
+            per_device_eval_batch_size=config.per_device_eval_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            gradient_checkpointing=config.gradient_checkpointing,
+            learning_rate=config.learning_rate,
+            num_train_epochs=config.num_train_epochs,
+            max_steps=config.max_steps,
+            lr_scheduler_type=config.lr_scheduler_type,
+            warmup_steps=config.warmup_steps or config.warmup_ratio,
+            optim=config.optim,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_epsilon=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            bf16=config.bf16,
+            logging_steps=config.logging_steps,
+            eval_strategy=config.eval_strategy,
+            eval_steps=config.eval_steps or config.logging_steps,
+            save_strategy="no",
+            report_to=config.report_to,
+            run_name=config.run_name,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+        )
+    except ValueError as error:
+        raise UserError(f"stage sft: {first_line(error)}") from None
+
+
+def collect_log(stop_after_steps: int | None) -> Any:
+    """A trainer callback that keeps `rows` for log.jsonl and shows one progress bar with the loss."""
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+
+    class Log(TrainerCallback):
+        def __init__(self) -> None:
+            self.rows: list[dict[str, float]] = []
+            self.bar: tqdm | None = None
+
+        def on_train_begin(self, args, state, control, **rest) -> None:
+            total = min(state.max_steps, stop_after_steps or state.max_steps)
+            self.bar = tqdm(total=total, desc="sft", unit="step", disable=not state.is_world_process_zero)
+
+        def on_step_end(self, args, state, control, **rest) -> None:
+            self.bar.update()
+            if stop_after_steps and state.global_step >= stop_after_steps:
+                control.should_training_stop = True
+
+        def on_log(self, args, state, control, logs=None, **rest) -> None:
+            if "loss" in logs:
+                self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+            if "loss" in logs or "eval_loss" in logs:
+                kept = {name: float(logs[name]) for name in LOGGED if name in logs}
+                self.rows.append({"step": state.global_step, **kept})
+
+        def on_train_end(self, args, state, control, **rest) -> None:
+            self.bar.close()
+
+    return Log()
+
+
+def cost(trainer: SFTTrainer, seconds: float, startup_seconds: float) -> dict[str, Any]:
+    """What the run took; tokens are those of prompts and completions, padding not counted."""
+    import torch
+
+    processes, device = trainer.accelerator.num_processes, trainer.accelerator.device
+    on_gpu = device.type == "cuda"
+    tokens = int(trainer._total_train_tokens)
+    examples = round(trainer.state.epoch * len(trainer.train_dataset))
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "seconds": seconds,
+        "startup_seconds": startup_seconds,
+        "examples": examples,
+        "tokens": tokens,
+        "examples_per_second": examples / seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_bytes": peak,
+        "gpu_seconds": seconds * processes if on_gpu else 0.0,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "processes": processes,
+    }
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
