@@ -1,0 +1,265 @@
+"""The figures of a study: learning curves and reliability diagrams, as PDF, SVG and PNG.
+
+Idle arms compute what their twins compute, so arms are told apart by what they use; an idle arm is
+drawn as a thin dashed line, which lies on its twin's unless something is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from discobeta.files import replacing
+from discobeta.flags import Arm
+from discobeta.metrics import reliability
+from discobeta.report.collect import describe_missing, is_trained, provenance_line, read_if_there
+from discobeta.report.statistics import wilson
+from discobeta.study import Run, Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LOOKS = {
+    "baseline": ("Baseline", "#4d4d4d"),
+    "disco-used_beta-absent": ("Disco", "#0072B2"),
+    "disco-absent_beta-used": ("LeDPO", "#D55E00"),
+    "disco-used_beta-used": ("Disco + LeDPO", "#009E73"),
+}
+"""Arm without idle heads -> name and colour (Okabe and Ito's, told apart by colour-blind readers)."""
+
+COLUMN = 3.4  # inches, one column of a two-column paper
+FORMATS = ("pdf", "svg", "png")
+FAINT = "#8c8c8c"
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.3,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.frameon": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 250,
+    "pdf.fonttype": 42,  # text stays text
+    "svg.hashsalt": "discobeta",  # equal figures give equal files
+}
+IDLE = {"color": "black", "linewidth": 0.7, "linestyle": (0, (1.5, 4)), "zorder": 4}
+
+
+def write(study: Study) -> None:
+    """Both figures of every stage, into `study.directory`/figures."""
+    directory = study.directory / "figures"
+    for stage in study.stages:
+        save(learning_curves(study, stage), directory / f"learning-curves-{stage}")
+        save(reliability_diagram(study, stage), directory / f"reliability-{stage}")
+
+
+def save(figure: Figure, stem: Path) -> None:
+    """`stem`.pdf, .svg and .png; equal figures give equal bytes."""
+    dateless = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    with matplotlib.rc_context(STYLE):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        for axes in figure.axes:  # the layout's solver differs in the last bit between processes
+            axes.set_position(np.round(axes.get_position().bounds, 5))
+        for ending in FORMATS:
+            with replacing(stem.with_name(f"{stem.name}.{ending}")) as temporary:
+                figure.savefig(temporary, format=ending, bbox_inches="tight", metadata=dateless.get(ending))
+
+
+# --- learning curves
+
+
+def learning_curves(study: Study, stage: str) -> Figure:
+    """Loss, loss minus the baseline's of the same seed, and accuracy over steps.
+
+    Lines are means over seeds, bands reach from the least to the greatest seed. Held-out where the
+    runs have logged it, else training.
+    """
+    runs = [run for run in study.runs() if run.stage == stage and not run.proof]
+    logs = {run: read_log(run.directory / "log.jsonl") for run in runs if is_trained(run)}
+    held_out = any("eval_loss" in log for log in logs.values())
+    prefix, kind = ("eval_", "Held-out") if held_out else ("", "Training")
+    arms, drawn = study.arms_of(stage), drawn_arms(study, stage)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(COLUMN, 5), layout="constrained")
+        top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(1.2, 1, 1))
+        middle.axhline(0, color=FAINT, linewidth=0.6)
+        baseline = by_seed(logs, runs, Arm(), f"{prefix}loss")
+        for arm in sorted(arms, key=drawn.__contains__, reverse=True):
+            _, colour = look(arm)
+            style = {"band": True} if arm in drawn else {"band": False, **IDLE}
+            loss = by_seed(logs, runs, arm, f"{prefix}loss")
+            curve(top, loss, colour, **style)
+            curve(middle, loss - baseline.reindex_like(loss) if arm != Arm() else loss[[]], colour, **style)
+            curve(bottom, by_seed(logs, runs, arm, f"{prefix}accuracy"), colour, **style)
+            if held_out and arm in drawn:
+                curve(top, by_seed(logs, runs, arm, "loss"), colour, band=False, linewidth=0.6, alpha=0.4)
+        for arm in drawn:
+            label, colour = look(arm)
+            there, expected = (sum(run.arm == arm for run in of) for of in (logs, runs))
+            top.plot([], [], color=colour, label=label + seeds_mark(there, expected))
+        if len(drawn) < len(arms):
+            top.plot([], [], label="with an idle head", **IDLE)
+        if held_out:
+            top.plot([], [], color=FAINT, linewidth=0.6, label="training loss")
+        top.set_ylabel(f"{kind} loss\n(nats)")
+        middle.set_ylabel("Loss minus\nbaseline's (nats)")
+        bottom.set_ylabel(f"{kind}\naccuracy")
+        bottom.set_xlabel("Optimiser step")
+        if not logs:
+            say_missing(top)
+        figure.align_ylabels()
+        figure.legend(loc="outside upper center", ncols=2, handlelength=1.8, columnspacing=1.2)
+        footer(figure, study, runs)
+    return figure
+
+
+def by_seed(logs: dict[Run, pd.DataFrame], runs: list[Run], arm: Arm, name: str) -> pd.DataFrame:
+    """One logged quantity: a row per step that every finished run of the arm has, a column per seed."""
+    columns = {
+        run.seed: logs[run].set_index("step")[name].dropna()
+        for run in runs
+        if run.arm == arm and run in logs and name in logs[run]
+    }
+    return pd.concat(columns, axis=1, join="inner") if columns else pd.DataFrame()
+
+
+def curve(axes: Axes, values: pd.DataFrame, colour: str, *, band: bool, **style) -> None:
+    """Mean over the columns, which are seeds, and the span from the least to the greatest."""
+    values = values.dropna(axis=1)
+    if values.empty:
+        return
+    axes.plot(values.index, values.mean(axis=1), **{"color": colour, **style})
+    if band and values.shape[1] > 1:
+        axes.fill_between(values.index, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, linewidth=0)
+
+
+def read_log(path: Path) -> pd.DataFrame:
+    """log.jsonl as a frame; the half line of a process that was killed is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return pd.DataFrame(rows)
+
+
+def loss_curve(log_path: str | Path, png_path: str | Path) -> None:
+    """The loss of one run over its steps, training and, if there is one, held-out."""
+    log = read_log(Path(log_path))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.5, 2.8), layout="constrained")
+        axes = figure.subplots()
+        for name, label, colour in (("loss", "training", "#0072B2"), ("eval_loss", "held-out", "#D55E00")):
+            if name in log:
+                values = log[["step", name]].dropna()
+                mark = "o" if len(values) < 20 else None
+                axes.plot(values["step"], values[name], color=colour, label=label, marker=mark, markersize=3)
+        axes.set(xlabel="Optimiser step", ylabel="Loss (nats)")
+        if axes.lines:
+            figure.legend(loc="outside upper right", ncols=2)
+        with replacing(png_path) as temporary:
+            figure.savefig(temporary, format="png", dpi=200)
+
+
+# --- reliability
+
+
+def reliability_diagram(study: Study, stage: str) -> Figure:
+    """Accuracy against confidence of the predicted winner, per arm, over the pairs of all seeds."""
+    runs = [run for run in study.runs() if run.stage == stage and not run.proof]
+    arms = drawn_arms(study, stage)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(COLUMN, 0.2 + 1.65 * len(arms)), 2.75), layout="constrained")
+        grid = figure.subplots(2, len(arms), sharex=True, sharey="row", squeeze=False, height_ratios=(3.2, 1))
+        for (upper, lower), arm in zip(grid.T, arms, strict=True):
+            label, colour = look(arm)
+            upper.set_title(label)
+            upper.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
+            there = [run for run in runs if run.arm == arm and (run.directory / "examples.parquet").exists()]
+            if there:
+                mark = seeds_mark(len(there), sum(run.arm == arm for run in runs))
+                draw_bins(upper, lower, there, colour, mark)
+            else:
+                say_missing(upper)
+        first = grid[0, 0]
+        first.set(xlim=(0.5, 1), ylim=(min(0.45, first.get_ylim()[0]), 1.02), xticks=[0.5, 0.75, 1])
+        first.set_xticklabels(["0.5", "0.75", "1"])
+        first.set_ylabel("Accuracy")
+        grid[1, 0].set_ylabel("Share of\npairs")
+        grid[1, 0].set_ylim(0, None)
+        figure.align_ylabels()
+        figure.supxlabel("Confidence in the predicted winner", fontsize=8)
+        footer(figure, study, runs)
+    return figure
+
+
+def draw_bins(upper: Axes, lower: Axes, runs: list[Run], colour: str, mark: str) -> None:
+    probability = np.concatenate(
+        [pd.read_parquet(run.directory / "examples.parquet", columns=["probability"]).probability for run in runs]
+    )
+    bins = pd.DataFrame(reliability(probability)).query("count > 0")
+    low, high = np.transpose([wilson(p * n, n) for p, n in zip(bins["accuracy"], bins["count"], strict=True)])
+    upper.errorbar(
+        bins["confidence"], bins["accuracy"], np.stack([bins["accuracy"] - low, high - bins["accuracy"]]).clip(0),
+        color=colour, marker="o", markersize=3, linewidth=1, elinewidth=0.8, zorder=3,
+    )  # fmt: skip
+    lower.bar(
+        bins["low"], bins["count"] / len(probability), bins["high"] - bins["low"],
+        align="edge", color=colour, alpha=0.6, edgecolor="white", linewidth=0.4,
+    )  # fmt: skip
+    errors = [read_if_there(run.directory / "metrics.json").get("ece") for run in runs]
+    known = [error for error in errors if error is not None]
+    lines = [f"ECE {np.mean(known):.3f}"] if known else []
+    lines += [f"{len(probability):,} pairs", *([mark.strip(" ()")] if mark else [])]
+    upper.text(0.05, 0.97, "\n".join(lines), transform=upper.transAxes, va="top", fontsize=6.5)
+
+
+# --- what all figures share
+
+
+def drawn_arms(study: Study, stage: str) -> list[Arm]:
+    """The arms without idle heads, and those with one whose twin the study does not train."""
+    arms = study.arms_of(stage)
+    return [arm for arm in arms if not arm.is_idle or arm.twin not in arms]
+
+
+def look(arm: Arm) -> tuple[str, str]:
+    label, colour = LOOKS[arm.twin.name]
+    return (f"{label}, idle head" if arm.is_idle else label), colour
+
+
+def say_missing(axes: Axes) -> None:
+    box = {"facecolor": "white", "edgecolor": "none"}
+    axes.text(0.5, 0.5, "missing", transform=axes.transAxes, ha="center", va="center", color=FAINT, bbox=box)
+
+
+def seeds_mark(there: int, expected: int) -> str:
+    return "" if there == expected else f" ({there} of {expected} seeds)"
+
+
+def footer(figure: Figure, study: Study, runs: list[Run]) -> None:
+    """What made the figure and what is not in it, below it: `save` crops to what is drawn."""
+    missing = describe_missing(runs)
+    text = provenance_line(study) + (f" Missing: {missing}." if missing else "")
+    lines = textwrap.wrap(text, width=int(33 * figure.get_figwidth()))
+    figure.text(0.01, -0.02, "\n".join(lines), fontsize=4.5, color=FAINT, va="top")

@@ -1,0 +1,380 @@
+"""The tables of a study: one per stage, neutrality, cost.
+
+No value is set in bold. Seeds are shared across arms, so arms differ by less than the intervals of
+their means suggest, and by chance more often than a bold best value suggests: whether two arms
+differ is a question for paired differences, which these tables do not hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+
+from discobeta.files import write_text
+from discobeta.flags import FLAGS, Arm, Cell, grid
+from discobeta.report.collect import (
+    absence,
+    collect,
+    config_text,
+    describe_missing,
+    is_trained,
+    provenance,
+    provenance_line,
+    read_if_there,
+)
+from discobeta.report.neutrality import EQUAL, OUTCOMES, files_of, verdict
+from discobeta.report.render import NOTHING, Column, Panel, Row, Table, number, yes_no
+from discobeta.report.statistics import mean_ci
+from discobeta.study import Run, Study
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a number of metrics.json is printed."""
+
+    name: str
+    header: str
+    decimals: int
+    better: str = ""  # ↑ if higher is better, ↓ if lower, nothing if it is neither
+
+    def column(self) -> Column:
+        header = f"{self.header}\u00a0{self.better}" if self.better else self.header
+        return Column(header, lambda row: estimate(row, self.name, self.decimals))
+
+
+PANELS = {
+    "predictions": [
+        Metric("accuracy", "Accuracy", 3, "↑"),
+        Metric("nll", "NLL", 4, "↓"),
+        Metric("excess_nll", "Excess\nNLL", 4, "↓"),
+        Metric("brier", "Brier", 4, "↓"),
+        Metric("ece", "ECE", 3, "↓"),
+    ],
+    "heads": [
+        Metric("sigma_spearman", "ρ(σ, true σ)", 3, "↑"),
+        Metric("mean_log_sigma", "Mean\nlog σ", 3),
+        Metric("sd_log_sigma", "SD of\nlog σ", 3),
+        Metric("mean_log_s", "Mean\nlog s", 3),
+        Metric("sd_log_s", "SD of\nlog s", 3),
+        Metric("log_s_noise", "r(log s,\nnoise)", 3),
+        Metric("log_s_familiarity", "r(log s,\nfamiliarity)", 3),
+    ],
+    "policy": [
+        Metric("kl_per_sequence", "KL to\nreference", 3),
+        Metric("true_reward", "True\nreward", 3, "↑"),
+        Metric("win_rate", "Win rate", 3, "↑"),
+        Metric("well_formed", "Well\nformed", 3, "↑"),
+        Metric("response_length", "Tokens per\nresponse", 1),
+        Metric("eos_rate", "Ended", 3, "↑"),
+    ],
+}
+"""Metrics by the question that they answer, in the order of the columns."""
+
+CAPTIONS = {
+    "predictions": "how well held-out preferences are predicted",
+    "heads": "what the heads that are used have learned",
+    "policy": "what the policy does when it answers held-out prompts itself",
+}
+LANDMARKS = {
+    "bayes_accuracy": "Bayes limit of the accuracy",
+    "oracle_nll": "NLL of the oracle",
+    "reference_true_reward": "true reward of the reference's own responses",
+}
+"""Properties of the held-out rows and of the reference, the same in every arm."""
+
+METRICS = [metric.name for metrics in PANELS.values() for metric in metrics] + list(LANDMARKS)
+STAGE_NAMES = {"rm": "Reward models (rm)", "dpo": "Direct preference optimisation (dpo)", "ppo": "PPO (ppo)"}
+
+
+def write(study: Study) -> None:
+    """metrics.csv, a table per stage, neutrality, cost, and the config that the digest is of."""
+    directory = study.directory / "tables"
+    metrics = collect(study)
+    proofs = neutrality_frame(study)
+    write_text(directory / "config.yaml", config_text(study))
+    write_text(directory / "metrics.csv", metrics.to_csv(index=False))
+    for stage in study.stages:
+        stage_table(study, stage, metrics, proofs).write(directory)
+    neutrality_table(study, proofs).write(directory)
+    cost_table(study).write(directory)
+
+
+# --- the 16 cells of a stage
+
+
+def stage_table(study: Study, stage: str, metrics: pd.DataFrame, proofs: pd.DataFrame) -> Table:
+    """All 16 cells; those that are not run say why, those that are show mean +- CI over seeds."""
+    runs = [run for run in study.runs() if run.stage == stage and not run.proof]
+    metrics, proofs = metrics[metrics.stage == stage], proofs[proofs.stage == stage]
+    frame = pd.DataFrame([_cell_row(study, cell, runs, metrics, proofs) for cell in grid((stage,))])
+    measured = set(metrics.metric)
+    frame = frame.drop(columns=[c for m in METRICS if m not in measured for c in (m, f"{m}_ci95", f"{m}_n")])
+    which = [Column(flag, lambda row, flag=flag: yes_no(row[flag]), is_number=False) for flag in FLAGS] + [
+        Column("Status", lambda row: row["status"].replace("same-as", "same as"), is_number=False),
+        Column("Arm", lambda row: row["arm"] or NOTHING, is_number=False),
+        Column("Seeds", lambda row: _count(row["n_seeds"], row["n_expected"])),
+    ]
+    panels = [
+        Panel(
+            f"{STAGE_NAMES[stage]}: {CAPTIONS[name]}. {_interval_note(frame)}",
+            which + [metric.column() for metric in PANELS[name] if metric.name in measured],
+            label=name,
+        )
+        for name in PANELS
+        if name == "predictions" or any(metric.name in measured for metric in PANELS[name])
+    ]
+    notes = [
+        "Seeds are shared across arms (data, initialisation, order): compare arms by paired differences, "
+        "not by whether two intervals overlap. No value is marked as best."
+    ]
+    if landmarks := _landmarks(metrics):
+        notes.append(f"The same in every arm: {landmarks}.")
+    if study.idle_arms == "prove":
+        notes.append(
+            f"A proved arm was trained for its first {study.prove_steps} steps only. They equal those of the arm "
+            "without the idle head byte for byte, so the row shows that arm's numbers."
+        )
+    for kind, title in (("same-as", "Same as"), ("refused", "Refused")):
+        if reasons := "; ".join(dict.fromkeys(frame.reason[frame.status == kind])):
+            notes.append(f"{title}: {reasons}.")
+    if missing := describe_missing(runs):
+        notes.append(f"Missing: {missing}. A mean over fewer seeds than the study has says so.")
+    return Table(stage, frame, panels, [*notes, provenance_line(study)], provenance(study), group=list(FLAGS[:2]))
+
+
+def _cell_row(study: Study, cell: Cell, runs: list[Run], metrics: pd.DataFrame, proofs: pd.DataFrame) -> dict[str, Any]:
+    status, shown = cell.status, cell.arm
+    if cell.arm is not None:
+        of_arm = proofs[proofs.arm == cell.arm]
+        if len(of_arm) and all(of_arm.proof):
+            verdict, shown = _proved(study, of_arm)
+            status = verdict if cell.status == "run" else status
+        elif not any(run.arm.name == cell.arm for run in runs):
+            status = "not in this study"
+    runs = [run for run in runs if run.arm.name == shown]
+    missing = [run.seed for run in runs if absence(run)]
+    if status == "run" and len(missing) == len(runs):
+        status = "missing"
+    row = {flag: asdict(cell)[flag] for flag in FLAGS}
+    row |= {"status": status, "arm": cell.arm or "", "shown": shown or "", "reason": cell.reason}
+    row |= {"n_seeds": len(runs) - len(missing), "n_expected": len(runs), "missing_seeds": " ".join(map(str, missing))}
+    metrics = metrics[metrics.arm == shown]
+    for name in METRICS:
+        values = metrics.value[metrics.metric == name].tolist()
+        row[name], row[f"{name}_ci95"] = mean_ci(values)
+        row[f"{name}_n"] = len(values)
+    return row
+
+
+def _proved(study: Study, proofs: pd.DataFrame) -> tuple[str, str | None]:
+    """Status of an arm that has proofs only, and the arm whose numbers stand for it, if any do."""
+    twin, results = proofs.twin.iloc[0], proofs.result.tolist()
+    if "differs" in results:
+        return f"DIFFERS from {twin}", None
+    if EQUAL not in results:
+        return "proof missing", None
+    equal = results.count(EQUAL)
+    of_seeds = "" if equal == len(results) else f"; {equal} of {len(results)} seeds"
+    return f"proved = {twin} (first {study.prove_steps} steps{of_seeds})", twin
+
+
+def estimate(row: Row, name: str, decimals: int) -> str:
+    """`mean ± half-width (n of N)`: the interval if there is one, the count if seeds are missing."""
+    n, expected = row[f"{name}_n"], row["n_expected"]
+    if n == 0:
+        return NOTHING
+    interval = row[f"{name}_ci95"]
+    text = number(row[name], decimals) + ("" if math.isnan(interval) else f" ± {number(interval, decimals)}")
+    return text if n == expected else f"{text} ({n} of {expected})"
+
+
+def _interval_note(frame: pd.DataFrame) -> str:
+    if frame.n_seeds.max() > 1:
+        return "Mean over seeds ± half-width of its 95 % confidence interval (Student's t)."
+    return "One seed: there is no interval to show, and no difference between arms to be believed."
+
+
+def _landmarks(metrics: pd.DataFrame) -> str:
+    """Mean over seeds; every arm of a seed sees the same held-out rows."""
+    texts = []
+    for name, title in LANDMARKS.items():
+        per_seed = metrics[metrics.metric == name].groupby("seed").value.mean()
+        if len(per_seed):
+            texts.append(f"{title} {number(per_seed.mean(), 3)}")
+    return ", ".join(texts)
+
+
+def _count(n: int, expected: int) -> str:
+    return NOTHING if expected == 0 else str(n) if n == expected else f"{n} of {expected}"
+
+
+# --- idle = absent
+
+
+def neutrality_frame(study: Study) -> pd.DataFrame:
+    """One row per run with an idle head: what of it equals its twin, the run without that head.
+
+    In a study that proves its idle arms, the proofs of both are compared. `result` is equal,
+    differs or missing.
+    """
+    by_place = {(run.stage, run.arm, run.seed, run.proof): run for run in study.runs()}
+    rows = []
+    for run in study.runs():
+        if run.arm.is_idle:
+            twin = by_place.get((run.stage, run.arm.twin, run.seed, run.proof))
+            verdicts = _verdicts(run, twin)
+            row = {"stage": run.stage, "arm": run.arm.name, "twin": run.arm.twin.name, "seed": run.seed}
+            rows.append(row | {"proof": run.proof, "result": _result(verdicts, run.proof)} | verdicts)
+    return pd.DataFrame(rows, columns=["stage", "arm", "twin", "seed", "proof", "result", *OUTCOMES])
+
+
+def _verdicts(run: Run, twin: Run | None) -> dict[str, str]:
+    if twin is None:
+        return dict.fromkeys(OUTCOMES, "twin not in this study")
+    if not (is_trained(run) and is_trained(twin)):
+        return dict.fromkeys(OUTCOMES, "missing" if is_trained(twin) else "twin missing")
+    verdicts = {}
+    for outcome in OUTCOMES:
+        ours, theirs = files_of(outcome, run.directory), files_of(outcome, twin.directory)
+        if ours and theirs:
+            files = [verdict(run.directory / name, twin.directory / name) for name in dict.fromkeys(ours + theirs)]
+            verdicts[outcome] = next((text for text in files if text != EQUAL), EQUAL)
+        else:
+            verdicts[outcome] = "twin missing" if ours else "missing" if theirs or not run.proof else NOTHING
+    return verdicts
+
+
+def _result(verdicts: dict[str, str], proof: bool) -> str:
+    """A proof is trained and not evaluated, so its weights and log decide."""
+    if any(text.startswith("differs") for text in verdicts.values()):
+        return "differs"
+    needed = ("weights", "log") if proof else tuple(OUTCOMES)
+    return EQUAL if all(verdicts[outcome] == EQUAL for outcome in needed) else "missing"
+
+
+def neutrality_table(study: Study, frame: pd.DataFrame) -> Table:
+    """Printed with the seeds of an arm that have the same verdicts in one row; the CSV has a row for each."""
+    columns = [
+        Column("Stage", lambda row: row["stage"], is_number=False),
+        Column("Idle arm", lambda row: row["arm"], is_number=False),
+        Column("Twin", lambda row: row["twin"], is_number=False),
+        Column("Seeds", lambda row: row["seed"], is_number=False),
+        Column("Compared", lambda row: _extent(study, row["proof"]), is_number=False),
+        *(Column(name.capitalize(), lambda row, name=name: row[name], is_number=False) for name in OUTCOMES),
+    ]
+    caption = "Runs with an idle head against their twin, the run without that head: what each computed, byte for byte."
+    alike = [name for name in frame if name != "seed"]
+    printed = frame.groupby(alike, sort=False).seed.agg(lambda seeds: ", ".join(map(str, seeds))).reset_index()
+    counts = frame.result.value_counts()
+    summary = (
+        "This study trains no arm with an idle head"
+        if frame.empty
+        else f"{counts.get(EQUAL, 0)} of {len(frame)} idle runs equal their twin byte for byte"
+    )
+    summary += "".join(f"; {words}: {counts[result]}" for result, words in OTHERWISE.items() if result in counts) + "."
+    notes = [f"{summary} Offsets of bytes are counted from 0.", provenance_line(study)]
+    return Table("neutrality", frame, [Panel(caption, columns)], notes, provenance(study), ["stage"], printed)
+
+
+OTHERWISE = {"differs": "different", "missing": "not comparable, because something is missing"}
+
+
+def _extent(study: Study, proof: bool) -> str:
+    return f"first {study.prove_steps} steps" if proof else "whole run"
+
+
+# --- what it cost
+
+
+def cost_table(study: Study) -> Table:
+    """Per stage and arm: time per run, relative to the baseline, and GPU-hours; shared work once."""
+    rows = []
+    for stage in study.stages:
+        baseline = _costs(run for run in study.runs() if (run.stage, run.arm, run.proof) == (stage, Arm(), False))
+        for proof in (False, True):
+            of_kind = [run for run in study.runs() if run.stage == stage and run.proof == proof]
+            for arm in dict.fromkeys(run.arm for run in of_kind):
+                costs = _costs(run for run in of_kind if run.arm == arm)
+                name = f"{arm.name}, {_extent(study, True)}" if proof else arm.name
+                rows.append(_cost_row(stage, name, costs, None if proof else baseline))
+    shared: dict[str, dict[Any, dict[str, float]]] = {}
+    for label, directory in study.shared():
+        work, _, part = label.partition(", ")
+        shared.setdefault(work, {})[part] = read_if_there(directory / "cost.json")
+    rows += [_cost_row("shared", work, costs) for work, costs in shared.items()]
+    frame = pd.DataFrame(rows)
+    frame = pd.concat([frame, pd.DataFrame([_total(frame)])], ignore_index=True)
+    columns = [
+        Column("Stage", lambda row: row["stage"], is_number=False),
+        Column("Work", lambda row: row["work"], is_number=False),
+        Column("Jobs", lambda row: _count(row["jobs"], row["jobs_expected"])),
+        Column("Seconds\nper job", lambda row: number(row["seconds"], 1)),
+        Column("× baseline", lambda row: number(row["times_baseline"], 2)),
+        Column("Evaluation,\nseconds per job", lambda row: number(row["evaluation_seconds"], 1)),
+        Column("Tokens/s", lambda row: number(row["tokens_per_second"], 0)),
+        Column("Peak memory,\nGiB", lambda row: number(row["peak_memory_bytes"] / 2**30, 2)),
+        Column("Total\nseconds", lambda row: number(row["total_seconds"], 0)),
+        Column("Total\nGPU-hours", lambda row: number(row["gpu_hours"], 3)),
+    ]
+    caption = (
+        "Cost of the study. Seconds per job and tokens/s are means over the jobs that are there, peak memory is their "
+        "maximum; totals are sums of training and evaluation."
+    )
+    notes = [
+        "Wall-clock seconds are those of the machine and of what else it did: jobs that ran side by side slowed each "
+        "other down; the start-up of processes is not counted. Work that several arms share is listed once. On a CPU, "
+        "peak memory is that of the whole process.",
+        provenance_line(study),
+    ]
+    if absent := [f"{row['stage']}, {row['work']} ({row['missing']})" for row in rows if row["missing"]]:
+        notes.insert(0, f"Missing and in no sum: {'; '.join(absent)}.")
+    return Table("cost", frame, [Panel(caption, columns)], notes, provenance(study), group=["stage"])
+
+
+def _costs(runs: Iterable[Run]) -> dict[str, dict[str, float]]:
+    """Seed -> cost.json with the evaluation's seconds beside; empty where a run is missing."""
+    costs = {}
+    for run in runs:
+        cost = read_if_there(run.directory / "cost.json")
+        evaluation = read_if_there(run.directory / "evaluation_cost.json")
+        if cost and evaluation:
+            cost["evaluation_seconds"] = evaluation["seconds"]
+            cost["gpu_seconds"] = cost.get("gpu_seconds", 0) + evaluation.get("gpu_seconds", 0)
+        costs[f"seed {run.seed}"] = cost
+    return costs
+
+
+def _cost_row(stage: str, work: str, costs: dict[str, dict], baseline: dict[str, dict] | None = None) -> dict[str, Any]:
+    there = {part: cost for part, cost in costs.items() if cost}
+    values = pd.DataFrame(list(there.values()), dtype=object).reindex(columns=COSTS).astype(float)
+    paired = [part for part in there if baseline and baseline.get(part)]
+    ratio = math.nan
+    if paired:
+        ratio = sum(there[part]["seconds"] for part in paired) / sum(baseline[part]["seconds"] for part in paired)
+    return {
+        "stage": stage,
+        "work": work,
+        "jobs": len(there),
+        "jobs_expected": len(costs),
+        "missing": ", ".join(part or "not there" for part in costs if part not in there),
+        "seconds": values.seconds.mean(),
+        "times_baseline": ratio,
+        "evaluation_seconds": values.evaluation_seconds.mean(),
+        "tokens_per_second": values.tokens_per_second.mean(),
+        "peak_memory_bytes": values.peak_memory_bytes.max(),
+        "total_seconds": values[["seconds", "evaluation_seconds"]].sum(axis=1, min_count=1).sum(min_count=1),
+        "gpu_hours": values.gpu_seconds.sum(min_count=1) / 3600,
+    }
+
+
+COSTS = ["seconds", "evaluation_seconds", "tokens_per_second", "peak_memory_bytes", "gpu_seconds"]
+
+
+def _total(frame: pd.DataFrame) -> dict[str, Any]:
+    counts = {name: int(frame[name].sum()) for name in ("jobs", "jobs_expected")}
+    sums = {name: frame[name].sum() for name in ("total_seconds", "gpu_hours")}
+    return {"stage": "total", "work": "all of it", **counts, **sums}
