@@ -150,7 +150,7 @@ def test_one_seed_shows_no_interval_and_says_so():
     made = study(seeds=[7])
     finish_all(made)
     assert rows_of(made)[BASELINE]["Accuracy ↑"] == "0.700"
-    assert "One seed: there is no interval" in (made.directory / "tables" / "dpo.md").read_text()
+    assert "No cell has more than one seed: there is no interval" in (made.directory / "tables" / "dpo.md").read_text()
 
 
 def test_metrics_that_no_run_has_are_left_out():

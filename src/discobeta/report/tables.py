@@ -195,7 +195,9 @@ def estimate(row: Row, name: str, decimals: int) -> str:
 def _interval_note(frame: pd.DataFrame) -> str:
     if frame.n_seeds.max() > 1:
         return "Mean over seeds ± half-width of its 95 % confidence interval (Student's t)."
-    return "One seed: there is no interval to show, and no difference between arms to be believed."
+    return (
+        "No cell has more than one seed: there is no interval to show, and no difference between arms to be believed."
+    )
 
 
 def _landmarks(metrics: pd.DataFrame) -> str:
@@ -236,7 +238,7 @@ def _verdicts(run: Run, twin: Run | None) -> dict[str, str]:
     if twin is None:
         return dict.fromkeys(OUTCOMES, "twin not in this study")
     if not (is_trained(run) and is_trained(twin)):
-        return dict.fromkeys(OUTCOMES, "missing" if is_trained(twin) else "twin missing")
+        return dict.fromkeys(OUTCOMES, "twin missing" if is_trained(run) else "missing")
     verdicts = {}
     for outcome in OUTCOMES:
         ours, theirs = files_of(outcome, run.directory), files_of(outcome, twin.directory)
@@ -317,7 +319,7 @@ def cost_table(study: Study) -> Table:
         Column("Evaluation,\nseconds per job", lambda row: number(row["evaluation_seconds"], 1)),
         Column("Tokens/s", lambda row: number(row["tokens_per_second"], 0)),
         Column("Peak memory,\nGiB", lambda row: number(row["peak_memory_bytes"] / 2**30, 2)),
-        Column("Total\nseconds", lambda row: number(row["total_seconds"], 0)),
+        Column("Total\nseconds", lambda row: number(row["total_seconds"], 1)),
         Column("Total\nGPU-hours", lambda row: number(row["gpu_hours"], 3)),
     ]
     caption = (
