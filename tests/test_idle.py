@@ -12,7 +12,13 @@ from discobeta.flags import Arm, arms_of
 from discobeta.train import train
 
 IDLE = [(stage, arm.name) for stage in ("rm", "dpo") for arm in arms_of(stage) if arm.is_idle]
-COMPARED = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "log.jsonl", "metrics.json", "examples.parquet")
+COMPARED = (
+    "adapter/adapter_model.safetensors",
+    "adapter/adapter_config.json",
+    "log.jsonl",
+    "metrics.json",
+    "examples.parquet",
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +85,9 @@ def test_dropout_was_live(trained):
 @pytest.mark.parametrize("arm", ["disco-absent_beta-used", "disco-idle_beta-used"])
 def test_dynamic_beta_starts_at_the_baselines_loss(trained, arm):
     """s = 1 exactly at step 0, so the first loss equals the baseline's bit for bit."""
-    first = [json.loads((trained("dpo", name, 0.0) / "log.jsonl").read_text().splitlines()[0]) for name in (arm, "baseline")]
+    first = [
+        json.loads((trained("dpo", name, 0.0) / "log.jsonl").read_text().splitlines()[0]) for name in (arm, "baseline")
+    ]
     assert first[0]["loss"] == first[1]["loss"] and first[0]["log_s"] == 0.0
 
 

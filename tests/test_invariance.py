@@ -82,7 +82,9 @@ def test_batch_and_order_change_nothing(prepared, kind):
     alone = [said(stage, collate(rows, INDICES[i : i + 1], columns)) for i in range(len(INDICES))]
     assert_same(whole, {name: torch.cat([part[name] for part in alone]) for name in whole})
     order = np.array([4, 2, 0, 5, 1, 3])
-    assert_same({name: value[order] for name, value in whole.items()}, said(stage, collate(rows, INDICES[order], columns)))
+    assert_same(
+        {name: value[order] for name, value in whole.items()}, said(stage, collate(rows, INDICES[order], columns))
+    )
 
 
 @pytest.mark.parametrize("kind", ["rm", "dpo"])
@@ -92,7 +94,10 @@ def test_swapping_chosen_and_rejected_mirrors_everything(prepared, kind):
     swapped_columns = dict(columns)
     if kind == "dpo":
         swapped_columns["reference_logps"] = columns["reference_logps"].flip(1)
-    one, other = said(stage, collate(rows, INDICES, columns)), said(stage, collate(swapped_rows, INDICES, swapped_columns))
+    one, other = (
+        said(stage, collate(rows, INDICES, columns)),
+        said(stage, collate(swapped_rows, INDICES, swapped_columns)),
+    )
     torch.testing.assert_close(one["margin"], -other["margin"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(one["sigma"], other["sigma"].flip(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close((-one["loss"]).exp() + (-other["loss"]).exp(), torch.ones(6), rtol=1e-5, atol=1e-5)

@@ -55,7 +55,13 @@ def test_it_is_computed_once_and_read_bit_for_bit(prepared, monkeypatch):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"seed": 99}, {"pref_beta": 0.9}, {"lora_rank": 2}, {"learning_rate": 1.0}, {"add_disco_head": True, "disco_pref": True}],
+    [
+        {"seed": 99},
+        {"pref_beta": 0.9},
+        {"lora_rank": 2},
+        {"learning_rate": 1.0},
+        {"add_disco_head": True, "disco_pref": True},
+    ],
 )
 def test_what_an_arm_changes_is_not_in_its_key(prepared, changes):
     config, train, held_out = prepared()

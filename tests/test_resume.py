@@ -15,7 +15,14 @@ from discobeta.errors import UserError
 
 FILES = ("adapter/adapter_model.safetensors", "heads.safetensors", "log.jsonl")
 USED = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_dynamic_beta": True}
-COMMON = {"max_steps": 8, "logging_steps": 3, "save_steps": 2, "lora_dropout": 0.1, "lr_scheduler_type": "cosine", **USED}
+COMMON = {
+    "max_steps": 8,
+    "logging_steps": 3,
+    "save_steps": 2,
+    "lora_dropout": 0.1,
+    "lr_scheduler_type": "cosine",
+    **USED,
+}
 
 
 class Killed(BaseException):
@@ -114,6 +121,22 @@ def test_a_finished_run_is_left_alone(run):
     assert (path / "provenance.json").stat().st_mtime_ns == before
     run("dpo", **COMMON, overwrite_output_dir=True)
     assert (path / "provenance.json").stat().st_mtime_ns > before
+
+
+def test_a_run_that_cannot_start_does_not_destroy_the_one_it_would_replace(run):
+    path = run("dpo", **COMMON)
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match="there is no directory"):
+        run("dpo", **COMMON, model_name_or_path="./mistyped", overwrite_output_dir=True)
+    assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_another_run_may_take_the_place_if_it_is_told_to(run):
+    path = run("dpo", **COMMON)
+    changed = COMMON | {"cutoff_len": 16, "overwrite_output_dir": True, "max_unusable_rows": 1.0}
+    again, fresh = run("dpo", **changed), run("dpo", name="fresh", **changed)
+    assert again == path
+    assert_same_run(again, fresh)
 
 
 def test_a_broken_checkpoint_is_a_clear_error(run, killed_at, monkeypatch, tmp_path):

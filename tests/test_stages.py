@@ -168,6 +168,27 @@ def test_an_adapter_to_start_from_is_the_reference_too(run):
     assert line["margin"] == pytest.approx(0, abs=1e-5) and line["loss"] == pytest.approx(np.log(2), abs=1e-5)
 
 
+def test_a_reward_model_starts_from_the_adapter_of_a_policy(run, fresh):
+    """The usual flow: SFT adapter -> reward model. Trunk weights are the adapter's, the score is fresh."""
+    first = run("dpo", name="first")
+    stage, _ = fresh("rm", adapter_name_or_path=str(first / "adapter"))
+    saved = load_file(first / "adapter/adapter_model.safetensors")
+    found = dict(stage.model.named_parameters())
+    for name, value in saved.items():
+        assert torch.equal(found[name.replace(".weight", ".default.weight")], value), name
+    assert all(found[name.replace(".weight", ".default.weight")].requires_grad for name in saved)
+    assert score(stage.model).weight.requires_grad and score(stage.model).weight.abs().sum() > 0
+
+
+def test_a_run_that_was_moved_is_measured_where_it_is(run, tmp_path):
+    from discobeta.evaluate import evaluate
+
+    directory = run("dpo")
+    moved_to = directory.rename(tmp_path / "moved")
+    evaluate(moved_to)
+    assert (moved_to / "metrics.json").exists() and not directory.exists()
+
+
 def test_a_run_directory_holds_what_is_promised(run):
     directory = run("dpo", plot_loss=True, eval_strategy="steps", eval_steps=2, report_to="tensorboard", **USED)
     names = {path.name for path in directory.iterdir()}
@@ -224,9 +245,16 @@ def test_two_processes_train_as_one(settings, tmp_path):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         words = ["-m", "discobeta.cli", "train", str(path), "--no-evaluate"]
         command = [sys.executable, *(launch if processes > 1 else []), *words]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
-        logs[processes] = [json.loads(line) for line in (tmp_path / f"p{processes}" / "log.jsonl").read_text().splitlines()]
+        logs[processes] = [
+            json.loads(line) for line in (tmp_path / f"p{processes}" / "log.jsonl").read_text().splitlines()
+        ]
         cost = json.loads((tmp_path / f"p{processes}" / "cost.json").read_text())
         assert cost["processes"] == processes and cost["pairs"] == 4 * 16 - 16 + 8  # 40 rows: the third step has 8
     assert len(logs[1]) == len(logs[2])

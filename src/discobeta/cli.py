@@ -29,9 +29,14 @@ def main(words: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     arguments = parser().parse_args(words)
     try:
-        return arguments.command(arguments) or 0
+        status = arguments.command(arguments) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"discobeta: {error}", file=sys.stderr)
+    except BrokenPipeError:  # `discobeta grid | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -144,8 +149,9 @@ def reference(arguments: argparse.Namespace) -> None:
         raise UserError("reference needs reference_path: the folder to write")
     from discobeta import reference as reference_pass
     from discobeta.data.tokens import load_or_tokenise
-    from discobeta.policy import load_tokenizer
+    from discobeta.policy import load_tokenizer, use_deterministic_kernels
 
+    use_deterministic_kernels(config)
     data = load_or_tokenise(config, load_tokenizer(config))
     reference_pass.load_or_compute(config, data.train, data.held_out)
 

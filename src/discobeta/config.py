@@ -139,9 +139,9 @@ class RunConfig:
     num_train_epochs: float = option(3.0, "passes over the data", least=0)
     max_steps: int = option(-1, "optimiser steps; -1: by num_train_epochs", least=-1)
     stop_after_steps: int | None = option(None, "stop early, with the schedule of the whole run", least=1)
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
-    ] = option("linear", "schedule of the learning rate after warm-up")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
+        option("linear", "schedule of the learning rate after warm-up")
+    )
     warmup_ratio: float = option(0.0, "share of the steps", least=0, most=1)
     warmup_steps: int = option(0, "overrides warmup_ratio if positive", least=0)
     optim: Literal["adamw_torch"] = option("adamw_torch", "optimiser")
@@ -245,7 +245,7 @@ class RunConfig:
             raise UserError("stage sft trains all weights of the base: set finetuning_type: full")
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs == 0):
             raise UserError("max_steps and num_train_epochs leave nothing to train")
-        if self.stage == "ppo" and arm.use != Arm().use and not self.reward_model:
+        if self.stage == "ppo" and not self.reward_model:
             raise UserError("stage ppo needs reward_model")
 
 
@@ -346,5 +346,3 @@ class _UniqueKeys(yaml.SafeLoader):
             if names.count(name) > 1:
                 raise UserError(f"line {node.start_mark.line + 1}: key {name!r} stands twice")
         return super().construct_mapping(node, deep)
-
-

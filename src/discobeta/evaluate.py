@@ -23,7 +23,8 @@ from discobeta.data.tokens import Rows, load_or_tokenise
 from discobeta.errors import UserError
 from discobeta.files import replacing, write_json, write_text
 from discobeta.generation import generate, response_text
-from discobeta.policy import hidden_states, load_reference, load_tokenizer, response_logps
+from discobeta.heads import SIGMA0
+from discobeta.policy import hidden_states, load_reference, load_tokenizer, response_logps, use_deterministic_kernels
 from discobeta.seeds import global_stream
 from discobeta.stages import Stage
 
@@ -32,7 +33,8 @@ def evaluate(directory: str | Path) -> dict[str, Any]:
     """Measure the run in `directory` on its held-out rows. Writes the files and returns the metrics."""
     directory = Path(directory)
     started = time.monotonic()
-    config = runs.read_run(directory)
+    config = runs.read_run(directory).replace(output_dir=str(directory))  # it may have been moved
+    use_deterministic_kernels(config)
     tokenizer = load_tokenizer(config)
     data = load_or_tokenise(config, tokenizer)
     if data.held_out is None:
@@ -89,7 +91,7 @@ def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
     if "oracle_probability" in examples:
         found |= metrics.against_oracle(examples["nll"], examples["oracle_probability"])
     if "variance_sum" in examples:
-        log_sigma = np.log(np.concatenate([examples["sigma_chosen"], examples["sigma_rejected"]]))
+        log_sigma = np.log(np.concatenate([examples["sigma_chosen"], examples["sigma_rejected"]]) / SIGMA0)
         found |= {"mean_log_sigma": float(log_sigma.mean()), "sd_log_sigma": float(log_sigma.std())}
         if "chosen_sigma" in examples:
             truth = np.concatenate([examples["chosen_sigma"], examples["rejected_sigma"]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,10 +79,10 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
         model.config.use_cache = False
     if config.finetuning_type == "full":
         return model
-    from peft import LoraConfig, PeftModel, get_peft_model
-
     if config.adapter_name_or_path:
-        return load_adapter(model, config.adapter_name_or_path, trainable=True)
+        return continue_adapter(model, config, task)
+    from peft import LoraConfig, get_peft_model
+
     linear = {name.rpartition(".")[2] for name, part in trunk(model).named_modules() if isinstance(part, nn.Linear)}
     targets = linear if config.lora_target == "all" else {name.strip() for name in config.lora_target.split(",")}
     if unknown := sorted(targets - linear):
@@ -96,18 +97,48 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
         target_modules=sorted(targets),
     )
     with global_stream(config.seed, "adapter"):
-        peft_model = get_peft_model(model, lora)
-    assert isinstance(peft_model, PeftModel)
+        return get_peft_model(model, lora)
+
+
+def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Module:
+    """The model with the adapter that the run starts from, to be trained on.
+
+    The adapter may come from another kind of run: a reward model usually starts from that of an SFT
+    run, whose trunk it shares and whose task it does not.
+    """
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    path = config.adapter_name_or_path
+    try:
+        settings = PeftConfig.from_pretrained(path)
+        settings.task_type, settings.inference_mode = task, False
+        with global_stream(config.seed, "adapter"):
+            peft_model = get_peft_model(model, settings)
+        fresh, found = get_peft_model_state_dict(peft_model), load_peft_weights(path, device="cpu")
+        unknown = sorted(set(found) - set(fresh))
+        set_peft_model_state_dict(peft_model, fresh | found)  # a score that it does not have stays fresh
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot load adapter {path}: {_first_line(error)}") from None
+    if unknown:
+        raise UserError(f"adapter {path} does not fit this model, which has no {unknown[0]}")
     return peft_model
 
 
-def load_adapter(model: PreTrainedModel, path: str | Path, *, trainable: bool = False) -> nn.Module:
+def load_adapter(model: PreTrainedModel, path: str | Path) -> nn.Module:
+    """The model with a finished adapter, frozen."""
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+        return PeftModel.from_pretrained(model, str(path))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot load adapter {path}: {_first_line(error)}") from None
+
+
+def use_deterministic_kernels(config: RunConfig) -> None:
+    """For `deterministic: true`: kernels that repeat bit for bit on a GPU. To be called before the first one."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 def save_model(model: nn.Module, directory: Path) -> None:

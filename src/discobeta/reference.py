@@ -29,12 +29,14 @@ def load_or_compute(config: RunConfig, train: Rows, held_out: Rows | None) -> tu
     """Columns `reference_logps` (rows, 2) [chosen, rejected] and `prompt_features` (rows, hidden_size).
 
     float32, for the training and the held-out rows, from the folder `reference_path` (or
-    `output_dir/reference`), where they are computed first if there is none.
+    `output_dir/reference`), where they are computed first if there is none. A folder that was given
+    and is of something else is refused; one of the run's own is only a cache, and made anew.
     """
     folder = Path(config.reference_path or Path(config.output_dir) / "reference")
     parts = {"train": train} | ({"eval": held_out} if held_out is not None else {})
     key = cache_key(config, parts)
-    if not (folder / "reference.json").exists():
+    record = folder / "reference.json"
+    if not record.exists() or (not config.reference_path and read_json(record)["key"] != key):
         write(config, parts, key, folder)
     found = {name: _read(folder, name, rows) for name, rows in _checked(folder, key, parts).items()}
     return found["train"], found.get("eval", {})

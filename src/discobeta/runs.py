@@ -32,9 +32,9 @@ NOT_THE_RUN = frozenset(
 
 PARTS = (
     "config.yaml adapter model heads.safetensors heads.json log.jsonl loss.png metrics.json examples.parquet "
-    "generations.jsonl cost.json evaluation_cost.json provenance.json checkpoints reference tracker"
+    "generations.jsonl cost.json evaluation_cost.json provenance.json checkpoints tracker"
 ).split()
-"""What a run directory may hold; nothing else in it is touched."""
+"""What belongs to one run in its directory; nothing else in it is touched."""
 
 
 def open_run(config: RunConfig) -> bool:
@@ -42,7 +42,8 @@ def open_run(config: RunConfig) -> bool:
 
     An unfinished run of the same settings is left for its checkpoint to be found. Another run, if it
     is finished or has a checkpoint, is refused, or removed with overwrite_output_dir: true, which
-    also trains a finished run again. Nothing is written: a run that cannot start leaves no trace.
+    also trains a finished run again. Nothing is changed here: a run that cannot start leaves no
+    trace, and leaves the run that it would have replaced (see `begin`).
     """
     if not config.output_dir:
         raise UserError("output_dir is missing: where the run is to be written")
@@ -66,14 +67,17 @@ def open_run(config: RunConfig) -> bool:
             f"output_dir: {directory} holds another run ({name}: {here.get(name)!r} there, {wanted[name]!r} here); "
             "give another output_dir, or overwrite_output_dir: true"
         )
-    if different or finished:
-        _clear(directory)
     return True
 
 
 def begin(config: RunConfig) -> None:
-    """The directory, with the resolved settings in it."""
-    write_yaml(config.resolved(), Path(config.output_dir) / "config.yaml")
+    """The directory with the resolved settings in it, and nothing left of a run that this one replaces."""
+    directory = Path(config.output_dir)
+    before = directory / "config.yaml"
+    is_other = before.exists() and _identity(read_yaml(before)) != _identity(config.resolved())
+    if is_other or (directory / "provenance.json").exists():
+        _clear(directory)
+    write_yaml(config.resolved(), before)
 
 
 def _identity(settings: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ DATA_KEYS = [
     "val_size",
     "max_unusable_rows",
 ]
-MODEL_KEYS = ["model_name_or_path", "model_revision", "trust_remote_code", "cache_dir"]
+MODEL_KEYS = ["model_name_or_path", "model_revision", "adapter_name_or_path", "trust_remote_code", "cache_dir"]
 CORPUS_KEYS = ["dataset", "dataset_dir", "split", "cutoff_len", "max_samples", "max_unusable_rows"]
 """What the base is trained on unless `base: sft:` says otherwise: the study's own training data."""
 

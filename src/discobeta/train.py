@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
@@ -27,9 +26,6 @@ def train(config: RunConfig) -> None:
 
         return sft.train(config)
 
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     from discobeta import loop, policy
@@ -37,8 +33,7 @@ def train(config: RunConfig) -> None:
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.stages import stage_class
 
-    if config.deterministic:
-        torch.use_deterministic_algorithms(True)
+    policy.use_deterministic_kernels(config)
     kind = stage_class(config.stage)
     directory = Path(config.output_dir)
     # the first process tokenises and computes the reference pass while the others wait
@@ -116,4 +111,3 @@ def _say_same_as(config: RunConfig, say: Any) -> None:
 
 def _tracker_options(config: RunConfig) -> dict[str, Any]:
     return {"wandb": {"name": config.run_name}} if config.report_to == "wandb" and config.run_name else {}
-

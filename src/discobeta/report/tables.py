@@ -56,8 +56,8 @@ PANELS = {
     ],
     "heads": [
         Metric("sigma_spearman", "ρ(σ, true σ)", 3, "↑"),
-        Metric("mean_log_sigma", "Mean\nlog σ", 3),
-        Metric("sd_log_sigma", "SD of\nlog σ", 3),
+        Metric("mean_log_sigma", "Mean\nlog σ/σ₀", 3),
+        Metric("sd_log_sigma", "SD of\nlog σ/σ₀", 3),
         Metric("mean_log_s", "Mean\nlog s", 3),
         Metric("sd_log_s", "SD of\nlog s", 3),
         Metric("log_s_noise", "r(log s,\nnoise)", 3),

@@ -44,7 +44,9 @@ class Stage(nn.Module):
         model = add_adapter(cls.load_base(config), config, cls.task)
         architecture = config.arm.trained_as(config.stage).architecture
         size = model.config.hidden_size
-        return cls(config, model, heads_module.build(architecture, size, config.seed, **cls.head_starts(model, columns)))
+        return cls(
+            config, model, heads_module.build(architecture, size, config.seed, **cls.head_starts(model, columns))
+        )
 
     @classmethod
     def trained(cls, config: RunConfig, directory: Path) -> Self:

@@ -38,7 +38,9 @@ class RewardModelling(Stage):
 
     def model_parameters(self) -> list[nn.Parameter]:
         without_score = [
-            weight for name, weight in self.model.named_parameters() if weight.requires_grad and ".score." not in f".{name}"
+            weight
+            for name, weight in self.model.named_parameters()
+            if weight.requires_grad and ".score." not in f".{name}"
         ]
         return [*without_score, *self.signals.reward_map(score(self.model)).parameters()]
 
