@@ -13,7 +13,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
-WORDS = "<pad> <bos> <eos> <unk> user assistant red green blue one two three four five six seven eight . ?".split()
+WORDS = [
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<unk>",
+    "user",
+    "assistant",
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    ".",
+    "?",
+]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from discobeta.data.batches import Pairs, Schedule, collate
 from discobeta.data.tokens import Rows, load_or_tokenise
 from discobeta.flags import Architecture
 from discobeta.heads import build
-from discobeta.policy import load_causal_lm, load_scorer, load_tokenizer, response_logps, hidden_states
+from discobeta.policy import hidden_states, load_causal_lm, load_scorer, load_tokenizer, response_logps
 from discobeta.reference import compute
 from discobeta.stages.dpo import DirectPreference
 from discobeta.stages.rm import RewardModelling

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import discobeta
 from discobeta import runs
 from discobeta.config import RunConfig
-from discobeta.data.batches import Pairs, collate
+from discobeta.data.batches import Pairs
 from discobeta.data.tokens import load_or_tokenise
 from discobeta.errors import UserError
 from discobeta.flags import Arm, arms_of
@@ -233,7 +233,7 @@ def test_a_model_that_changes_its_logits_is_refused(base, monkeypatch):
 
 
 def test_two_processes_train_as_one(settings, tmp_path):
-    """Two CPU processes (gloo), as `accelerate launch` or torchrun start them: same global batch, same losses, one writer."""
+    """Two CPU processes (gloo), as torchrun starts them: same global batch, same losses, one writer."""
     logs = {}
     for processes in (1, 2):
         wanted = settings(

@@ -126,10 +126,10 @@ def train(arguments: argparse.Namespace) -> None:
     from discobeta.train import train as train_run
 
     train_run(config)
-    has_held_out = config.eval_dataset or config.val_size
-    if config.stage != "sft" and has_held_out and not arguments.no_evaluate and _is_main_process():
-        if not (Path(config.output_dir) / "metrics.json").exists():
-            evaluate(argparse.Namespace(directory=Path(config.output_dir)))
+    directory = Path(config.output_dir)
+    is_measurable = config.stage != "sft" and (config.eval_dataset or config.val_size) and _is_main_process()
+    if is_measurable and not arguments.no_evaluate and not (directory / "metrics.json").exists():
+        evaluate(argparse.Namespace(directory=directory))
 
 
 def prepare(arguments: argparse.Namespace) -> None:

@@ -23,15 +23,40 @@ from discobeta.errors import UserError
 from discobeta.flags import FLAGS, Arm
 
 IGNORED = frozenset(
-    """
-    do_train do_eval do_predict template overwrite_cache preprocessing_num_workers
-    preprocessing_batch_size dataloader_num_workers dataloader_pin_memory ddp_timeout
-    ddp_find_unused_parameters save_only_model save_strategy save_total_limit save_safetensors
-    include_num_input_tokens_seen include_tokens_per_second logging_dir logging_first_step
-    remove_unused_columns overwrite_logging streaming use_fast_tokenizer low_cpu_mem_usage
-    additional_target reward_model_type load_best_model_at_end metric_for_best_model
-    greater_is_better disable_tqdm log_level print_param_status
-    """.split()
+    [
+        "do_train",
+        "do_eval",
+        "do_predict",
+        "template",
+        "overwrite_cache",
+        "preprocessing_num_workers",
+        "preprocessing_batch_size",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "ddp_timeout",
+        "ddp_find_unused_parameters",
+        "save_only_model",
+        "save_strategy",
+        "save_total_limit",
+        "save_safetensors",
+        "include_num_input_tokens_seen",
+        "include_tokens_per_second",
+        "logging_dir",
+        "logging_first_step",
+        "remove_unused_columns",
+        "overwrite_logging",
+        "streaming",
+        "use_fast_tokenizer",
+        "low_cpu_mem_usage",
+        "additional_target",
+        "reward_model_type",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "greater_is_better",
+        "disable_tqdm",
+        "log_level",
+        "print_param_status",
+    ]
 )
 """Names of LLaMA-Factory and of transformers' Trainer that mean nothing here."""
 

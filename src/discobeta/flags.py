@@ -155,7 +155,7 @@ def cell(stage: str, flags: dict[str, bool]) -> Cell:
 
 def grid(stages: tuple[str, ...] = STAGES) -> list[Cell]:
     """All 16 cells of each stage, in the order of the flags counted up."""
-    settings = [dict(zip(FLAGS, bits)) for bits in itertools.product((False, True), repeat=4)]
+    settings = [dict(zip(FLAGS, bits, strict=True)) for bits in itertools.product((False, True), repeat=4)]
     return [cell(stage, flags) for stage in stages for flags in settings]
 
 

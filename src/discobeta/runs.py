@@ -26,14 +26,36 @@ if TYPE_CHECKING:
     from discobeta.stages import Stage
 
 NOT_THE_RUN = frozenset(
-    "output_dir resume_from_checkpoint overwrite_output_dir report_to run_name plot_loss save_steps cache_dir".split()
+    [
+        "output_dir",
+        "resume_from_checkpoint",
+        "overwrite_output_dir",
+        "report_to",
+        "run_name",
+        "plot_loss",
+        "save_steps",
+        "cache_dir",
+    ]
 )
 """Settings that change how a run is done and not what comes out."""
 
-PARTS = (
-    "config.yaml adapter model heads.safetensors heads.json log.jsonl loss.png metrics.json examples.parquet "
-    "generations.jsonl cost.json evaluation_cost.json provenance.json checkpoints tracker"
-).split()
+PARTS = [
+    "config.yaml",
+    "adapter",
+    "model",
+    "heads.safetensors",
+    "heads.json",
+    "log.jsonl",
+    "loss.png",
+    "metrics.json",
+    "examples.parquet",
+    "generations.jsonl",
+    "cost.json",
+    "evaluation_cost.json",
+    "provenance.json",
+    "checkpoints",
+    "tracker",
+]
 """What belongs to one run in its directory; nothing else in it is touched."""
 
 
@@ -141,7 +163,7 @@ def source_state() -> tuple[str | None, bool | None]:
 
 
 def _versions() -> dict[str, str]:
-    names = "torch transformers peft trl accelerate tokenizers datasets safetensors numpy".split()
+    names = ["torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "datasets", "safetensors", "numpy"]
     found = {}
     for name in names:
         try:

@@ -91,10 +91,8 @@ class Signals:
         """
         scale = beta if log_s is None else beta * log_s.exp()
         mean_margin = scale * margin.float()
-        if log_sigma is None:
-            loss = logistic_loss(margin, scale)
-        else:
-            loss = probit_loss(mean_margin, variance_sum(log_sigma))
+        is_number = log_sigma is None
+        loss = logistic_loss(margin, scale) if is_number else probit_loss(mean_margin, variance_sum(log_sigma))
         return Comparison(mean_margin.detach(), loss, self._penalty(log_sigma, log_s), log_sigma, log_s)
 
     def _penalty(self, log_sigma: Tensor | None, log_s: Tensor | None) -> Tensor | None:
