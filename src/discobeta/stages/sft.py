@@ -12,6 +12,7 @@ import resource
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,23 +156,26 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTra
     """The start model, or a new one of `model_type` whose vocabulary is the tokenizer's."""
     if config.model_name_or_path:
         return load_causal_lm(config)
+    import torch
     from transformers import AutoModelForCausalLM
 
     architecture = build_architecture(config.model_type, config.config_overrides, tokenizer)
     try:
-        with global_stream(config.seed, "base weights"):
-            return AutoModelForCausalLM.from_config(architecture, attn_implementation=ATTENTION[config.flash_attn])
-    except (ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
-        raise UserError(f"model_type: cannot build a {config.model_type} causal LM: {first_line(error)}") from None
+        with global_stream(config.seed, "base weights"), torch.no_grad():
+            model = AutoModelForCausalLM.from_config(architecture, attn_implementation=ATTENTION[config.flash_attn])
+            model.eval()(input_ids=torch.tensor([[0, 0]]))  # sizes that do not fit together show only here
+    except Exception as error:  # each architecture fails in its own way
+        raise UserError(f"config_overrides: cannot build such a {config.model_type}: {first_line(error)}") from None
+    return model
 
 
 def build_architecture(model_type: str, overrides: str, tokenizer: PreTrainedTokenizerBase):
     """The transformers config of `model_type` with `overrides`, e.g. hidden_size=64,num_hidden_layers=2."""
     from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
-    if model_type not in CONFIG_MAPPING_NAMES:
-        raise UserError(f"model_type: transformers knows no {model_type!r}{nearest(model_type, CONFIG_MAPPING_NAMES)}")
+    if model_type not in CAUSAL_LMS:
+        raise UserError(f"model_type: transformers has no causal LM {model_type!r}{nearest(model_type, CAUSAL_LMS)}")
     default = AutoConfig.for_model(model_type)
     known = {**default.to_dict(), **{alias: getattr(default, alias) for alias in default.attribute_map}}
     if "rope_parameters" in known:
@@ -257,6 +261,8 @@ def trainer_settings(config: RunConfig, folder: Path) -> SFTConfig:
     """The run's settings under TRL's names; TRL's own defaults are for large models on a GPU."""
     from trl import SFTConfig
 
+    # transformers renamed this one argument within the range of versions that are supported
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
         return SFTConfig(
             output_dir=str(folder),

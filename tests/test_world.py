@@ -1,0 +1,420 @@
+"""The world: its truth is what docs/world.md says, and its files are a function of their seed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from discobeta import world
+from discobeta.errors import UserError
+
+PROMPT = "<user> hello help me with soup at home <assistant>"
+NOISY = "<user> hello help me with stew at home <assistant>"  # noise 1.6
+
+
+# --- the truth
+
+
+@pytest.mark.parametrize(
+    "response, reward",
+    [
+        # onion is the worst word (-1), basil the best (1), butter the seventh: -1 + 2 * 6/11 = 1/11
+        ("please use basil , basil and basil for soup .", 3.0),
+        ("take onion , butter and basil for soup ?", 1 / 11),
+        ("take onion , butter and basil for soup ? <eos>", 1 / 11),
+        ("use onion , onion and onion for soup .", -3.0),
+        ("use basil , basil and basil for bread .", 3 - 1),  # another topic
+        ("use basil , basil and basil for soup", 3 - 1),  # no end
+        ("use basil , basil and basil for soup . .", 3 - 1),
+        ("basil basil basil basil basil", 3 - 1),  # only the first three count
+        ("use basil and basil for soup .", 2 - 1 - 1),  # a word short
+        ("please please use basil , basil and basil for soup .", 3 - 1),
+        ("use basil , basil and basil for soup . <pad>", 3 - 1),
+        ("<pad> <pad>", -4.0),
+        ("", -4.0),
+        ("ünïcode \x00 garbage", -4.0),
+    ],
+)
+def test_true_reward_by_hand(response, reward):
+    assert world.true_reward(PROMPT, response) == pytest.approx(reward, abs=1e-12)
+
+
+def test_a_prompt_without_a_topic_makes_every_response_malformed():
+    assert not world.well_formed("no such prompt", "use basil , basil and basil for soup .")
+    assert world.true_reward("no such prompt", "use basil , basil and basil for soup .") == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="names no topic"):
+        world.response_sigma("no such prompt", "use basil , basil and basil for soup .")
+
+
+def test_noise_comes_from_the_topic_and_from_a_question_mark():
+    plain, question = "use basil , basil and basil for stew .", "use basil , basil and basil for stew ?"
+    assert world.response_sigma(NOISY, plain) == pytest.approx(1.6)
+    assert world.response_sigma(NOISY, question) == pytest.approx(4.8)
+    assert world.response_sigma(PROMPT, "garbage ?") == pytest.approx(0.6)
+    equal = {world.response_sigma(prompt, text, "homoscedastic") for prompt in (PROMPT, NOISY) for text in ("a", "a ?")}
+    assert len(equal) == 1
+
+
+def test_preference_probability_by_hand():
+    """Rewards 3 and 1, noise 1.6 and 4.8: Phi(2 / sqrt(2.56 + 23.04)) = Phi(0.39528) = 0.65368 (normal table)."""
+    best = "use basil , basil and basil for stew ."
+    other = "use basil , basil and onion for stew ?"
+    assert world.preference_probability(NOISY, best, other) == pytest.approx(0.65368, abs=2e-5)
+    assert world.preference_probability(NOISY, other, best) == pytest.approx(0.34632, abs=2e-5)
+    assert world.preference_probability(NOISY, best, best) == 0.5
+
+
+def test_topics_cross_noise_and_familiarity_exactly():
+    cells = Counter((topic.noise, topic.familiarity) for topic in world.TOPICS)
+    assert cells == {(noise, level): 1 for noise in (0.2, 0.4, 0.8, 1.6) for level in range(4)}
+    assert sum(world.QUALITY.values()) == pytest.approx(0)
+    steps = np.diff(sorted(world.QUALITY.values()))
+    assert len(world.QUALITY) == 12 and steps == pytest.approx([2 / 11] * 11)
+
+
+def test_a_fifth_of_each_topics_prompts_is_held_out():
+    for topic in range(16):
+        held_out = [
+            world.is_held_out(opener, verb, topic, place)
+            for opener in range(6) for verb in range(6) for place in range(8)
+        ]  # fmt: skip
+        assert len(held_out) == 288
+        assert sum(held_out) in (57, 58)  # 288 / 5 = 57.6
+
+
+def test_the_homoscedastic_control_is_as_hard_as_the_world():
+    """Bayes accuracy, E max(p, 1 - p), over pairs of ideal samples: .749 in both, within 3 standard errors."""
+    import random
+
+    rng, certainty = random.Random(0), {"heteroscedastic": [], "homoscedastic": []}
+    for _ in range(15_000):
+        prompt = world.draw_prompt(rng, held_out=False)
+        pair = [world.draw_completion(rng, world.topic_of(prompt)) for _ in range(2)]
+        for noise, values in certainty.items():
+            p = world.preference_probability(prompt, *pair, noise)
+            values.append(max(p, 1 - p))
+    for values in certainty.values():
+        assert np.mean(values) == pytest.approx(0.749, abs=0.005)
+
+
+# --- the corpus
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    world.write_corpus(folder, seed=1, sft_examples=2000)
+    return folder
+
+
+def combination(prompt: str) -> tuple[int, int, int, int]:
+    user, opener, verb, me, with_, topic, at, place, assistant = prompt.split()
+    assert (user, me, with_, at, assistant) == ("<user>", "me", "with", "at", "<assistant>")
+    names = [topic.name for topic in world.TOPICS]
+    return (
+        world.OPENERS.index(opener),
+        world.VERBS.index(verb),
+        names.index(topic),
+        world.PLACES.index(place),
+    )
+
+
+def test_the_corpus_is_well_formed_and_holds_no_held_out_prompt(corpus):
+    rows = read_lines(corpus / "sft.jsonl")
+    assert len(rows) == 2000
+    assert all(world.well_formed(row["prompt"], row["completion"]) for row in rows)
+    assert not any(world.is_held_out(*combination(row["prompt"])) for row in rows)
+
+
+def test_corpus_frequencies(corpus):
+    """Familiarity 27 : 9 : 3 : 1 (of 40), noise uniform; 4 standard errors of 2,000 draws."""
+    topics = [world.topic_of(row["prompt"]) for row in read_lines(corpus / "sft.jsonl")]
+    for level, weight in enumerate((27, 9, 3, 1)):
+        share = weight / 40
+        found = sum(topic.familiarity == level for topic in topics)
+        assert abs(found - 2000 * share) < 4 * math.sqrt(2000 * share * (1 - share))
+    for noise in (0.2, 0.4, 0.8, 1.6):
+        assert abs(sum(topic.noise == noise for topic in topics) - 500) < 4 * math.sqrt(2000 * 0.25 * 0.75)
+
+
+def test_completions_say_nothing_of_quality(corpus):
+    """Every word equally often: the base must not know what is good. 6,000 words, 500 each, 4.5 standard errors."""
+    counts = Counter(word for row in read_lines(corpus / "sft.jsonl") for word in row["completion"].split())
+    for word in world.WORDS:
+        assert abs(counts[word] - 500) < 4.5 * math.sqrt(6000 / 12 * 11 / 12)
+    assert abs(counts["?"] - 1000) < 4.5 * math.sqrt(500)
+
+
+def test_a_corpus_is_a_function_of_its_seed(corpus, tmp_path):
+    world.write_corpus(tmp_path / "again", seed=1, sft_examples=2000)
+    world.write_corpus(tmp_path / "other", seed=2, sft_examples=2000)
+    assert folder_bytes(tmp_path / "again") == folder_bytes(corpus)
+    assert (tmp_path / "other" / "sft.jsonl").read_bytes() != (corpus / "sft.jsonl").read_bytes()
+
+
+def test_the_tokenizer_knows_every_word_and_gives_texts_back(corpus):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
+    assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 4
+    for row in read_lines(corpus / "sft.jsonl")[:200]:
+        for text, lengths in ((row["prompt"], {9}), (row["completion"], {9, 10})):
+            ids = tokenizer(text)["input_ids"]
+            assert len(ids) in lengths and tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids) == text
+    assert tokenizer("unheard")["input_ids"] == [tokenizer.unk_token_id]
+
+
+@pytest.mark.parametrize("change", [{"sft_examples": 0}, {"noise": "loud"}])
+def test_a_corpus_that_cannot_be(change, tmp_path):
+    with pytest.raises(UserError, match="should be"):
+        world.write_corpus(tmp_path, **({"seed": 1, "sft_examples": 10} | change))
+    assert not list(tmp_path.iterdir())
+
+
+# --- pairs
+
+
+@pytest.fixture(scope="module")
+def untrained(corpus, tmp_path_factory) -> Path:
+    """A base of the world's vocabulary with random weights: its responses are garbage of every kind."""
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("untrained")
+    tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
+    tokenizer.save_pretrained(folder)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, intermediate_size=32, tie_word_embeddings=True, max_position_embeddings=64, initializer_range=0.3,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_pairs(corpus, base, folder, seed=3, train=300, evaluation=100) -> Path:
+    world.write_pairs(corpus, base, folder, seed=seed, train=train, evaluation=evaluation)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(corpus, untrained, tmp_path_factory) -> Path:
+    return write_pairs(corpus, untrained, tmp_path_factory.mktemp("pairs"))
+
+
+def test_pairs_differ_and_keep_to_their_side_of_the_held_out_line(pairs):
+    for split, size in (("train", 300), ("eval", 100)):
+        rows = read_lines(pairs / f"{split}.jsonl")
+        assert len(rows) == size
+        assert all(row["chosen"] != row["rejected"] and row["chosen"] and row["rejected"] for row in rows)
+        assert {world.is_held_out(*combination(row["prompt"])) for row in rows} == {split == "eval"}
+        topics = Counter(world.topic_of(row["prompt"]).familiarity for row in rows)
+        assert all(abs(topics[level] - size / 4) < 4 * math.sqrt(size * 3 / 16) for level in range(4))  # uniform
+
+
+def test_truth_of_the_rows(pairs):
+    for row in read_lines(pairs / "train.jsonl")[:50]:
+        truth, prompt = row["truth"], row["prompt"]
+        topic = next(topic for topic in world.TOPICS if topic.name == truth["topic"])
+        assert topic.name in prompt.split()
+        assert (truth["noise"], truth["familiarity"]) == (topic.noise, topic.familiarity)
+        for side in ("chosen", "rejected"):
+            assert truth[f"{side}_reward"] == world.true_reward(prompt, row[side])
+            assert truth[f"{side}_sigma"] in (topic.noise, 3 * topic.noise)
+        z = (truth["chosen_reward"] - truth["rejected_reward"]) / math.hypot(
+            truth["chosen_sigma"], truth["rejected_sigma"]
+        )
+        assert truth["probability"] == pytest.approx(0.5 * (1 + math.erf(z / math.sqrt(2))), abs=1e-12)
+
+
+def test_labels_come_out_as_often_as_their_probability_says():
+    """4,000 labels of one pair whose first response wins with Phi(0.39528) = .65368 (see above)."""
+    import torch
+
+    best, other = "use basil , basil and basil for stew .", "use basil , basil and onion for stew ?"
+    uniform = torch.Generator().manual_seed(0)
+    rows = [world.label(NOISY, best, other, "heteroscedastic", uniform) for _ in range(4000)]
+    wins = sum(row["chosen"] == best for row in rows)
+    assert abs(wins - 4000 * 0.65368) < 4 * math.sqrt(4000 * 0.65368 * 0.34632)
+    for row in rows[:20]:
+        assert row["truth"]["probability"] == pytest.approx(0.65368 if row["chosen"] == best else 0.34632, abs=2e-5)
+
+
+def test_pairs_are_a_function_of_their_seed_and_leave_torch_alone(corpus, untrained, pairs, tmp_path):
+    import torch
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    again = write_pairs(corpus, untrained, tmp_path / "again")
+    assert torch.equal(torch.rand(3), expected)
+    other = write_pairs(corpus, untrained, tmp_path / "other", seed=4)
+    assert folder_bytes(again) == folder_bytes(pairs)
+    assert not {row["prompt"] + row["chosen"] for row in read_lines(other / "train.jsonl")} & {
+        row["prompt"] + row["chosen"] for row in read_lines(pairs / "train.jsonl")
+    }
+
+
+def test_homoscedastic_pairs(corpus, untrained, pairs, tmp_path):
+    """The same prompts and responses with another label noise, so the two worlds differ in one thing."""
+    world.write_corpus(tmp_path / "world", seed=1, sft_examples=10, noise="homoscedastic")
+    rows = read_lines(write_pairs(tmp_path / "world", untrained, tmp_path / "pairs") / "train.jsonl")
+    sigmas = {row["truth"][name] for row in rows for name in ("noise", "chosen_sigma", "rejected_sigma")}
+    assert len(sigmas) == 1
+
+    def unordered(rows):
+        return [(row["prompt"], {row["chosen"], row["rejected"]}) for row in rows]
+
+    assert unordered(rows) == unordered(read_lines(pairs / "train.jsonl"))
+
+
+def test_equal_responses_are_drawn_again(corpus, monkeypatch):
+    """The first draw gives equal texts for the first prompt and an empty one for the second; both pairs are redrawn."""
+    draws = iter([["a", "a", "b", "", "c", "d"], ["e", "e", "f", "g"], ["h", "i"]])
+    asked = []
+
+    def generate(model, tokenizer, prompt_ids, **options):
+        asked.append(len(prompt_ids))
+        return next(draws)
+
+    monkeypatch.setattr("discobeta.generation.generate", generate)
+    monkeypatch.setattr("discobeta.generation.response_text", lambda tokenizer, ids: ids)
+    found = world.sample_pairs(None, world.build_tokenizer(), [PROMPT] * 3, seed=1, split="train")
+    assert found == [("h", "i"), ("f", "g"), ("c", "d")]
+    assert asked == [6, 4, 2]
+
+
+def test_a_base_that_always_says_the_same_is_refused(monkeypatch):
+    monkeypatch.setattr("discobeta.generation.generate", lambda *args, **options: ["a", "a"])
+    monkeypatch.setattr("discobeta.generation.response_text", lambda tokenizer, ids: ids)
+    with pytest.raises(UserError, match="no two different responses"):
+        world.sample_pairs(None, world.build_tokenizer(), [PROMPT], seed=1, split="train")
+
+
+def test_a_world_without_its_base_is_refused(corpus, base, tmp_path):
+    with pytest.raises(UserError, match=r"world\.json"):
+        write_pairs(tmp_path, base, tmp_path / "pairs")
+    with pytest.raises(UserError, match="not a model folder"):
+        write_pairs(corpus, tmp_path, tmp_path / "pairs")
+    with pytest.raises(UserError, match="tokenizer"):
+        write_pairs(corpus, base, tmp_path / "pairs")  # conftest's base: another vocabulary
+    assert not (tmp_path / "pairs").exists()
+
+
+# --- sampling
+
+
+@pytest.fixture(scope="module")
+def model(untrained):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(untrained), AutoTokenizer.from_pretrained(untrained)
+
+
+def sample(model, tokenizer, prompts, **options):
+    from discobeta.generation import generate
+    from discobeta.seeds import global_stream
+
+    with global_stream(1, "test"):
+        return generate(model, tokenizer, prompts, **({"max_new_tokens": 12, "batch_size": 64} | options))
+
+
+def test_responses_end_with_the_first_eos_or_at_the_limit(model):
+    network, tokenizer = model
+    responses = sample(network, tokenizer, [[4, 6, 5]] * 400, max_new_tokens=40)
+    eos = tokenizer.eos_token_id
+    assert all(eos not in response[:-1] for response in responses)
+    assert all(response[-1] == eos or len(response) == 40 for response in responses)
+    assert {len(response) == 40 for response in responses} == {True, False}  # both kinds are there
+    assert all(response.dtype == np.int32 for response in responses)
+
+
+def test_samples_follow_the_models_distribution_whatever_the_padding(model):
+    """First tokens of one prompt, sampled beside a longer prompt: their frequencies are softmax(logits)."""
+    import torch
+
+    network, tokenizer = model
+    prompt = [4, 20, 5]
+    with torch.no_grad():
+        expected = network(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).numpy()
+    both = [prompt, [4, 6, 7, 8, 9, 10, 5]] * 4000
+    responses = sample(
+        network, tokenizer, both, max_new_tokens=1, batch_size=8000
+    )  # one batch, so the short are padded
+    firsts = [response[0] for response in responses]
+    found = np.bincount(firsts[::2], minlength=len(expected)) / 4000
+    chi_square = 4000 * ((found - expected) ** 2 / expected).sum()
+    degrees = len(expected) - 1
+    assert chi_square < degrees + 4 * math.sqrt(2 * degrees)
+
+
+def test_a_models_own_sampling_options_are_set_aside_and_kept(model):
+    network, tokenizer = model
+    prompts = [[4, number, 5] for number in range(6, 40)]
+    plain = sample(network, tokenizer, prompts)
+    own = network.generation_config
+    try:
+        network.generation_config.repetition_penalty = 50.0
+        network.generation_config.min_p = 0.5
+        network.train()
+        assert all(map(np.array_equal, sample(network, tokenizer, prompts), plain))
+        assert network.training and network.generation_config is own and own.repetition_penalty == 50.0
+    finally:
+        own.repetition_penalty = own.min_p = None
+        network.eval()
+
+
+def test_top_k_of_one_is_greedy(model):
+    import torch
+
+    network, tokenizer = model
+    prompts = [[4, number, 5] for number in range(6, 40)]
+    with torch.no_grad():
+        best = network(torch.tensor(prompts)).logits[:, -1].argmax(-1).tolist()
+    assert [response[0] for response in sample(network, tokenizer, prompts, top_k=1, max_new_tokens=1)] == best
+
+
+def test_an_adapter_takes_part(model):
+    """LoRA that adds nothing samples what the base samples; one that adds something does not."""
+    import copy
+
+    from peft import LoraConfig, get_peft_model
+
+    network, tokenizer = copy.deepcopy(model[0]), model[1]
+    prompts = [[4, number, 5] for number in range(6, 40)]
+    plain = sample(network, tokenizer, prompts)
+    adapted = get_peft_model(network, LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj", "down_proj"]))
+    assert all(map(np.array_equal, sample(adapted, tokenizer, prompts), plain))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.fill_(1.0)
+    changed = sample(adapted.train(), tokenizer, prompts)
+    assert not all(map(np.array_equal, changed, plain))
+    assert all(map(np.array_equal, sample(adapted.eval(), tokenizer, prompts), changed))  # no dropout in either mode
+    with adapted.disable_adapter():
+        assert all(map(np.array_equal, sample(adapted, tokenizer, prompts), plain))
+
+
+def test_response_text_drops_the_last_eos_and_nothing_else():
+    from discobeta.generation import response_text
+
+    tokenizer = world.build_tokenizer()
+    ids = tokenizer("use <pad> basil <unk> . <eos>")["input_ids"]
+    assert response_text(tokenizer, np.array(ids)) == "use <pad> basil <unk> ."
+    assert response_text(tokenizer, np.array(ids[:-1])) == "use <pad> basil <unk> ."
+    assert response_text(tokenizer, np.array([], np.int32)) == ""
