@@ -142,8 +142,8 @@ UPSTREAM = {
     "reference": {"data/tokens", "seeds"},
     "world_pairs": {"policy"},
     "prepare": set(),
-    "sft": {"policy"},
-    "evaluate": {"data/batches", "data/tokens", "policy", "seeds", "stages/__init__", "world"},
+    "sft": {"policy", "train"},  # of train.py only the clock that says when the process started
+    "evaluate": {"data/batches", "data/tokens", "heads", "policy", "seeds", "stages/__init__", "world"},
     "tables": {"flags"},
     "figures": {"flags"},
 }
