@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
     from discobeta.heads import Heads
     from discobeta.stages import Stage
+
+STARTED = time.monotonic()
+"""When the process began to work, as near as an import can tell."""
 
 NOT_THE_RUN = frozenset(
     [

@@ -15,9 +15,6 @@ from discobeta.errors import UserError
 from discobeta.files import write_json
 from discobeta.flags import Arm
 
-STARTED = time.monotonic()
-"""When the process began to work, as near as an import can tell."""
-
 
 def train(config: RunConfig) -> None:
     """Train `config` and leave its run directory."""
@@ -67,7 +64,7 @@ def train(config: RunConfig) -> None:
         runs.begin(config)
     if accelerator.log_with:
         accelerator.init_trackers("discobeta", config.resolved(), _tracker_options(config))
-    startup = time.monotonic() - STARTED
+    startup = time.monotonic() - runs.STARTED
     spent = loop.fit(stage, pairs, held_out, config, accelerator, directory, runs.identity(config, facts))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

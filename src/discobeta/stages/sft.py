@@ -26,7 +26,6 @@ from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
 from discobeta.errors import UserError
 from discobeta.policy import ATTENTION, load_causal_lm, load_tokenizer
 from discobeta.seeds import derive, global_stream
-from discobeta.train import STARTED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,7 +72,7 @@ def train(config: RunConfig) -> None:
             tokenizer.save_pretrained(folder)
             write_yaml(config.resolved(), folder / "config.yaml")
             files.write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log.rows))
-            files.write_json(folder / "cost.json", cost(trainer, spent, begun - STARTED))
+            files.write_json(folder / "cost.json", cost(trainer, spent, begun - runs.STARTED))
             if config.plot_loss:
                 from discobeta.report.figures import loss_curve
 
