@@ -54,3 +54,37 @@ def test_partial_correlation_takes_the_common_cause_away():
     assert np.corrcoef(z + u, z - u)[0, 1] == pytest.approx(0)
     assert metrics.partial_correlation(z + u, z - u, given=z) == pytest.approx(-1)
     assert metrics.partial_correlation(z, u, given=z) is None
+
+
+def test_what_is_measured_of_the_heads():
+    """sigma in the opposite order of the truth; log s = -log noise, whatever the familiarity."""
+    import pandas as pd
+
+    from discobeta.evaluate import preference_metrics
+
+    examples = pd.DataFrame(
+        {
+            "nll": [0.1, 0.2, 0.3, 0.4],
+            "variance_sum": [1.0] * 4,
+            "sigma_chosen": [4.0, 3.0, 2.0, 1.0],
+            "sigma_rejected": [8.0, 7.0, 6.0, 5.0],
+            "chosen_sigma": [5.0, 6.0, 7.0, 8.0],
+            "rejected_sigma": [1.0, 2.0, 3.0, 4.0],
+            "log_s": -np.log([1.0, 1.0, 2.0, 2.0]),
+            "noise": [1.0, 1.0, 2.0, 2.0],
+            "familiarity": [0, 1, 0, 1],
+            "oracle_probability": [0.5, 0.5, 0.5, 0.5],
+            "topic": ["a", "a", "b", "b"],
+        }
+    )
+    found = preference_metrics(examples)
+    assert found["sigma_spearman"] == pytest.approx(-1)
+    assert found["mean_log_sigma"] == pytest.approx(
+        np.log([4, 3, 2, 1, 8, 7, 6, 5]).mean() - math.log(2 / math.pi**0.5)
+    )
+    assert found["log_s_noise"] == pytest.approx(-1) and "log_s_familiarity" not in found  # no residual left
+    assert found["mean_log_s"] == pytest.approx(-math.log(2) / 2) and found["sd_log_s"] == pytest.approx(
+        math.log(2) / 2
+    )
+    assert found["excess_nll"] == pytest.approx(0.25 - math.log(2))
+    assert found["by_topic"]["b"]["nll"] == pytest.approx(0.35) and found["by_topic"]["b"]["examples"] == 2

@@ -59,6 +59,8 @@ def test_gradient_reaches_a_head_exactly_if_it_is_used(fresh, name):
             reached = [weight.grad is not None and bool(weight.grad.abs().sum() > 0) for weight in head.parameters()]
             assert all(reached) if used else not any(reached), part
     assert stage.parameter_groups().keys() == {"model"} | set(stage.signals.parameters())
+    trained = {id(weight) for group in stage.parameter_groups().values() for weight in group}
+    assert {id(weight) for weight in stage.parameters() if weight.requires_grad} == trained
 
 
 @pytest.mark.parametrize("name", [arm.name for arm in arms_of("rm")])
@@ -73,6 +75,21 @@ def test_rm_trains_the_score_or_the_mean_in_its_place(fresh, name):
         assert all((weight.grad is not None) == used for weight in stage.heads.disco.parameters())
     in_group = {id(weight) for weight in stage.parameter_groups()["model"]}
     assert (id(score(stage.model).weight) in in_group) != used
+
+
+def test_a_head_is_clipped_on_its_own():
+    """Gradients (3, 4) of norm 5 and (0, 100) of norm 100, clipped to 1 and to 2, each by its own norm."""
+    from discobeta.loop import clip_gradients
+
+    model, head = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    model.grad, head.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 100.0])
+    config, _ = RunConfig.from_mapping(
+        {"stage": "dpo", "model_name_or_path": "m", "max_grad_norm": 1.0, "head_max_grad_norm": 2.0}
+    )
+    norms = clip_gradients({"model": [model], "disco": [head]}, config)
+    assert {name: norm.item() for name, norm in norms.items()} == {"model": 5.0, "disco": 100.0}
+    torch.testing.assert_close(model.grad, torch.tensor([0.6, 0.8]))
+    torch.testing.assert_close(head.grad, torch.tensor([0.0, 2.0]))
 
 
 def test_disco_starts_with_the_baselines_gradient(fresh):

@@ -158,12 +158,7 @@ def fit(
                     # DDP averages over processes; this makes the gradient the mean over the step's pairs
                     accelerator.backward(objective.sum() * (accelerator.num_processes / pairs_in_step))
                 means.add(statistics)
-            norms = {
-                name: torch.nn.utils.clip_grad_norm_(
-                    weights, (config.max_grad_norm if name == "model" else config.head_max_grad_norm) or math.inf
-                )
-                for name, weights in groups.items()
-            }  # each head on its own: one norm over all would let a head change the model's clipping
+            norms = clip_gradients(groups, config)
             optimizer.step()
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
@@ -194,6 +189,18 @@ def fit(
                 saver.save(now, {"seconds": time.monotonic() - started, **counts}, accelerator)
     stage.eval()
     return {"seconds": time.monotonic() - started, **counts}
+
+
+def clip_gradients(groups: dict[str, list[torch.nn.Parameter]], config: RunConfig) -> dict[str, Tensor]:
+    """Scale each group's gradient down to its largest norm, on its own; returns the norms before.
+
+    One norm over all groups would let a head change how the model is clipped.
+    """
+    largest = {name: config.max_grad_norm if name == "model" else config.head_max_grad_norm for name in groups}
+    return {
+        name: torch.nn.utils.clip_grad_norm_(weights, largest[name] or math.inf)  # 0: no clipping
+        for name, weights in groups.items()
+    }
 
 
 @torch.no_grad()
