@@ -142,7 +142,7 @@ ELSEWHERE = {
     "reference": {"data/tokens", "seeds"},
     "world_pairs": {"policy"},
     "prepare": set(),
-    "sft": {"policy", "train"},  # of train.py only the clock that says when the process started
+    "sft": {"policy"},
     "evaluate": {"data/batches", "data/tokens", "heads", "policy", "seeds", "stages/__init__", "world"},
     "tables": {"flags"},
     "figures": {"flags"},
