@@ -196,7 +196,9 @@ def plan(arguments: argparse.Namespace) -> None:
 def report(arguments: argparse.Namespace) -> None:
     from discobeta import report as study_report
 
-    study_report.write(_study(arguments))
+    study = _study(arguments)
+    study_report.write(study)
+    print(f"tables: {study.directory / 'tables'}   figures: {study.directory / 'figures'}")
 
 
 def tables(arguments: argparse.Namespace) -> None:
