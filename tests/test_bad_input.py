@@ -95,6 +95,11 @@ def test_a_model_that_cannot_be_read(refused, base, tmp_path):
     assert f"cannot load the model {broken}" in refused(model_name_or_path=str(broken))
 
 
+def test_a_tracker_that_is_not_installed(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "report_to: wandb is not installed (pip install wandb)" in refused(report_to="wandb")
+
+
 def test_the_directory_of_another_run(run, refused):
     path = run("dpo", name="taken")
     before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}

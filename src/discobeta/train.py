@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def train(config: RunConfig) -> None:
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.stages import stage_class
 
+    if config.report_to != "none" and find_spec(config.report_to) is None:
+        raise UserError(f"report_to: {config.report_to} is not installed (pip install {config.report_to})")
     policy.use_deterministic_kernels(config)
     kind = stage_class(config.stage)
     directory = Path(config.output_dir)
