@@ -221,7 +221,7 @@ def _study(arguments: argparse.Namespace):
 
 def _run_config(arguments: argparse.Namespace) -> RunConfig:
     config, notes = RunConfig.read(arguments.run, arguments.set)
-    for note in notes:
+    for note in notes if _is_main_process() else ():
         print(f"discobeta: {note}", file=sys.stderr)
     return config
 

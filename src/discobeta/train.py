@@ -65,6 +65,7 @@ def train(config: RunConfig) -> None:
 
     if accelerator.is_main_process:
         runs.begin(config)
+    accelerator.wait_for_everyone()  # nobody looks for a checkpoint that is about to be removed
     if accelerator.log_with:
         accelerator.init_trackers("discobeta", config.resolved(), _tracker_options(config))
     startup = time.monotonic() - runs.STARTED
