@@ -111,7 +111,7 @@ def test_a_shuffled_cache_is_detected(prepared):
     save_file({name: value[order] for name, value in columns.items()}, path)
     record = path.with_name("reference.json")
     mended = json.loads(record.read_text())
-    mended["sha256"]["train"] = reference._digest(path)
+    mended["sha256"]["train"] = reference.sha256(path)
     record.write_text(json.dumps(mended))
     with pytest.raises(UserError, match="another order"):
         reference.load_or_compute(config, train, held_out)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from discobeta.config import RunConfig
 from discobeta.data.batches import Batch
 from discobeta.errors import UserError
-from discobeta.files import read_json, replacing, write_json
+from discobeta.files import read_json, replacing, sha256, write_json
 from discobeta.seeds import generator, global_stream
 
 if TYPE_CHECKING:
@@ -248,8 +248,7 @@ def _file_hash(path: Path) -> str:
     blob = path.resolve().name
     if path.is_symlink() and len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
         return blob
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _hub(config: RunConfig) -> dict:

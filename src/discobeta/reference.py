@@ -7,8 +7,8 @@ adapter or a loss changes. So one pass serves every dpo run on the same data.
 
 from __future__ import annotations
 
-import hashlib
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import Rows
 from discobeta.errors import UserError
-from discobeta.files import read_json, replacing, write_json
+from discobeta.files import read_json, replacing, sha256, write_json
 from discobeta.policy import at, hidden_states, load_reference, response_logps, weights_hash
 
 Columns = dict[str, Tensor]
@@ -38,7 +38,8 @@ def load_or_compute(config: RunConfig, train: Rows, held_out: Rows | None) -> tu
     record = folder / "reference.json"
     if not record.exists() or (not config.reference_path and read_json(record)["key"] != key):
         write(config, parts, key, folder)
-    found = {name: _read(folder, name, rows) for name, rows in _checked(folder, key, parts).items()}
+    _check(folder, key, parts)
+    found = {name: _read(folder, name, rows) for name, rows in parts.items()}
     return found["train"], found.get("eval", {})
 
 
@@ -68,7 +69,7 @@ def write(config: RunConfig, parts: dict[str, Rows], key: dict[str, str], folder
             columns = compute(model, Pairs(rows), config, device, name)
             columns["fingerprints"] = torch.from_numpy(rows.fingerprints())
             save_file(columns, temporary / f"{name}.safetensors")
-            digests[name] = _digest(temporary / f"{name}.safetensors")
+            digests[name] = sha256(temporary / f"{name}.safetensors")
         write_json(temporary / "reference.json", {"key": key, "sha256": digests})
         seconds = time.monotonic() - started
         cost = {"seconds": seconds, "device": device.type, "pairs": sum(map(len, parts.values()))}
@@ -90,8 +91,8 @@ def compute(model: torch.nn.Module, pairs: Pairs, config: RunConfig, device: tor
     return {"reference_logps": logps, "prompt_features": features}
 
 
-def _checked(folder: Path, key: dict[str, str], parts: dict[str, Rows]) -> dict[str, Rows]:
-    """`parts`, if the folder was made from just that."""
+def _check(folder: Path, key: dict[str, str], parts: Iterable[str]) -> None:
+    """Refuse a folder that was made from something else, or changed since."""
     record = read_json(folder / "reference.json")
     for item, value in key.items():
         if record["key"].get(item) != value:
@@ -101,9 +102,8 @@ def _checked(folder: Path, key: dict[str, str], parts: dict[str, Rows]) -> dict[
                 "give another reference_path, or remove that folder"
             )
     for name in parts:
-        if _digest(folder / f"{name}.safetensors") != record["sha256"][name]:
+        if sha256(folder / f"{name}.safetensors") != record["sha256"][name]:
             raise UserError(f"{folder}/{name}.safetensors was changed after it was written; remove {folder}")
-    return parts
 
 
 def _read(folder: Path, name: str, rows: Rows) -> Columns:
@@ -113,11 +113,3 @@ def _read(folder: Path, name: str, rows: Rows) -> Columns:
     if not torch.equal(columns.pop("fingerprints"), torch.from_numpy(rows.fingerprints())):
         raise UserError(f"{folder}/{name}.safetensors holds its rows in another order; remove {folder}")
     return columns
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import gzip
-import hashlib
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from typing import Any
 from discobeta.config import RunConfig, read_yaml
 from discobeta.data.formats import COLUMNS, TAGS, Example, Kind, Reason, Unusable, find_layout, read_example
 from discobeta.errors import UserError
-from discobeta.files import read_json
+from discobeta.files import read_json, sha256
 
 FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 TEXTS = ("file_name", "hf_hub_url", "subset", "folder", "split", "script_url")
@@ -110,7 +109,7 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What the rows come from: the file's content, or the hub dataset's address."""
         if self.path:
-            origin = {"sha256": _sha256(self.path)}
+            origin = {"sha256": sha256(self.path)}
         else:
             origin = {"hub": self.hub, "subset": self.subset, "folder": self.folder, "split": self.split}
         reading = {key: self.entry[key] for key in ("formatting", "columns", "tags") if self.entry.get(key)}
@@ -234,14 +233,6 @@ def _known_file(path: Path) -> Path:
     if not path.name.endswith(FILES):
         raise UserError(f"dataset {path}: unknown kind of file; known: {', '.join(FILES)}")
     return path
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
