@@ -1,6 +1,7 @@
 # make ablation     the whole study on the embedded world, from nothing to tables (minutes on two cores)
 # make test         the tests                    make lint      style of code and workflow
 # make smoke        a study in small, for real   make dry-run   every shipped study, planned only
+# make slurm-test   the same on a real Slurm of one node, which is installed, started and removed (root, Debian)
 # make report       the HTML report of a study that has run
 #
 # Every target first sets up what it needs in $(VENV). Variables:
@@ -20,7 +21,7 @@ RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SNAKEMAKE := $(RUN) snakemake
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: ablation smoke test lint dry-run report clean
+.PHONY: ablation smoke test slurm-test lint dry-run report clean
 .NOTPARALLEL:
 
 ablation: $(READY)
@@ -37,6 +38,10 @@ report: $(READY)
 # One thread per test process: with more processes than cores, threads wait for each other.
 test: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(RUN) pytest --numprocesses auto
+
+# Tests that were skipped are listed with their reason: on a machine that cannot run a cluster, all are.
+slurm-test: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(RUN) pytest --durations=0 tests/slurm
 
 lint: $(READY)
 	$(RUN) ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -28,7 +29,7 @@ def finish(
     *,
     weights: bytes = b"weights",
     log: tuple[dict, ...] = STEPS,
-    probability: tuple[float, ...] = (0.9, 0.4),
+    examples: dict[str, Sequence] = {"probability": (0.9, 0.4)},  # noqa: B006, never changed
     cost: dict | None = None,
     evaluation_seconds: float = 1.0,
 ) -> Path:
@@ -41,7 +42,7 @@ def finish(
     if metrics is not None:
         (directory / "metrics.json").write_text(json.dumps(metrics))
         (directory / "evaluation_cost.json").write_text(json.dumps({"seconds": evaluation_seconds}))
-        pd.DataFrame({"probability": probability}).to_parquet(directory / "examples.parquet")
+        pd.DataFrame(examples).to_parquet(directory / "examples.parquet")
     record = {"commit": COMMIT, "dirty": False, "versions": {"discobeta": "9.8.7"}}
     (directory / "provenance.json").write_text(json.dumps(record))
     return directory

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 
 from discobeta.config import RunConfig
 from discobeta.evaluate import evaluate
-from discobeta.flags import Arm, arms_of
+from discobeta.flags import STAGES, Arm, State, arms_of
 from discobeta.train import train
 
-IDLE = [(stage, arm.name) for stage in ("rm", "dpo") for arm in arms_of(stage) if arm.is_idle]
+IDLE = [(stage, arm.name) for stage in STAGES for arm in arms_of(stage) if arm.is_idle]
 COMPARED = (
     "adapter/adapter_model.safetensors",
     "adapter/adapter_config.json",
@@ -35,6 +35,11 @@ def trained(base, pairs, tmp_path_factory):
             "lora_dropout": dropout, "max_grad_norm": 0.5, "num_eval_generations": 4, "max_new_tokens": 5,
             "eval_strategy": "steps", "eval_steps": 2, "seed": 3, **Arm.from_name(arm).flags,
         }  # fmt: skip
+        if stage == "ppo":
+            settings |= {"eval_strategy": "no", "max_steps": 2, "ppo_buffer_size": 2, "ppo_epochs": 2}
+            settings["reward_model"] = str(get("rm", Arm.from_name(arm).trained_as("rm").name, dropout))
+            if Arm.from_name(arm).beta is not State.ABSENT:
+                settings["beta_head"] = str(get("dpo", arm, dropout))
         config, _ = RunConfig.from_mapping(settings)
         train(config)
         evaluate(config.output_dir)
@@ -52,12 +57,15 @@ def test_idle_equals_absent(trained, stage, arm, dropout):
     absent = trained(stage, Arm.from_name(arm).twin.name, dropout)
     for name in COMPARED:
         assert (idle / name).read_bytes() == (absent / name).read_bytes(), name
-    assert set(load_file(idle / "heads.safetensors")) > set(load_file(absent / "heads.safetensors"))
+    heads = [set(load_file(run / "heads.safetensors")) for run in (idle, absent)]
+    has_no_head = stage == "ppo" and Arm.from_name(arm).beta is not State.IDLE  # the idle one is the reward model's
+    assert heads[0] == heads[1] if has_no_head else heads[0] > heads[1]
 
 
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
 @pytest.mark.parametrize("arm", ["disco-used_beta-absent", "disco-absent_beta-used", "disco-used_beta-used"])
-def test_used_differs(trained, arm):
-    used, baseline = (trained("dpo", name, 0.0) for name in (arm, "baseline"))
+def test_used_differs(trained, arm, stage):
+    used, baseline = (trained(stage, name, 0.0) for name in (arm, "baseline"))
     for name in ("adapter/adapter_model.safetensors", "log.jsonl", "metrics.json"):
         assert (used / name).read_bytes() != (baseline / name).read_bytes(), name
 

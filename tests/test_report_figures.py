@@ -85,7 +85,7 @@ def test_reliability_pools_seeds_and_folds_probabilities_onto_the_predicted_winn
     made = study(arms=["baseline"], **FAST)
     # confidences .925 (right), .925 (wrong) | .925 (right), .525 (right): bins of .05 from .5
     for run, probability in zip(made.runs(), [(0.925, 0.075), (0.925, 0.525)], strict=True):
-        finish(run, {"ece": 0.1 * run.seed}, probability=probability)
+        finish(run, {"ece": 0.1 * run.seed}, examples={"probability": probability})
     figure = figures.reliability_diagram(made, "dpo")
     upper, lower = figure.axes
     curve = upper.containers[0].lines[0]
@@ -105,6 +105,102 @@ def test_an_arm_without_predictions_is_shown_as_missing():
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert "missing" in texts
     assert any("1 of 2 seeds" in text for text in texts)
+
+
+# --- ppo
+
+PPO = ["rm", "dpo", "ppo"]
+WORLD = {"data": {"world": {}}, "base": {"sft": {"model_type": "qwen3"}}}
+
+
+def rollouts_of(seed: int, better: float = 0.0):
+    """Two updates; the reward of seed 2 is 0.2 above that of seed 1. There is a loss too, which says little."""
+    reward = 0.2 * (seed - 1) + better
+    return (
+        {"step": 1, "reward": 0.5 + reward, "kl_per_sequence": 0.0, "response_length": 9.0, "loss": 3.0},
+        {"step": 2, "reward": 0.7 + reward, "kl_per_sequence": 1.5, "response_length": 8.0, "loss": 2.0},
+    )
+
+
+def test_learning_curves_of_ppo_are_reward_kl_and_length_over_updates():
+    made = study(arms=["baseline", "disco-idle_beta-absent", "disco-used_beta-absent"], stages=PPO)
+    for run in made.runs():
+        finish(run, None, log=rollouts_of(run.seed, better=1 if run.arm.name == "disco-used_beta-absent" else 0))
+    figure = figures.learning_curves(made, "ppo")
+    reward, disco_reward, kl, length = figure.axes  # the two reward models score in different units
+    assert [line.get_color() for line in lines(reward)] == ["#4d4d4d", "black"]
+    assert [line.get_color() for line in lines(kl)] == ["#4d4d4d", "#0072B2", "black"]
+    (baseline, idle), (disco,) = lines(reward), lines(disco_reward)
+    assert reward.get_ylabel() == "Score by reward\nmodel, no Disco"
+    assert disco_reward.get_ylabel() == "Score by reward\nmodel, Disco"
+    assert baseline.get_ydata() == pytest.approx([0.6, 0.8])
+    assert disco.get_ydata() == pytest.approx([1.6, 1.8])
+    assert idle.get_ydata() == pytest.approx([0.6, 0.8])
+    assert idle.get_linewidth() < 1
+    assert lines(kl)[0].get_ydata() == pytest.approx([0, 1.5])
+    assert lines(length)[0].get_ydata() == pytest.approx([9, 8])
+    assert length.get_xlabel() == "Update"
+    assert labels(figure) == ["Baseline", "Disco", "with an idle head"]
+    (band,) = reward.collections  # from the least to the greatest seed, of the arm that is drawn in colour
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((0.5, 0.9))
+
+
+@pytest.mark.parametrize(
+    "arms", [["baseline", "disco-idle_beta-absent", "disco-absent_beta-used"], ["disco-used_beta-absent"]]
+)
+def test_arms_of_one_kind_of_reward_model_share_one_panel(arms):
+    made = study(arms=arms, stages=PPO)
+    figure = figures.learning_curves(made, "ppo")
+    assert [axes.get_ylabel().split()[0] for axes in figure.axes] == ["Score", "KL", "Tokens"]
+    assert figure.axes[0].texts[0].get_text() == "missing"
+
+
+def gains(seed: int, better: float = 0.0) -> dict:
+    """Six prompts of three noise levels; gains 1 and 3 | 0 and 1 | -1 and -1, and seed 2 gains 0.5 more."""
+    gained = np.array([1, 3, 0, 1, -1, -1]) + 0.5 * (seed - 1) + better
+    return {"noise": [0.3, 0.3, 0.9, 0.9, 2.0, 2.0], "reference_true_reward": [1.0] * 6, "true_reward": 1 + gained}
+
+
+def test_reward_by_noise_is_paired_with_the_reference_and_spans_the_seeds():
+    made = study(arms=["baseline", "disco-idle_beta-absent", "disco-used_beta-absent"], stages=PPO, **WORLD)
+    for run in made.runs():
+        if run.stage == "ppo" and (run.arm.name, run.seed) != ("disco-used_beta-absent", 2):
+            finish(run, {"reward": 1}, examples=gains(run.seed, better=1 if run.arm.name != "baseline" else 0))
+    figure = figures.reward_by_noise(made, "ppo")
+    (axes,) = figure.axes
+    baseline, disco = axes.containers  # the idle arm computes what its twin does
+    assert baseline.lines[0].get_ydata() == pytest.approx([2.25, 0.75, -0.75])  # 2, 0.5, -1 and half of 0.5
+    spans = [segment[:, 1].tolist() for segment in baseline.lines[2][0].get_segments()]
+    assert np.ravel(spans) == pytest.approx([2, 2.5, 0.5, 1, -1, -0.5])
+    assert disco.lines[0].get_ydata() == pytest.approx([3, 1.5, 0])  # seed 1 only
+    assert baseline.lines[0].get_xdata() == pytest.approx([-0.07, 0.93, 1.93])
+    assert disco.lines[0].get_xdata() == pytest.approx([0.07, 1.07, 2.07])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.3", "0.9", "2"]
+    assert labels(figure) == ["Baseline", "Disco (1 of 2 seeds)"]
+    footer = figure.texts[-1].get_text().replace("-\n", "-").replace("\n", " ")
+    assert "disco-used_beta-absent: seed 2 (not trained)" in footer
+
+
+def test_reward_by_noise_without_sampled_responses_says_missing():
+    made = study(arms=["baseline"], stages=PPO, **WORLD)
+    for run in made.runs():
+        finish(run, {"reward": 1})
+    (axes,) = figures.reward_by_noise(made, "ppo").axes
+    assert "missing" in [text.get_text() for text in axes.texts]
+
+
+def test_figures_of_a_study_with_ppo():
+    made = study(arms=["baseline"], **WORLD)
+    figures.write(made)
+    names = {path.stem for path in (made.directory / "figures").iterdir()}
+    assert names == {f"{name}-{stage}" for stage in ("rm", "dpo") for name in ("learning-curves", "reliability")} | {
+        "learning-curves-ppo",
+        "reward-by-noise-ppo",
+    }
+
+
+# --- files
 
 
 def test_figures_are_files_that_do_not_change_when_they_are_drawn_again():
@@ -129,3 +225,26 @@ def test_loss_curve_of_one_run(tmp_path):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     (run / "log.jsonl").write_text("")
     figures.loss_curve(run / "log.jsonl", run / "loss.png")
+
+
+@pytest.mark.parametrize(
+    ("log", "panels"),
+    [
+        (log_of(1), {"Loss (nats)": [[0.7, 0.5], [0.6, 0.4]]}),
+        (
+            rollouts_of(1),
+            {"Score by the\nreward model": [[0.5, 0.7]], "KL to reference\n(nats per response)": [[0, 1.5]]},
+        ),
+    ],
+    ids=["dpo", "ppo"],
+)
+def test_loss_curve_of_ppo_is_reward_and_kl(tmp_path, monkeypatch, log, panels):
+    drawn = []
+    save = figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure, "savefig", lambda *words, **options: drawn.append(words[0]) or save(*words, **options)
+    )
+    run = finish(tmp_path / "run", None, log=log)
+    figures.loss_curve(run / "log.jsonl", run / "loss.png")
+    (figure,) = drawn
+    assert {axes.get_ylabel(): [line.get_ydata().tolist() for line in axes.lines] for axes in figure.axes} == panels

@@ -60,6 +60,47 @@ def test_golden_stage_table(ending):
     assert (made.directory / "tables" / f"rm.{ending}").read_text() == (GOLDEN / f"rm.{ending}").read_text()
 
 
+def golden_ppo_study():
+    """PPO in a study that proves: whole runs of the arms without idle heads, one proof missing, one that differs.
+
+    The two values of a metric are 0.02 apart in seeds 1 and 2, so half-widths are 0.127; gains are
+    0.5 and 0.9 (mean 0.7, half-width 12.706 * 0.4 / 2 = 2.541) by one reward model, 40 and 44 by the other.
+    """
+    made = study(stages=["rm", "dpo", "ppo"], idle_arms="prove", prove_steps=9, ppo={"ppo_epochs": 2})
+    for run in made.runs():
+        if run.stage != "ppo" or (run.arm.name, run.seed) == ("disco-idle_beta-absent", 2):
+            continue
+        if run.proof:
+            finish(run, None, weights=b"weighty" if run.arm.name == "disco-used_beta-idle" else b"weights")
+            continue
+        later, by_another_judge = run.seed - 1, run.arm.disco == "used"
+        metrics = {
+            "generations": 800,
+            "kl_per_sequence": 1.00 + 0.02 * later,
+            "reward_gain": 40 + 4 * later if by_another_judge else 0.5 + 0.4 * later,
+            "reward": -1.5,
+            "reference_reward": -2.0,
+            "true_reward": 1.70 + 0.02 * later,
+            "reference_true_reward": 1.10 + 0.20 * later,
+            "win_rate": 0.75,
+            "well_formed": 0.95,
+            "response_length": 8.3,
+            "eos_rate": 1.0,
+            "true_reward_by_topic": {"wine": 1.5},
+        }
+        if run.arm.beta == "used":
+            metrics |= {"mean_log_s": -0.01, "sd_log_s": 0.20, "log_s_noise": -0.50, "log_s_familiarity": 0.10}
+        finish(run, metrics)
+    return made
+
+
+@pytest.mark.parametrize("ending", ["md", "tex"])
+def test_golden_table_of_ppo(ending):
+    made = golden_ppo_study()
+    tables.write(made)
+    assert (made.directory / "tables" / f"ppo.{ending}").read_text() == (GOLDEN / f"ppo.{ending}").read_text()
+
+
 def test_golden_stage_table_as_csv_with_all_digits():
     made = golden_study()
     tables.write(made)
@@ -88,7 +129,7 @@ DISCO = (YES, YES, NO, NO)
 def test_every_stage_table_shows_all_16_cells_with_their_status():
     made = study()
     finish_all(made)
-    for stage, trained, same, refused in (("rm", 3, 6, 7), ("dpo", 9, 0, 7)):
+    for stage, trained, same, refused in (("rm", 3, 6, 7), ("dpo", 9, 0, 7), ("ppo", 9, 0, 7)):
         rows = rows_of(made, stage)
         status = [row["Status"] for row in rows.values()]
         assert len(rows) == 16
@@ -178,10 +219,12 @@ def test_a_study_of_which_nothing_is_there_has_all_its_outputs():
     made = study()
     report.write(made)
     assert rows_of(made)[BASELINE]["Status"] == "missing"
-    assert "0 of 12 idle runs" in (made.directory / "tables" / "neutrality.md").read_text()
+    # per seed 1 idle arm of rm and 5 of dpo and ppo each
+    assert "0 of 22 idle runs" in (made.directory / "tables" / "neutrality.md").read_text()
     assert "commit unknown" in (made.directory / "tables" / "cost.md").read_text()
-    for stage in ("rm", "dpo"):
-        assert (made.directory / "figures" / f"reliability-{stage}.pdf").stat().st_size > 1000
+    assert "KL to" not in (made.directory / "tables" / "ppo.md").read_text()
+    for figure in ("reliability-rm", "reliability-dpo", "learning-curves-ppo"):
+        assert (made.directory / "figures" / f"{figure}.pdf").stat().st_size > 1000
 
 
 # --- proved arms
@@ -236,6 +279,33 @@ def test_a_proof_is_in_no_mean_and_in_the_cost():
     assert cost.seconds["baseline, first 5 steps"] == 2
     # 4 whole runs of 10 s, 5 idle proofs of 2 s and those of 3 twins; each was evaluated for 1 s here
     assert cost.total_seconds["all of it"] == 4 * 11 + 8 * 3
+
+
+def test_a_proof_of_ppo_is_counted_in_updates():
+    """9 optimiser steps are 3 updates of 4 each (the default: 4 epochs over a buffer of one batch)."""
+    made = study(idle_arms="prove", prove_steps=9)
+    finish_all(made)
+    assert rows_of(made, "ppo")[DISCO_IDLE]["Status"] == "proved = baseline (first 3 updates)"
+    assert rows_of(made, "dpo")[DISCO_IDLE]["Status"] == "proved = baseline (first 9 steps)"
+    for table in ("neutrality", "cost"):
+        text = (made.directory / "tables" / f"{table}.md").read_text()
+        assert ("first 3 updates" in text, "first 9 steps" in text) == (True, True)
+        assert [line for line in text.splitlines() if line.startswith("| ppo") and "steps" in line] == []
+
+
+# --- ppo
+
+
+def test_rewards_of_two_reward_models_are_not_compared_without_a_word():
+    made = study(stages=["rm", "dpo", "ppo"])
+    for run in made.runs():
+        finish(run, {"reward_gain": 0.5} if run.stage == "ppo" else {"accuracy": 0.7})
+    tables.write(made)
+    said = {
+        stage: "two different ones" in (made.directory / "tables" / f"{stage}.md").read_text() for stage in made.stages
+    }
+    assert said == {"rm": False, "dpo": False, "ppo": True}
+    assert "predicted" not in (made.directory / "tables" / "ppo.md").read_text()  # no pairs, no panel of predictions
 
 
 # --- neutrality
@@ -383,7 +453,7 @@ def all_tables():
 
 def test_latex_rows_have_as_many_cells_as_their_header():
     paths = all_tables()
-    assert [path.stem for path in paths] == ["cost", "dpo", "neutrality", "rm"]
+    assert [path.stem for path in paths] == ["cost", "dpo", "neutrality", "ppo", "rm"]
     for path in paths:
         text = path.read_text()
         assert text.isascii()

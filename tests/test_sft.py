@@ -173,14 +173,14 @@ def sampled(folder: Path, count: int):
     import torch
 
     from discobeta.generation import generate, response_text
-    from discobeta.seeds import global_stream
+    from discobeta.seeds import uniforms
 
     model, tokenizer = load(folder)
     rng = random.Random(0)
     prompts = [world.draw_prompt(rng, held_out=True) for _ in range(count)]
     prompt_ids = tokenizer(prompts)["input_ids"]
-    with global_stream(0, "test"):
-        responses = generate(model, tokenizer, prompt_ids, max_new_tokens=12, batch_size=500)
+    draws = uniforms(0, "test", shape=(count, 12))
+    responses = generate(model, tokenizer, prompt_ids, draws, batch_size=500)
     ended = [index for index in range(count) if responses[index][-1] == tokenizer.eos_token_id]
     states = {"last": [], "mean": []}
     for index in ended:

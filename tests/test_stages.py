@@ -210,8 +210,8 @@ def test_a_run_directory_holds_what_is_promised(run):
     directory = run("dpo", plot_loss=True, eval_strategy="steps", eval_steps=2, report_to="tensorboard", **USED)
     names = {path.name for path in directory.iterdir()}
     assert names == {
-        "config.yaml", "adapter", "heads.safetensors", "heads.json", "log.jsonl", "cost.json", "provenance.json",
-        "loss.png", "reference", "tracker",
+        "config.yaml", "adapter", "heads.safetensors", "heads.json", "log.jsonl", "speed.jsonl", "cost.json",
+        "provenance.json", "loss.png", "reference", "tracker",
     }  # fmt: skip
     resolved = yaml.safe_load((directory / "config.yaml").read_text())
     assert resolved["disco_pref"] is True and resolved["disco_mean_penalty"] == 0.1
@@ -273,7 +273,7 @@ def test_two_processes_train_as_one(settings, tmp_path):
             json.loads(line) for line in (tmp_path / f"p{processes}" / "log.jsonl").read_text().splitlines()
         ]
         cost = json.loads((tmp_path / f"p{processes}" / "cost.json").read_text())
-        assert cost["processes"] == processes and cost["pairs"] == 4 * 16 - 16 + 8  # 40 rows: the third step has 8
+        assert cost["processes"] == processes and cost["rows"] == 4 * 16 - 16 + 8  # 40 rows: the third step has 8
     assert len(logs[1]) == len(logs[2])
     for one, two in zip(logs[1], logs[2], strict=True):
         assert one.keys() == two.keys()

@@ -38,18 +38,20 @@ def names(study: Study, stage: str, proof: bool) -> list[str]:
 # --- expansion
 
 
-def test_all_arms_are_three_reward_models_and_nine_policies_per_seed():
+def test_all_arms_are_three_reward_models_and_nine_policies_of_each_kind_per_seed():
     study = Study(settings())
-    assert counts(study) == {("rm", "run"): 3, ("dpo", "run"): 9}
-    assert len(study.runs()) == 24
+    assert counts(study) == {("rm", "run"): 3, ("dpo", "run"): 9, ("ppo", "run"): 9}
+    assert len(study.runs()) == 42
     assert names(study, "rm", False) == ["baseline", "disco-idle_beta-absent", "disco-used_beta-absent"]
 
 
 def test_proving_idle_arms_trains_only_the_others_in_full():
-    # full: the arms without idle heads (2 rm, 4 dpo). Proofs: 1 idle rm arm + its twin; 5 idle dpo arms
-    # + 3 twins (baseline; Disco, of used/idle; LeDPO, of idle/used). Disco + LeDPO is nobody's twin.
+    # full: the arms without idle heads (2 rm, 4 dpo, 4 ppo). Proofs: 1 idle rm arm + its twin; of dpo and of ppo
+    # 5 idle arms + 3 twins (baseline; Disco, of used/idle; LeDPO, of idle/used). Disco + LeDPO is nobody's twin.
     study = Study(settings(idle_arms="prove"))
-    assert counts(study) == {("rm", "run"): 2, ("rm", "proof"): 2, ("dpo", "run"): 4, ("dpo", "proof"): 8}
+    policies = {(stage, kind): number for stage in ("dpo", "ppo") for kind, number in (("run", 4), ("proof", 8))}
+    assert counts(study) == {("rm", "run"): 2, ("rm", "proof"): 2} | policies
+    assert names(study, "ppo", True) == names(study, "dpo", True)
     assert names(study, "dpo", True) == [
         "baseline",
         "disco-absent_beta-idle",
@@ -100,9 +102,160 @@ def test_run_settings_of_the_world():
     }
 
 
-def test_reward_models_do_not_read_the_reference():
+def test_reward_models_and_ppo_do_not_read_the_reference():
     study = Study(settings())
-    assert "reference_path" not in study.run_settings(study.run("rm", "baseline", 3))
+    for stage in ("rm", "ppo"):
+        assert "reference_path" not in study.run_settings(study.run(stage, "baseline", 3))
+
+
+# --- ppo: which runs it reads, which prompts, how long its proofs are
+
+
+def upstream(study: Study, arm: str, proof: bool = False) -> tuple[str, str | None]:
+    """Reward model and Beta Head of the ppo run of seed 3, as in its YAML."""
+    run = study.run_settings(study.run("ppo", arm, 3, proof=proof))
+    return run["reward_model"], run.get("beta_head")
+
+
+def test_run_settings_of_ppo():
+    study = Study(settings(common={"learning_rate": 1.0}, ppo={"learning_rate": 2.0}))
+    run = study.run_settings(study.run("ppo", "disco-used_beta-idle", 4))
+    assert run == {
+        "stage": "ppo",
+        "output_dir": "results/s/runs/ppo/disco-used_beta-idle/seed-4",
+        "seed": 4,
+        "add_disco_head": True,
+        "disco_pref": True,
+        "add_beta_head": True,
+        "use_dynamic_beta": False,
+        "model_name_or_path": "results/s/shared/base",
+        "dataset": "results/s/shared/data/seed-4/pairs/train.jsonl",
+        "eval_dataset": "results/s/shared/data/seed-4/pairs/eval.jsonl",
+        "tokenized_path": "results/s/shared/data/seed-4/prompts",
+        "reward_model": "results/s/runs/rm/disco-used_beta-absent/seed-4",
+        "beta_head": "results/s/runs/dpo/disco-used_beta-idle/seed-4",
+        "ground_truth": "world",
+        "learning_rate": 2.0,
+        "overwrite_output_dir": True,
+    }
+
+
+def test_every_ppo_arm_reads_the_runs_of_its_own_states():
+    study = Study(settings())
+    for disco in ("absent", "idle", "used"):
+        reward_model = f"results/s/runs/rm/{'baseline' if disco == 'absent' else f'disco-{disco}_beta-absent'}/seed-3"
+        for beta in ("absent", "idle", "used"):
+            arm = "baseline" if disco == beta == "absent" else f"disco-{disco}_beta-{beta}"
+            beta_head = None if beta == "absent" else f"results/s/runs/dpo/{arm}/seed-3"
+            assert upstream(study, arm) == (reward_model, beta_head)
+
+
+BASELINE_RM, DISCO_RM = (f"results/s/runs/rm/{arm}/seed-3" for arm in ("baseline", "disco-used_beta-absent"))
+LEDPO = "results/s/runs/dpo/disco-absent_beta-used/seed-3"
+
+
+@pytest.mark.parametrize(
+    "arm, proof, reward_model, beta_head",
+    [
+        ("baseline", False, BASELINE_RM, None),
+        ("baseline", True, BASELINE_RM, None),
+        ("disco-idle_beta-absent", True, BASELINE_RM, None),
+        ("disco-absent_beta-idle", True, BASELINE_RM, "results/s/runs/dpo/disco-absent_beta-idle/seed-3/proof"),
+        ("disco-idle_beta-idle", True, BASELINE_RM, "results/s/runs/dpo/disco-idle_beta-idle/seed-3/proof"),
+        ("disco-used_beta-idle", True, DISCO_RM, "results/s/runs/dpo/disco-used_beta-idle/seed-3/proof"),
+        # a Beta Head that is used must be one that has learned: the twin's
+        ("disco-idle_beta-used", True, BASELINE_RM, LEDPO),
+        ("disco-absent_beta-used", True, BASELINE_RM, LEDPO),
+        ("disco-absent_beta-used", False, BASELINE_RM, LEDPO),
+        ("disco-used_beta-absent", True, DISCO_RM, None),
+        ("disco-used_beta-used", False, DISCO_RM, "results/s/runs/dpo/disco-used_beta-used/seed-3"),
+    ],
+)
+def test_a_proof_reads_whole_runs_where_they_are_used(arm: str, proof: bool, reward_model: str, beta_head: str | None):
+    assert upstream(Study(settings(idle_arms="prove")), arm, proof) == (reward_model, beta_head)
+
+
+@pytest.mark.parametrize("arm", ["disco-idle_beta-used", "disco-used_beta-idle", "disco-idle_beta-idle"])
+@pytest.mark.parametrize("idle_arms", ["run", "prove"])
+def test_runs_that_ppo_reads_are_trained_whatever_arms_are_chosen(arm: str, idle_arms: str):
+    twin = {"disco-idle_beta-used": "disco-absent_beta-used", "disco-used_beta-idle": "disco-used_beta-absent"}
+    study = Study(settings(arms=[arm, twin.get(arm, "baseline")], idle_arms=idle_arms))
+    trained = {str(run.directory) for run in study.runs() if run.stage != "ppo"}
+    read = [upstream(study, run.arm.name, run.proof) for run in study.runs() if (run.stage, run.seed) == ("ppo", 3)]
+    assert {path for paths in read for path in paths} - {None} <= trained
+
+
+@pytest.mark.parametrize(
+    "sections, updates, text",
+    [
+        ({}, 2, "first 2 updates"),  # 7 optimiser steps, 4 epochs x 1 batch each by default
+        ({"ppo": {"ppo_epochs": 2, "ppo_buffer_size": 3}}, 2, "first 2 updates"),  # 6 steps an update
+        ({"common": {"ppo_buffer_size": "3"}, "ppo": {"ppo_epochs": 1}}, 3, "first 3 updates"),
+        ({"ppo": {"ppo_epochs": 7}}, 1, "first update"),
+    ],
+)
+def test_a_proof_of_ppo_is_counted_in_updates(sections: dict[str, Any], updates: int, text: str):
+    study = Study(settings(idle_arms="prove", prove_steps=7, **sections))
+    assert study.run_settings(study.run("ppo", "baseline", 3, proof=True))["stop_after_steps"] == updates
+    assert study.run_settings(study.run("dpo", "baseline", 3, proof=True))["stop_after_steps"] == 7
+    assert f" {text} " in plan(study)
+    assert " first 7 steps " in plan(study)
+
+
+def test_without_beta_heads_ppo_needs_no_dpo():
+    study = Study(settings(stages=["rm", "ppo"], arms=["baseline", "disco-used_beta-absent"]))
+    assert counts(study) == {("rm", "run"): 2, ("ppo", "run"): 2}
+    assert [label for label, _ in study.shared()] == ["base"]  # and no reference pass
+
+
+ALPACA = {"dataset": "alpaca.json", "val_size": 100}
+
+
+def test_prompts_of_their_own():
+    data = {"dataset": "a.jsonl", "eval_dataset": "b.jsonl", "cutoff_len": 64, "max_samples": 9}
+    study = Study(fixed(data=data, prompts=ALPACA))
+    run = study.run_settings(study.run("ppo", "baseline", 4))
+    rows = {key: run.get(key) for key in study_module.DATA_KEYS if key in run}
+    # how rows are read is that of the pairs; which rows is not
+    assert rows == {"dataset": "alpaca.json", "val_size": 100, "cutoff_len": 64}
+    assert run["tokenized_path"] == "results/s/shared/data/seed-4/prompts"  # the seed picks what is held out
+    assert study.prompt_settings("seed-4") == rows | {
+        "stage": "ppo",
+        "seed": 4,
+        "model_name_or_path": "m",
+        "tokenized_path": "results/s/shared/data/seed-4/prompts",
+        "output_dir": "results/s/shared/data/seed-4/prompts",
+    }
+    assert study.run_settings(study.run("dpo", "baseline", 4))["tokenized_path"] == "results/s/shared/data/all/tokens"
+    assert study.draws() == ["all"]
+
+
+def test_prompts_are_those_of_the_data_unless_given():
+    study = Study(fixed())
+    run = study.run_settings(study.run("ppo", "baseline", 4))
+    assert (run["dataset"], run["eval_dataset"]) == ("a.jsonl", "b.jsonl")
+    assert run["tokenized_path"] == "results/s/shared/data/all/prompts"
+    assert study.prompt_draw(4) == "all"
+    fixed_prompts = Study(
+        fixed(data={"dataset": "a", "val_size": 0.1}, prompts={"dataset": ["p", "r"], "eval_dataset": "q"})
+    )
+    assert (fixed_prompts.draw(4), fixed_prompts.prompt_draw(4)) == ("seed-4", "all")
+    assert fixed_prompts.prompt_settings("all")["dataset"] == "p,r"
+
+
+def test_pairs_are_tokenised_as_pairs_in_whatever_order_the_stages_stand():
+    study = Study(settings(stages=["ppo", "dpo", "rm"]))
+    assert (study.prepare_settings("seed-3")["stage"], study.prompt_settings("seed-3")["stage"]) == ("dpo", "ppo")
+
+
+def test_figures_of_each_stage():
+    figures = {stage: Study(settings()).figures_of(stage) for stage in ("rm", "dpo", "ppo")}
+    assert figures == {
+        "rm": ["learning-curves", "reliability"],
+        "dpo": ["learning-curves", "reliability"],
+        "ppo": ["learning-curves", "reward-by-noise"],  # no pairs, so no calibration
+    }
+    assert Study(fixed()).figures_of("ppo") == ["learning-curves"]  # nobody knows the noise
 
 
 @pytest.mark.parametrize(
@@ -125,7 +278,12 @@ def test_held_out_rows_that_the_seed_picks_are_prepared_with_it():
 def test_shared_steps_depend_on_nothing_that_arms_or_losses_change():
     config = settings(common={"bf16": True}, dpo={"pref_beta": 0.5})
     changed = settings(common={"bf16": True, "lora_rank": 2, "max_steps": 9}, rm={"learning_rate": 1.0}, seeds=[3])
-    for make in (Study.base_settings, lambda s: s.prepare_settings("seed-3"), lambda s: s.reference_settings("seed-3")):
+    for make in (
+        Study.base_settings,
+        lambda study: study.prepare_settings("seed-3"),
+        lambda study: study.prompt_settings("seed-3"),
+        lambda study: study.reference_settings("seed-3"),
+    ):
         assert make(Study(config)) == make(Study(changed))
     assert Study(config).reference_settings("seed-3")["bf16"] is True
     assert "bf16" not in Study(config).prepare_settings("seed-3")
@@ -145,8 +303,8 @@ def test_shared_work():
 
 def test_plan_names_every_run():
     lines = plan(Study(settings(seeds=[3]))).splitlines()
-    assert lines[0] == "s: 12 runs in results/s"
-    assert len(lines) == 1 + 12 + 1
+    assert lines[0] == "s: 21 runs in results/s"
+    assert len(lines) == 1 + 21 + 1
     assert lines[1].endswith(" results/s/runs/rm/baseline/seed-3")
 
 
@@ -175,7 +333,7 @@ def test_a_missing_config_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-@pytest.mark.parametrize("section", ["common", "rm", "dpo"])
+@pytest.mark.parametrize("section", ["common", "rm", "dpo", "ppo"])
 def test_flags_come_from_the_grid(flag: str, section: str):
     with pytest.raises(UserError, match=rf"^x\.yaml: {section}: {flag} may not stand here: it comes from the grid"):
         Study(settings(**{section: {flag: True}}), "x.yaml")
@@ -224,6 +382,59 @@ REFUSALS = {
         settings(rm={"output_dir": "o"}),
         "x.yaml: rm: output_dir may not stand here: the study sets it",
     ),
+    "reward model in a stage": (
+        settings(ppo={"reward_model": "r"}),
+        "x.yaml: ppo: reward_model may not stand here: the study sets it",
+    ),
+    "Beta Head in a stage": (
+        settings(common={"beta_head": "r"}),
+        "x.yaml: common: beta_head may not stand here: the study sets it",
+    ),
+    "prompts in a stage": (
+        settings(ppo={"dataset": "a"}),
+        "x.yaml: ppo: dataset may not stand here: it belongs in `prompts:`",
+    ),
+    "wrong value in a run of ppo": (
+        settings(ppo={"ppo_epochs": "many"}, idle_arms="prove", arms=["disco-idle_beta-absent", "baseline"]),
+        "x.yaml: ppo: ppo_epochs: 'many' should be a whole number",
+    ),
+    "held-out loss of ppo": (
+        settings(common={"eval_strategy": "steps"}),
+        "x.yaml: ppo, arm baseline, seed 3: stage ppo is measured after training: set eval_strategy: no",
+    ),
+    "nothing to measure ppo by": (
+        settings(ppo={"num_eval_generations": 0}),
+        "x.yaml: ppo, arm baseline, seed 3: num_eval_generations: 0: nothing else of a ppo run can be measured",
+    ),
+    "ppo without reward models": (
+        settings(stages=["dpo", "ppo"]),
+        "x.yaml: stages: ppo needs the reward models of rm: add rm",
+    ),
+    "ppo without Beta Heads": (
+        settings(stages=["rm", "ppo"]),
+        "x.yaml: stages: ppo needs the Beta Head of the dpo run (disco-absent_beta-idle): add dpo",
+    ),
+    "prompts next to the world": (
+        settings(prompts=ALPACA),
+        "x.yaml: prompts: a base of the world knows the world's prompts only: leave it out",
+    ),
+    "misspelt prompts key": (
+        fixed(prompts={"dataset": "a", "valsize": 1}),
+        "x.yaml: prompts: unknown key 'valsize'; did you mean 'val_size'?",
+    ),
+    "prompts without rows": (
+        fixed(prompts={"val_size": 1}),
+        "x.yaml: prompts: give dataset, or leave prompts out to use those of data",
+    ),
+    "prompts without held-out ones": (
+        fixed(prompts={"dataset": "a"}),
+        "x.yaml: prompts: give eval_dataset or val_size (prompts to measure policies on)",
+    ),
+    "prompts held out twice": (
+        fixed(prompts={"dataset": "a", "eval_dataset": "b", "val_size": 1}),
+        "x.yaml: ppo, arm baseline, seed 3: val_size and eval_dataset contradict each other: give one of them",
+    ),
+    "prompts of another type": (fixed(prompts=["a"]), "x.yaml: prompts should hold `key: value` lines, not ['a']"),
     "path in the base": (
         settings(base={"sft": {"model_type": "qwen3", "output_dir": "o"}}),
         "x.yaml: base: sft: output_dir may not stand here: the study sets it",
@@ -251,7 +462,7 @@ REFUSALS = {
         settings(seeds=[True]),
         "x.yaml: seeds: [True] should be a list of different whole numbers",
     ),
-    "no such stage": (settings(stages=["rm", "sft"]), "x.yaml: stages: 'sft' should be one of rm, dpo"),
+    "no such stage": (settings(stages=["rm", "sft"]), "x.yaml: stages: 'sft' should be one of rm, dpo, ppo"),
     "idle arms": (settings(idle_arms="proof"), "x.yaml: idle_arms: 'proof' should be run or prove"),
     "prove steps": (settings(prove_steps=0), "x.yaml: prove_steps: 0 should be a whole number, at least 1"),
     "world size": (

@@ -1,7 +1,7 @@
 """The workflow as Snakemake sees it: job counts of every shipped config, refusals, what reruns what.
 
-The counts are derived by hand. Per seed, 3 reward models and 9 policies; with `idle_arms: prove` 2 + 4
-in full and 2 + 8 proofs (tests/test_study.py says which). Every full run is evaluated.
+The counts are derived by hand. Per seed, 3 reward models and 9 policies of dpo and of ppo; with `idle_arms: prove`
+2 + 4 + 4 in full and 2 + 8 + 8 proofs (tests/test_study.py says which). Every full run is evaluated.
 """
 
 from __future__ import annotations
@@ -24,19 +24,23 @@ EMBEDDED = ALWAYS | {
     "sft": 1,
     "world_pairs": 2,
     "prepare": 2,
+    "prepare_prompts": 2,
     "reference": 2,
     "train_rm": 6,
     "train_dpo": 18,
-    "evaluate": 24,
+    "train_ppo": 18,
+    "evaluate": 42,
 }
-PROVED = ALWAYS | {"prepare": 1, "reference": 1, "train_rm": 8, "train_dpo": 24, "evaluate": 12}
+TOKENS = {"prepare": 1, "prepare_prompts": 1, "reference": 1}
+PROVED = ALWAYS | TOKENS | {"train_rm": 8, "train_dpo": 24, "train_ppo": 24, "evaluate": 20}
 SHIPPED = {
     "config": EMBEDDED,
     "smoke": EMBEDDED,
     "hh-rlhf": PROVED,
     "qwen3-0.6b": PROVED,
     "hh-rlhf hh-rlhf-tiny": ALWAYS
-    | {"sft": 1, "prepare": 1, "reference": 1, "train_rm": 6, "train_dpo": 18, "evaluate": 24},
+    | TOKENS
+    | {"sft": 1, "train_rm": 6, "train_dpo": 18, "train_ppo": 18, "evaluate": 42},
 }
 
 
@@ -74,8 +78,72 @@ def test_the_command_line_changes_a_study(tmp_path: Path):
     done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"], *words)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = job_counts(done.stdout)
-    assert (counts["world_pairs"], counts["train_rm"], counts["train_dpo"], counts["evaluate"]) == (1, 2, 2, 4)
-    assert "results/smoke/runs/dpo/disco-used_beta-used/seed-7/metrics.json" in done.stdout
+    trained = {f"train_{stage}": counts[f"train_{stage}"] for stage in ("rm", "dpo", "ppo")}
+    assert trained == {"train_rm": 2, "train_dpo": 2, "train_ppo": 2}
+    assert (counts["world_pairs"], counts["evaluate"]) == (1, 6)
+    assert "results/smoke/runs/ppo/disco-used_beta-used/seed-7/metrics.json" in done.stdout
+
+
+def inputs_of(output: str, path: str) -> set[str]:
+    """The files of results/ that the job reads whose first output is `path`."""
+    (files,) = re.findall(rf"^rule \w+:\n    input: (.*)\n    output: {path}(?:,|$)", output, re.MULTILINE)
+    return {name for name in files.split(", ") if name.startswith("results/")}
+
+
+def test_ppo_waits_for_its_reward_model_and_its_beta_head(tmp_path: Path):
+    done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"])
+    base, prompts = "results/smoke/shared/base/provenance.json", "results/smoke/shared/data/seed-2/prompts/tokens.json"
+    runs = "results/smoke/runs"
+    assert inputs_of(done.stdout, f"{runs}/ppo/baseline/seed-2/provenance.json") == {
+        base, prompts, f"{runs}/rm/baseline/seed-2/provenance.json",
+    }  # fmt: skip
+    assert inputs_of(done.stdout, f"{runs}/ppo/disco-used_beta-used/seed-2/provenance.json") == {
+        base, prompts,
+        f"{runs}/rm/disco-used_beta-absent/seed-2/provenance.json",
+        f"{runs}/dpo/disco-used_beta-used/seed-2/provenance.json",
+    }  # fmt: skip
+
+
+def test_prompts_of_their_own_are_watched_and_a_proof_waits_for_what_it_reads(tmp_path: Path):
+    (tmp_path / "prompts.json").write_text("[]")
+    study = yaml.safe_load((ROOT / "config" / "qwen3-0.6b.yaml").read_text())
+    study |= {"study": "own", "prompts": {"dataset": "prompts.json", "val_size": 9}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    done = dry_run(tmp_path, [tmp_path / "study.yaml"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = job_counts(done.stdout)
+    assert (counts["prepare"], counts["prepare_prompts"]) == (1, 2)  # hub data for all; prompts split by the seed
+    (files,) = re.findall(r"^rule prepare_prompts:\n    input: (.*)\n    output: .*/seed-1/prompts/", done.stdout, re.M)
+    assert "prompts.json" in files.split(", ")
+    proof = "results/own/runs/ppo/disco-absent_beta-idle/seed-1/proof/provenance.json"
+    assert inputs_of(done.stdout, proof) == {
+        "results/own/shared/data/seed-1/prompts/tokens.json",
+        "results/own/runs/rm/baseline/seed-1/provenance.json",
+        "results/own/runs/dpo/disco-absent_beta-idle/seed-1/proof/provenance.json",
+    }
+
+
+def test_the_figures_that_are_expected_are_those_that_are_drawn(tmp_path: Path):
+    done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"])
+    (files,) = re.findall(r"^(?:local)?rule figures:\n    input: .*\n    output: (.*)$", done.stdout, re.MULTILINE)
+    names = {f"{name}-{stage}" for stage in ("rm", "dpo") for name in ("learning-curves", "reliability")}
+    names |= {"learning-curves-ppo", "reward-by-noise-ppo"}
+    expected = {f"results/smoke/figures/{name}.{ending}" for name in names for ending in ("svg", "pdf", "png")}
+    assert set(files.split(", ")) == expected
+
+
+def test_every_table_and_figure_of_the_report_has_a_caption():
+    captions = {path.stem for path in (ROOT / "workflow" / "report").glob("*.rst")}
+    assert captions == {
+        "workflow", "stage", "neutrality", "cost", "metrics",
+        "learning-curves", "learning-curves-ppo", "reliability", "reward-by-noise",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("profile", ["slurm/config.yaml", "workflow/profiles/gpu/config.yaml"])
+def test_profiles_give_every_stage_what_dpo_gets(profile: str):
+    resources = yaml.safe_load((ROOT / profile).read_text())["set-resources"]
+    assert resources["train_ppo"] == resources["train_rm"] == resources["train_dpo"]
 
 
 def refusal(tmp_path: Path, study: dict) -> str:
@@ -122,11 +190,12 @@ def test_schema_and_study_know_the_same_keys():
 
     schema = yaml.safe_load((ROOT / "workflow" / "schemas" / "config.schema.yaml").read_text())
     properties = schema["properties"]
-    world, fixed = properties["data"]["oneOf"]
+    world, fixed = properties["data"]["oneOf"][0], schema["$defs"]["rows"]
     assert set(properties) == set(study.KEYS)
     assert set(world["properties"]["world"]["properties"]) == set(study.WORLD_DEFAULTS)
     assert set(fixed["properties"]) == set(study.DATA_KEYS)
     assert set(properties["base"]["properties"]) == {"sft", *study.MODEL_KEYS}
+    assert properties["stages"]["items"]["enum"] == list(study.STAGES)
     objects = [schema, world, world["properties"]["world"], fixed, properties["base"]]
     assert all(part["additionalProperties"] is False for part in objects)
 
@@ -137,13 +206,24 @@ BOOKKEEPING = {"__init__", "config", "errors", "files", "runs", "study", "report
 """What decides how a step is asked for and written down, not what comes out of it."""
 
 ELSEWHERE = {
-    "train_rm": {"data/tokens"},
-    "train_dpo": {"data/tokens"},
+    "train_rm": {"data/tokens", "data/formats"},
+    "train_dpo": {"data/tokens", "data/formats"},
+    "train_ppo": {"data/tokens", "data/formats", "data/sources"},
     "reference": {"data/tokens", "seeds"},
     "world_pairs": {"policy"},
     "prepare": set(),
     "sft": {"policy"},
-    "evaluate": {"data/batches", "data/tokens", "heads", "policy", "seeds", "stages/__init__", "world"},
+    "evaluate": {
+        "data/batches",
+        "data/formats",
+        "data/sources",
+        "data/tokens",
+        "heads",
+        "policy",
+        "seeds",
+        "stages/__init__",
+        "world",
+    },
     "tables": {"flags"},
     "figures": {"flags"},
 }
@@ -174,13 +254,17 @@ def imported_by(module: str) -> set[str]:
 @pytest.mark.parametrize("rule, elsewhere", ELSEWHERE.items(), ids=ELSEWHERE.keys())
 def test_a_rule_lists_the_files_that_it_is_made_of(rule: str, elsewhere: set[str], modules_of: dict[str, set[str]]):
     listed = modules_of[rule]
-    other_stages = {"stages/rm", "stages/dpo", "stages/sft"} - listed
+    other_stages = {"stages/rm", "stages/dpo", "stages/ppo", "stages/sft"} - listed
     needed = {name for module in listed for name in imported_by(module)}
     assert listed
     assert needed - listed - BOOKKEEPING - elsewhere - other_stages == set()
 
 
 def test_editing_one_stage_leaves_the_other_alone(modules_of: dict[str, set[str]]):
-    assert not {"stages/dpo", "reference"} & modules_of["train_rm"]
-    assert "stages/rm" not in modules_of["train_dpo"]
-    assert not {"evaluate", "metrics", "report/tables"} & (modules_of["train_rm"] | modules_of["train_dpo"])
+    of_ppo = {"stages/ppo", "reward", "generation"}
+    assert not {"stages/dpo", "reference", *of_ppo} & modules_of["train_rm"]
+    assert not {"stages/rm", *of_ppo} & modules_of["train_dpo"]
+    assert not {"stages/dpo", "reference"} & modules_of["train_ppo"]
+    assert {"stages/rm", *of_ppo} <= modules_of["train_ppo"]  # rm: what the reward model is made of
+    trained = modules_of["train_rm"] | modules_of["train_dpo"] | modules_of["train_ppo"]
+    assert not {"evaluate", "metrics", "report/tables"} & trained

@@ -286,10 +286,11 @@ def test_homoscedastic_pairs(corpus, untrained, pairs, tmp_path):
 def test_equal_responses_are_drawn_again(corpus, monkeypatch):
     """The first draw gives equal texts for the first prompt and an empty one for the second; both pairs are redrawn."""
     draws = iter([["a", "a", "b", "", "c", "d"], ["e", "e", "f", "g"], ["h", "i"]])
-    asked = []
+    asked, drawn = [], []
 
-    def generate(model, tokenizer, prompt_ids, **options):
+    def generate(model, tokenizer, prompt_ids, uniforms, **options):
         asked.append(len(prompt_ids))
+        drawn.append(uniforms)
         return next(draws)
 
     monkeypatch.setattr("discobeta.generation.generate", generate)
@@ -297,6 +298,7 @@ def test_equal_responses_are_drawn_again(corpus, monkeypatch):
     found = world.sample_pairs(None, world.build_tokenizer(), [PROMPT] * 3, seed=1, split="train")
     assert found == [("h", "i"), ("f", "g"), ("c", "d")]
     assert asked == [6, 4, 2]
+    assert len({number for uniforms in drawn for number in uniforms.flat}) == (6 + 4 + 2) * world.MAX_RESPONSE_TOKENS
 
 
 def test_a_base_that_always_says_the_same_is_refused(monkeypatch):
@@ -314,107 +316,3 @@ def test_a_world_without_its_base_is_refused(corpus, base, tmp_path):
     with pytest.raises(UserError, match="tokenizer"):
         write_pairs(corpus, base, tmp_path / "pairs")  # conftest's base: another vocabulary
     assert not (tmp_path / "pairs").exists()
-
-
-# --- sampling
-
-
-@pytest.fixture(scope="module")
-def model(untrained):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    return AutoModelForCausalLM.from_pretrained(untrained), AutoTokenizer.from_pretrained(untrained)
-
-
-def sample(model, tokenizer, prompts, **options):
-    from discobeta.generation import generate
-    from discobeta.seeds import global_stream
-
-    with global_stream(1, "test"):
-        return generate(model, tokenizer, prompts, **({"max_new_tokens": 12, "batch_size": 64} | options))
-
-
-def test_responses_end_with_the_first_eos_or_at_the_limit(model):
-    network, tokenizer = model
-    responses = sample(network, tokenizer, [[4, 6, 5]] * 400, max_new_tokens=40)
-    eos = tokenizer.eos_token_id
-    assert all(eos not in response[:-1] for response in responses)
-    assert all(response[-1] == eos or len(response) == 40 for response in responses)
-    assert {len(response) == 40 for response in responses} == {True, False}  # both kinds are there
-    assert all(response.dtype == np.int32 for response in responses)
-
-
-def test_samples_follow_the_models_distribution_whatever_the_padding(model):
-    """First tokens of one prompt, sampled beside a longer prompt: their frequencies are softmax(logits)."""
-    import torch
-
-    network, tokenizer = model
-    prompt = [4, 20, 5]
-    with torch.no_grad():
-        expected = network(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).numpy()
-    both = [prompt, [4, 6, 7, 8, 9, 10, 5]] * 4000
-    responses = sample(
-        network, tokenizer, both, max_new_tokens=1, batch_size=8000
-    )  # one batch, so the short are padded
-    firsts = [response[0] for response in responses]
-    found = np.bincount(firsts[::2], minlength=len(expected)) / 4000
-    chi_square = 4000 * ((found - expected) ** 2 / expected).sum()
-    degrees = len(expected) - 1
-    assert chi_square < degrees + 4 * math.sqrt(2 * degrees)
-
-
-def test_a_models_own_sampling_options_are_set_aside_and_kept(model):
-    network, tokenizer = model
-    prompts = [[4, number, 5] for number in range(6, 40)]
-    plain = sample(network, tokenizer, prompts)
-    own = network.generation_config
-    try:
-        network.generation_config.repetition_penalty = 50.0
-        network.generation_config.min_p = 0.5
-        network.train()
-        assert all(map(np.array_equal, sample(network, tokenizer, prompts), plain))
-        assert network.training and network.generation_config is own and own.repetition_penalty == 50.0
-    finally:
-        own.repetition_penalty = own.min_p = None
-        network.eval()
-
-
-def test_top_k_of_one_is_greedy(model):
-    import torch
-
-    network, tokenizer = model
-    prompts = [[4, number, 5] for number in range(6, 40)]
-    with torch.no_grad():
-        best = network(torch.tensor(prompts)).logits[:, -1].argmax(-1).tolist()
-    assert [response[0] for response in sample(network, tokenizer, prompts, top_k=1, max_new_tokens=1)] == best
-
-
-def test_an_adapter_takes_part(model):
-    """LoRA that adds nothing samples what the base samples; one that adds something does not."""
-    import copy
-
-    from peft import LoraConfig, get_peft_model
-
-    network, tokenizer = copy.deepcopy(model[0]), model[1]
-    prompts = [[4, number, 5] for number in range(6, 40)]
-    plain = sample(network, tokenizer, prompts)
-    adapted = get_peft_model(network, LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj", "down_proj"]))
-    assert all(map(np.array_equal, sample(adapted, tokenizer, prompts), plain))
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            weight.data.fill_(1.0)
-    changed = sample(adapted.train(), tokenizer, prompts)
-    assert not all(map(np.array_equal, changed, plain))
-    assert all(map(np.array_equal, sample(adapted.eval(), tokenizer, prompts), changed))  # no dropout in either mode
-    with adapted.disable_adapter():
-        assert all(map(np.array_equal, sample(adapted, tokenizer, prompts), plain))
-
-
-def test_response_text_drops_the_last_eos_and_nothing_else():
-    from discobeta.generation import response_text
-
-    tokenizer = world.build_tokenizer()
-    ids = tokenizer("use <pad> basil <unk> . <eos>")["input_ids"]
-    assert response_text(tokenizer, np.array(ids)) == "use <pad> basil <unk> ."
-    assert response_text(tokenizer, np.array(ids[:-1])) == "use <pad> basil <unk> ."
-    assert response_text(tokenizer, np.array([], np.int32)) == ""

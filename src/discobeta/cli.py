@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -28,6 +29,7 @@ def main(words: list[str] | None = None) -> int:
     # peft still calls what transformers has renamed; nothing that a user could act on
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     arguments = parser().parse_args(words)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what is held is let go
     try:
         status = arguments.command(arguments) or 0
         sys.stdout.flush()
@@ -63,10 +65,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="override keys")
         return sub
 
-    def add_study(name: str, command, help: str) -> None:
+    def add_study(name: str, command, help: str) -> argparse.ArgumentParser:
         sub = add(name, command, help)
         sub.add_argument("--configfile", nargs="+", required=True, metavar="STUDY.yaml", help="later files override")
         sub.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="override keys")
+        return sub
 
     sub = add("grid", show_grid, "show the 48 cells: which are trained, which stand for another, which are refused")
     sub.add_argument("--json", action="store_true", help="as a list of objects")
@@ -74,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add_run("train", train, "train one run and measure it on its held-out rows")
     sub.add_argument("--no-evaluate", action="store_true", help="leave the measuring to `discobeta evaluate`")
+    sub.add_argument("--processes", type=int, default=1, metavar="N", help="train on N GPUs of this machine")
     add_run("prepare", prepare, "tokenise the data of a run into its tokenized_path")
     add_run("reference", reference, "compute the reference pass of a dpo run into its reference_path")
 
@@ -100,6 +104,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--eval", type=int, default=1600)
 
     add_study("plan", plan, "list the runs of a study")
+    sub = add_study("cost", cost, "estimate jobs, device-hours and memory of a study from measured rates")
+    sub.add_argument("--measured", type=Path, metavar="TABLES", help="tables of a study that has run")
+    add_study("fetch", fetch, "download model and data of a study, for nodes without a network")
     add_study("report", report, "write tables and figures of a study from the runs that are there")
     add_study("tables", tables, "write the tables of a study")
     add_study("figures", figures, "write the figures of a study")
@@ -121,14 +128,19 @@ def show_grid(arguments: argparse.Namespace) -> None:
         print(f"{cell.stage:5}  {switches}  {status}")
 
 
-def train(arguments: argparse.Namespace) -> None:
+def train(arguments: argparse.Namespace) -> int | None:
     config = _run_config(arguments)
+    if arguments.processes > 1 and "RANK" not in os.environ:
+        from discobeta import launch
+
+        return launch.train(config, arguments.processes, evaluate=not arguments.no_evaluate)
     from discobeta.train import train as train_run
 
     train_run(config)
     directory = Path(config.output_dir)
-    is_measurable = config.stage != "sft" and (config.eval_dataset or config.val_size) and _is_main_process()
-    if is_measurable and not arguments.no_evaluate and not (directory / "metrics.json").exists():
+    has_held_out = config.stage in ("rm", "dpo") and (config.eval_dataset or config.val_size)
+    is_measurable = has_held_out or (config.stage == "ppo" and config.num_eval_generations)
+    if is_measurable and _is_main_process() and not arguments.no_evaluate and not (directory / "metrics.json").exists():
         evaluate(argparse.Namespace(directory=directory))
 
 
@@ -191,6 +203,18 @@ def plan(arguments: argparse.Namespace) -> None:
     from discobeta import study
 
     print(study.plan(_study(arguments)))
+
+
+def cost(arguments: argparse.Namespace) -> None:
+    from discobeta import cost as study_cost
+
+    print(study_cost.report(_study(arguments), arguments.measured))
+
+
+def fetch(arguments: argparse.Namespace) -> None:
+    from discobeta import fetch as study_fetch
+
+    study_fetch.fetch(_study(arguments))
 
 
 def report(arguments: argparse.Namespace) -> None:

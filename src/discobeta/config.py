@@ -20,7 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from discobeta.errors import UserError
-from discobeta.flags import FLAGS, Arm
+from discobeta.flags import FLAGS, Arm, State
 
 IGNORED = frozenset(
     [
@@ -83,10 +83,10 @@ REFUSED = {
 NEUTRAL = (None, False, 0, "none", "", "concat")
 
 STAGE_DEFAULTS: dict[str, dict[str, float]] = {
-    "rm": {"disco_mean_penalty": 0.01, "disco_spread_penalty": 0.001},
-    "dpo": {"disco_mean_penalty": 0.1, "disco_spread_penalty": 0.003},
-    "ppo": {"disco_mean_penalty": 0.0, "disco_spread_penalty": 0.0},
-    "sft": {"disco_mean_penalty": 0.0, "disco_spread_penalty": 0.0},
+    "rm": {"disco_mean_penalty": 0.01, "disco_spread_penalty": 0.001, "num_eval_generations": 0},
+    "dpo": {"disco_mean_penalty": 0.1, "disco_spread_penalty": 0.003, "num_eval_generations": 0},
+    "ppo": {"disco_mean_penalty": 0.0, "disco_spread_penalty": 0.0, "num_eval_generations": 64},
+    "sft": {"disco_mean_penalty": 0.0, "disco_spread_penalty": 0.0, "num_eval_generations": 0},
 }
 
 
@@ -115,8 +115,8 @@ class RunConfig:
     adapter_name_or_path: str | None = option(None, "LoRA adapter to start from")
     trust_remote_code: bool = option(False, "run code that comes with a hub model")
     cache_dir: str | None = option(None, "hub cache")
-    reward_model: str | None = option(None, "ppo: the reward model")
-    beta_head: str | None = option(None, "ppo: the dpo run whose Beta Head is used")
+    reward_model: str | None = option(None, "ppo: an rm run, a PEFT adapter with a score, or a sequence classifier")
+    beta_head: str | None = option(None, "ppo: the dpo run whose Beta Head scales the KL coefficient")
     finetuning_type: Literal["lora", "full"] = option("lora", "LoRA or all weights")
     lora_rank: int = option(8, "LoRA rank", least=1)
     lora_alpha: int | None = option(None, "LoRA alpha; default twice the rank", least=1)
@@ -194,15 +194,21 @@ class RunConfig:
     temperature: float = option(1.0, "of sampling", least=1e-3)
     top_p: float = option(1.0, "of sampling", least=1e-6, most=1)
     top_k: int = option(0, "of sampling; 0: off", least=0)
-    num_eval_generations: int = option(0, "held-out prompts answered in evaluation; 0: none", least=0)
+    num_eval_generations: int | None = option(None, "prompts answered in evaluation; default 0, ppo 64", least=0)
     ground_truth: Literal["none", "world"] = option("none", "the true reward of a sampled response, if known")
 
     # --- ppo
     ppo_epochs: int = option(4, "passes over the buffer", least=1)
-    ppo_buffer_size: int = option(1, "batches in the buffer", least=1)
-    ppo_target: float | None = option(None, "target of adaptive KL control", least=0)
-    ppo_score_norm: bool = option(False, "normalise scores")
-    ppo_whiten_rewards: bool = option(False, "whiten rewards")
+    ppo_buffer_size: int = option(1, "optimiser steps' worth of responses in the buffer", least=1)
+    ppo_target: float | None = option(None, "KL per sequence to steer the coefficient to", least=1e-6)
+    ppo_score_norm: bool = option(False, "standardise scores by those of the reference's own responses")
+    ppo_whiten_rewards: bool = option(False, "scale the tokens' rewards to variance 1")
+    missing_eos_penalty: float = option(1.0, "subtracted from the score of a response that does not end", least=0)
+    cliprange: float = option(0.2, "of the policy's ratio", least=1e-6)
+    cliprange_value: float = option(0.2, "of the value's step", least=1e-6)
+    gamma: float = option(1.0, "discount", least=0, most=1)
+    lam: float = option(0.95, "lambda of the generalised advantages", least=0, most=1)
+    value_learning_rate: float | None = option(None, "of the value head; default 5 x learning_rate", least=0)
 
     @classmethod
     def from_mapping(cls, settings: dict[str, Any], where: str = "run config") -> tuple[RunConfig, list[str]]:
@@ -270,8 +276,10 @@ class RunConfig:
             raise UserError("stage sft trains all weights of the base: set finetuning_type: full")
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs == 0):
             raise UserError("max_steps and num_train_epochs leave nothing to train")
-        if self.stage == "ppo" and not self.reward_model:
-            raise UserError("stage ppo needs reward_model")
+        if self.stage == "ppo" and self.eval_strategy != "no":
+            raise UserError("stage ppo is measured after training: set eval_strategy: no")
+        if self.stage == "ppo" and self.arm.beta is State.USED and not self.beta_head:
+            raise UserError("use_dynamic_beta: true in stage ppo needs beta_head: a dpo run that used its Beta Head")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

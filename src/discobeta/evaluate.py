@@ -22,36 +22,46 @@ from discobeta.data.batches import Pairs
 from discobeta.data.tokens import Rows, load_or_tokenise
 from discobeta.errors import UserError
 from discobeta.files import replacing, write_json, write_text
-from discobeta.generation import generate, response_text
+from discobeta.generation import generate, has_ended, response_text, stop_ids
 from discobeta.heads import SIGMA0
 from discobeta.policy import hidden_states, load_reference, load_tokenizer, response_logps, use_deterministic_kernels
-from discobeta.seeds import global_stream
+from discobeta.reward import load_reward_model, loading
+from discobeta.seeds import uniforms
 from discobeta.stages import Stage
 
 
 def evaluate(directory: str | Path) -> dict[str, Any]:
-    """Measure the run in `directory` on its held-out rows. Writes the files and returns the metrics."""
+    """Measure the run in `directory` on its held-out rows. Writes the files and returns the metrics.
+
+    A ppo run without held-out rows answers prompts that it was trained on.
+    """
     directory = Path(directory)
     started = time.monotonic()
     config = runs.read_run(directory).replace(output_dir=str(directory))  # it may have been moved
     use_deterministic_kernels(config)
     tokenizer = load_tokenizer(config)
     data = load_or_tokenise(config, tokenizer)
-    if data.held_out is None:
+    if data.held_out is None and config.stage != "ppo":
         raise UserError(f"{directory} has no held-out rows: its config needs eval_dataset or val_size")
+    if config.stage == "ppo" and not config.num_eval_generations:
+        raise UserError(f"{directory}: a ppo run is measured by sampled responses, and num_eval_generations is 0")
     stage = runs.load_stage(directory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage.to(device)
-    _, columns = stage.columns(config, data.train, data.held_out)
-    examples = compare_all(stage, Pairs(data.held_out, columns), config.per_device_eval_batch_size, device)
-    measured = preference_metrics(examples)
+    examples = answers = None
+    measured: dict[str, Any] = {}
+    if config.stage != "ppo":
+        _, columns = stage.columns(config, data.train, data.held_out)
+        examples = compare_all(stage, Pairs(data.held_out, columns), config.per_device_eval_batch_size, device)
+        measured |= preference_metrics(examples)
     if config.stage != "rm" and config.num_eval_generations:
-        answers = answer_prompts(stage, data.held_out, config, tokenizer, device)
+        rows = data.train if data.held_out is None else data.held_out
+        answers = answer_prompts(stage, rows, config, tokenizer, device)
         measured |= policy_metrics(answers)
         lines = (json.dumps(row, ensure_ascii=False) for row in answers.to_dict("records"))
         write_text(directory / "generations.jsonl", "".join(f"{line}\n" for line in lines))
     with replacing(directory / "examples.parquet") as temporary:
-        examples.to_parquet(temporary, index=False)
+        (answers if examples is None else examples).to_parquet(temporary, index=False)
     seconds = time.monotonic() - started
     on_gpu = device.type == "cuda"
     write_json(directory / "evaluation_cost.json", {"seconds": seconds, "gpu_seconds": seconds if on_gpu else 0.0})
@@ -96,13 +106,7 @@ def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
         if "chosen_sigma" in examples:
             truth = np.concatenate([examples["chosen_sigma"], examples["rejected_sigma"]])
             found["sigma_spearman"] = metrics.spearman(log_sigma, truth)
-    if "log_s" in examples:
-        log_s = examples["log_s"]
-        found |= {"mean_log_s": float(log_s.mean()), "sd_log_s": float(log_s.std(ddof=0))}
-        if {"noise", "familiarity"} <= set(examples):
-            noise, familiarity = np.log(examples["noise"]), examples["familiarity"]
-            found["log_s_noise"] = metrics.partial_correlation(log_s, noise, given=familiarity)
-            found["log_s_familiarity"] = metrics.partial_correlation(log_s, familiarity, given=noise)
+    found |= scale_metrics(examples)
     if "topic" in examples:
         found["by_topic"] = {
             str(topic): metrics.classification(part["nll"]) for topic, part in examples.groupby("topic", sort=True)
@@ -110,40 +114,64 @@ def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def answer_prompts(
-    stage: Stage, held_out: Rows, config: RunConfig, tokenizer: Any, device: torch.device
-) -> pd.DataFrame:
-    """The policy's and the reference's sampled responses to held-out prompts, with their log-probabilities.
+def scale_metrics(examples: pd.DataFrame) -> dict[str, float | None]:
+    """What s(x) does: its mean and spread, and what it follows; nothing where beta is one number."""
+    if "log_s" not in examples:
+        return {}
+    log_s = examples["log_s"]
+    found = {"mean_log_s": float(log_s.mean()), "sd_log_s": float(log_s.std(ddof=0))}
+    if {"noise", "familiarity"} <= set(examples):
+        noise, familiarity = np.log(examples["noise"]), examples["familiarity"]
+        found["log_s_noise"] = metrics.partial_correlation(log_s, noise, given=familiarity)
+        found["log_s_familiarity"] = metrics.partial_correlation(log_s, familiarity, given=noise)
+    return found
 
-    The reference draws from its own stream, so every arm is compared with the same samples.
+
+@torch.no_grad()
+def answer_prompts(stage: Stage, rows: Rows, config: RunConfig, tokenizer: Any, device: torch.device) -> pd.DataFrame:
+    """The policy's and the reference's sampled responses to prompts, with what is known of them.
+
+    One row per prompt. Policy and reference draw from streams of their own, the same ones in every
+    arm, so arms are compared with the same samples of the reference and with common random numbers.
+    A ppo run's responses have the scores of its reward model, in its own unit.
     """
-    _, first = np.unique([ids.tobytes() for ids in held_out.prompt_ids], return_index=True)
-    prompts = [held_out.prompt_ids[i] for i in np.sort(first)[: config.num_eval_generations]]
+    _, first = np.unique([ids.tobytes() for ids in rows.prompt_ids], return_index=True)
+    asked = np.sort(first)[: config.num_eval_generations]
+    prompts = [rows.prompt_ids[i] for i in asked]
     reference = load_reference(config).to(device)
     sampled = {}
     for name, model in (("policy", stage.model), ("reference", reference)):
-        with global_stream(config.seed, "sampling", name), stage.autocast():
+        draws = uniforms(config.seed, "sampling", name, shape=(len(prompts), config.max_new_tokens))
+        with stage.autocast():
             sampled[name] = generate(
-                model, tokenizer, prompts,
-                max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                top_p=config.top_p, top_k=config.top_k, batch_size=8 * config.per_device_eval_batch_size,
-                description=f"{name} samples",
+                model, tokenizer, prompts, draws,
+                temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
+                batch_size=8 * config.per_device_eval_batch_size, description=f"{name} samples",
             )  # fmt: skip
-    rows = Rows(prompts, sampled["policy"], sampled["reference"], source=["sampled"] * len(prompts), truth={})
-    policy_logps, reference_logps = (_logps(model, Pairs(rows), config, device) for model in (stage.model, reference))
+    both = Rows(prompts, sampled["policy"], sampled["reference"], source=["sampled"] * len(prompts), truth={})
+    policy_logps, reference_logps = (_logps(model, Pairs(both), config, device) for model in (stage.model, reference))
     answers = pd.DataFrame(
         {
             "prompt": [tokenizer.decode(ids) for ids in prompts],
             "response": [response_text(tokenizer, ids) for ids in sampled["policy"]],
             "reference_response": [response_text(tokenizer, ids) for ids in sampled["reference"]],
             "length": [len(ids) for ids in sampled["policy"]],
-            "ended": [bool(len(ids) and ids[-1] == tokenizer.eos_token_id) for ids in sampled["policy"]],
+            "ended": [has_ended(ids, stop_ids(reference, tokenizer)) for ids in sampled["policy"]],
             "log_ratio": (policy_logps[:, 0] - reference_logps[:, 0]).double().numpy(),
         }
     )
+    if config.stage == "ppo":
+        judge = load_reward_model(config.reward_model, **loading(config))
+        judge.stage.to(device)
+        for side, name in (("", "policy"), ("reference_", "reference")):
+            scores, _ = judge.score_ids(prompts, sampled[name], config.per_device_eval_batch_size)
+            answers[f"{side}reward"] = scores.double().numpy()
+        if (log_s := stage.log_s_of(reference, prompts)) is not None:
+            answers["log_s"] = log_s.double().numpy()
     if config.ground_truth == "world":
         from discobeta import world
 
+        answers = answers.assign(**{name: rows.truth[name][asked] for name in ("topic", "noise", "familiarity")})
         for side in ("", "reference_"):
             texts = list(zip(answers["prompt"], answers[f"{side}response"], strict=True))
             answers[f"{side}true_reward"] = [world.true_reward(*text) for text in texts]
@@ -162,18 +190,25 @@ def _logps(model: torch.nn.Module, pairs: Pairs, config: RunConfig, device: torc
     return found
 
 
-def policy_metrics(answers: pd.DataFrame) -> dict[str, float]:
+def policy_metrics(answers: pd.DataFrame) -> dict[str, Any]:
     """Means over the sampled responses.
 
     kl_per_sequence estimates KL(policy || reference) = E_policy[log policy/reference], in nats; it
-    does so without bias only for samples at temperature 1 without top_p or top_k.
+    does so without bias only for samples at temperature 1 without top_p or top_k. reward_gain is in
+    units of the standard deviation of the reference's rewards.
     """
-    found = {
+    found: dict[str, Any] = {
         "generations": len(answers),
         "kl_per_sequence": float(answers["log_ratio"].mean()),
         "response_length": float(answers["length"].mean()),
         "eos_rate": float(answers["ended"].mean()),
     }
+    if "reward" in answers:
+        before, after = answers["reference_reward"], answers["reward"]
+        found |= {"reward": float(after.mean()), "reference_reward": float(before.mean())}
+        if (deviation := before.std()) > 0:
+            found["reward_gain"] = float((after - before).mean() / deviation)
+        found |= scale_metrics(answers)
     if "true_reward" in answers:
         difference = answers["true_reward"] - answers["reference_true_reward"]
         found |= {
@@ -181,5 +216,6 @@ def policy_metrics(answers: pd.DataFrame) -> dict[str, float]:
             "reference_true_reward": float(answers["reference_true_reward"].mean()),
             "win_rate": float(((difference > 0) + 0.5 * (difference == 0)).mean()),
             "well_formed": float(answers["well_formed"].mean()),
+            "true_reward_by_topic": answers.groupby("topic")["true_reward"].mean().to_dict(),
         }
-    return found
+    return {name: value for name, value in found.items() if value is not None}

@@ -8,7 +8,7 @@ training: `heads` alone reads `Architecture`, `signals` alone reads `Use`.
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -115,6 +115,14 @@ class Arm:
         """This arm with every idle head taken away: the run that it must equal bit for bit."""
         absent = {State.IDLE: State.ABSENT}
         return Arm.from_states(absent.get(self.disco, self.disco), absent.get(self.beta, self.beta))
+
+    def architecture_in(self, stage: str) -> Architecture:
+        """The heads that the run of this arm has in `stage`.
+
+        A ppo run has no Disco Head of its own: its disco state says which reward model it is given.
+        """
+        absent = {"ppo": {"add_disco_head": False}, "rm": {"add_beta_head": False}}
+        return replace(self.architecture, **absent.get(stage, {}))
 
     def trained_as(self, stage: str) -> Arm:
         """The arm whose run stands for this one in `stage`.

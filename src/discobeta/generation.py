@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from discobeta.errors import UserError
 from discobeta.policy import plain
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Sequence[np.ndarray | list[int]],
+    uniforms: np.ndarray,
     *,
-    max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
@@ -32,25 +33,26 @@ def generate(
     """y ~ pi(.|x), one response per prompt: int32 ids that end with the first <eos>, if it came.
 
     model:       a causal LM or a PEFT model; its active adapter is used, its mode is restored.
-    prompt_ids:  token ids per prompt, without padding.
+    prompt_ids:  N prompts as token ids, without padding.
+    uniforms:    (N, max_new_tokens) numbers in [0, 1): token t of response i is F^-1(uniforms[i, t]),
+                 F being the distribution function of the next token.
     description: label of a progress bar; None for no bar.
 
-    Draws from torch's global stream: the caller sets it (`seeds.global_stream`). The draws depend on
-    `batch_size` and on the order of the prompts. Prompts of similar length share a batch, longest
-    first. Only the arguments shape the distribution: a hub model's own generation_config (top_p,
-    repetition_penalty, ...) is set aside, because KL(policy || reference) is about pi itself.
+    A response is a function of the model, its prompt and its row of `uniforms`, whatever else is in
+    the batch, in whatever order, on however many processes. Equal rows are common random numbers:
+    models that say nearly the same then answer nearly the same. Only the arguments shape the
+    distribution: a hub model's own generation_config (top_p, repetition_penalty, ...) is set aside,
+    because KL(policy || reference) is about pi itself.
     """
     from tqdm import tqdm
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     language_model = plain(model)
-    pad, stops = _padding_id(tokenizer), _stop_ids(language_model, tokenizer)
+    check_context(model, max(map(len, prompt_ids), default=0), uniforms.shape[1])
+    pad, stops = _padding_id(tokenizer), stop_ids(language_model, tokenizer)
     settings = GenerationConfig(
-        do_sample=True,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
+        do_sample=False,  # the draw is made by InverseCDF, which leaves one token to choose
+        max_new_tokens=uniforms.shape[1],
         pad_token_id=pad,
         eos_token_id=stops,
         bos_token_id=tokenizer.bos_token_id,
@@ -63,15 +65,58 @@ def generate(
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             ids, mask = _left_padded([prompt_ids[index] for index in indices], pad)
+            sampler = InverseCDF(uniforms[indices], ids.shape[1], temperature, top_p, top_k)
             output = language_model.generate(
                 input_ids=ids.to(language_model.device),
                 attention_mask=mask.to(language_model.device),
                 generation_config=settings,
+                logits_processor=LogitsProcessorList([sampler]),
             )
             for index, new_ids in zip(indices, output[:, ids.shape[1] :].cpu().numpy(), strict=True):
                 responses[index] = _until_stop(new_ids, stops)
             bar.update(len(indices))
     return responses
+
+
+def check_context(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> None:
+    """Refuse prompts that do not leave the model room for a response."""
+    context = getattr(plain(model).config, "max_position_embeddings", None)
+    if context and longest_prompt + max_new_tokens > context:
+        raise UserError(
+            f"a prompt of {longest_prompt} tokens and max_new_tokens: {max_new_tokens} do not fit into the context of "
+            f"{context} tokens of {plain(model).config.name_or_path}: lower cutoff_len or max_new_tokens"
+        )
+
+
+class InverseCDF:
+    """Logits -> logits that leave one token: F^-1(u), the first token with F(token) > u.
+
+    Probabilities are counted in units of 2^-40, so that their sums are exact and the draw repeats
+    bit for bit on a GPU too, where a cumulative sum of floats does not.
+    """
+
+    UNIT = 2.0**40
+
+    def __init__(self, uniforms: np.ndarray, prompt_width: int, temperature: float, top_p: float, top_k: int):
+        self.uniforms = torch.from_numpy(uniforms)
+        self.prompt_width = prompt_width
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+
+    def __call__(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        u = self.uniforms[:, input_ids.shape[1] - self.prompt_width].to(logits.device)
+        weights = ((logits.double() / self.temperature).softmax(-1) * self.UNIT).long()
+        if self.top_k or self.top_p < 1:
+            weights, tokens = weights.sort(dim=-1, descending=True, stable=True)
+            before = weights.cumsum(-1) - weights
+            weights = weights.where(before < self.top_p * self.UNIT, 0)
+            if self.top_k:
+                weights[:, self.top_k :] = 0
+        ends = weights.cumsum(-1)
+        target = (u * ends[:, -1]).long()[:, None]
+        chosen = torch.searchsorted(ends, target, right=True)
+        if self.top_k or self.top_p < 1:
+            chosen = tokens.gather(-1, chosen)
+        return torch.full_like(logits, -torch.inf).scatter(-1, chosen, 0.0)
 
 
 def response_text(tokenizer: PreTrainedTokenizerBase, response_ids: np.ndarray) -> str:
@@ -106,9 +151,14 @@ def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def has_ended(response_ids: np.ndarray, stops: list[int]) -> bool:
+    """Whether a response was ended by the model and not by its length."""
+    return len(response_ids) > 0 and int(response_ids[-1]) in stops
+
+
+def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokenizer's <eos> and those that the model itself stops at (chat models have several)."""
-    own = model.generation_config.eos_token_id
+    own = plain(model).generation_config.eos_token_id
     own = own if isinstance(own, list) else [] if own is None else [own]
     return sorted({tokenizer.eos_token_id, *own})
 

@@ -1,9 +1,12 @@
 """The one optimisation loop: step, log, checkpoint, resume.
 
 Nothing here knows a stage or a flag. What happens at step n is a function of the weights, the
-optimiser's state and n: the data order and the dropout masks are derived from (seed, n) and not
-from a stream that runs on, so a run that was killed and resumed is the run that was not, bit for
-bit on a CPU. Losses are means over the pairs of an optimiser step, over all processes.
+optimiser's state and n: the data order, the dropout masks and what a policy samples are derived from
+(seed, n) and not from a stream that runs on, so a run that was killed and resumed is the run that was
+not, bit for bit on a CPU. Losses are means over the rows of an optimiser step, over all processes.
+
+A step asks the stage for its work (`Stage.collect`): in rm and dpo one optimiser step on the next
+pairs, in ppo the responses that the policy gives now and several optimiser steps on them.
 """
 
 from __future__ import annotations
@@ -27,45 +30,47 @@ from discobeta.files import replacing, writing_error
 from discobeta.seeds import derive
 from discobeta.stages import Stage
 
+HEADS = ("disco", "beta", "value")
+"""Parameter groups that are clipped by head_max_grad_norm and never decayed."""
+
 
 class Means:
-    """Sums of per-pair statistics, kept on the device until they are asked for."""
+    """Sums and counts of statistics, kept on the device until they are asked for."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.pairs = 0
+        self.counts: dict[str, int] = {}
 
     def add(self, statistics: dict[str, Tensor]) -> None:
         for name, values in statistics.items():
             total = values.double().sum()
             self.sums[name] = self.sums[name] + total if name in self.sums else total
-        self.pairs += len(values)
+            self.counts[name] = self.counts.get(name, 0) + values.numel()
 
-    def total(self, accelerator: Accelerator) -> dict[str, float]:
-        """The sums over all processes, and `pairs`, how many they are of."""
-        names = [*self.sums, "pairs"]
-        pairs = torch.tensor(self.pairs, dtype=torch.float64, device=accelerator.device)
-        packed = accelerator.reduce(torch.stack([*self.sums.values(), pairs]), "sum")
-        return dict(zip(names, packed.tolist(), strict=True))
+    def total(self, accelerator: Accelerator) -> dict[str, list[float]]:
+        """Name -> (sum, count) over all processes."""
+        if not self.sums:
+            return {}
+        counts = torch.tensor(list(self.counts.values()), dtype=torch.float64, device=accelerator.device)
+        packed = torch.stack([torch.stack([total.to(accelerator.device) for total in self.sums.values()]), counts])
+        return dict(zip(self.sums, accelerator.reduce(packed, "sum").T.tolist(), strict=True))
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over all processes; starts anew."""
         total = self.total(accelerator)
-        pairs = total.pop("pairs")
         self.__init__()
-        return {name: value / pairs for name, value in total.items()}
+        return {name: value / count for name, (value, count) in total.items()}
 
-    def restore(self, total: dict[str, float], accelerator: Accelerator) -> None:
+    def restore(self, total: dict[str, list[float]], accelerator: Accelerator) -> None:
         """Go on from `total`, which one process takes over for all."""
-        if accelerator.is_main_process:
-            self.pairs = int(total.pop("pairs"))
-            self.sums = {
-                name: torch.tensor(value, dtype=torch.float64).to(accelerator.device) for name, value in total.items()
-            }
+        mine = accelerator.is_main_process
+        for name, (value, count) in total.items():
+            self.sums[name] = torch.tensor(value * mine, dtype=torch.float64).to(accelerator.device)
+            self.counts[name] = int(count) * mine
 
 
 class Log:
-    """log.jsonl: one JSON object a line. It holds no times, so that equal runs have equal logs."""
+    """One JSON object a line. log.jsonl holds no times, so that equal runs have equal logs; speed.jsonl does."""
 
     def __init__(self, path: Path, upto_step: int, enabled: bool):
         """Keeps the lines of steps up to `upto_step` of a run that is resumed, and drops later ones."""
@@ -93,13 +98,6 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def schedule_of(config: RunConfig, pairs: int, processes: int) -> Schedule:
-    size = config.per_device_train_batch_size * processes
-    if pairs < processes:
-        raise UserError(f"{pairs} training pairs cannot be shared by {processes} processes")
-    return Schedule(pairs, size, config.gradient_accumulation_steps, processes, config.seed)
-
-
 def total_steps(config: RunConfig, schedule: Schedule) -> int:
     if config.max_steps > 0:
         return config.max_steps
@@ -115,13 +113,13 @@ def fit(
     directory: Path,
     identity: str,
 ) -> dict[str, float]:
-    """Train `stage` in place. Returns what it cost: seconds, pairs and tokens, over all attempts.
+    """Train `stage` in place. Returns what it cost: seconds, rows and tokens, over all attempts.
 
     identity: of data, base, settings and code; only a checkpoint of the same identity is resumed.
     """
     from transformers import get_scheduler
 
-    schedule = schedule_of(config, len(train), accelerator.num_processes)
+    schedule = stage.schedule(train, accelerator.num_processes)
     steps = total_steps(config, schedule)
     stop = min(steps, config.stop_after_steps or steps)
     stage.to(accelerator.device)
@@ -138,32 +136,41 @@ def fit(
     done, spent = saver.resume(config, accelerator)
     module, optimizer = accelerator.prepare(stage, optimizer)
     log = Log(directory / "log.jsonl", done, accelerator.is_main_process)
+    speed = Log(directory / "speed.jsonl", done, accelerator.is_main_process)
     module.train()
-    started = time.monotonic() - spent.get("seconds", 0.0)
-    counts = Counter(pairs=spent.get("pairs", 0), tokens=spent.get("tokens", 0))
+    started = logged = time.monotonic()
+    counts = Counter(rows=spent.get("rows", 0), tokens=spent.get("tokens", 0))
+    tokens_logged = counts["tokens"]
+
+    def cost() -> dict[str, float]:
+        return {"seconds": spent.get("seconds", 0.0) + time.monotonic() - started, **counts}
+
     bar = tqdm(
-        total=stop, initial=done, desc=f"{config.stage} {config.arm.name}", unit="step",
+        total=stop, initial=done, desc=f"{config.stage} {config.arm.name}", unit=stage.unit,
         disable=not accelerator.is_main_process, mininterval=0.5,
     )  # fmt: skip
     with bar:
         for step in range(done, stop):
-            optimizer.zero_grad(set_to_none=True)
-            pairs_in_step = len(schedule.step_rows(step))
-            passes = list(schedule.passes(step, train.lengths, accelerator.process_index))
-            for number, indices in enumerate(passes):
-                torch.manual_seed(derive(config.seed, "dropout", step, number, accelerator.process_index))
-                batch = train.batch(indices).to(accelerator.device)
-                with nullcontext() if number == len(passes) - 1 else accelerator.no_sync(module):
-                    objective, statistics = module(batch)
-                    # DDP averages over processes; this makes the gradient the mean over the step's pairs
-                    accelerator.backward(objective.sum() * (accelerator.num_processes / pairs_in_step))
-                means.add(statistics)
-            norms = clip_gradients(groups, config)
-            optimizer.step()
+            work = stage.collect(step, train, schedule, accelerator)
+            means.add(work.statistics)
+            counts["rows"] += work.rows
+            counts["tokens"] += work.tokens
+            number = 0
+            for passes in work.minibatches:
+                optimizer.zero_grad(set_to_none=True)
+                for indices in passes:
+                    torch.manual_seed(derive(config.seed, "dropout", step, number, accelerator.process_index))
+                    number += 1
+                    batch = work.material.batch(indices).to(accelerator.device)
+                    with nullcontext() if indices is passes[-1] else accelerator.no_sync(module):
+                        objective, statistics = module(batch)
+                        # DDP averages over processes; this makes the gradient the mean over the minibatch's rows
+                        accelerator.backward(objective.sum() * (accelerator.num_processes / work.minibatch_rows))
+                    means.add(statistics)
+                norms = clip_gradients(groups, config)
+                optimizer.step()
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
-            counts["pairs"] += pairs_in_step
-            counts["tokens"] += train.tokens(schedule.step_rows(step))
             now = step + 1
             bar.update()
 
@@ -179,16 +186,20 @@ def fit(
                         f"The log up to here is {log.path}"
                     )
                 log.write(values)
-                accelerator.log(values, step=now)
-                bar.set_postfix(loss=f"{values['loss']:.4f}", accuracy=f"{values['accuracy']:.3f}")
+                seconds, tokens = time.monotonic() - logged, counts["tokens"] - tokens_logged
+                logged, tokens_logged = logged + seconds, counts["tokens"]
+                pace = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+                speed.write({"step": now, **pace})
+                accelerator.log(values | pace, step=now)
+                bar.set_postfix({name: f"{values[name]:.4g}" for name in stage.shown})
             if held_out is not None and _is_due(now, config, schedule, stop):
                 values = {"step": now, **held_out_means(module, stage, held_out, config, accelerator)}
                 log.write(values)
                 accelerator.log(values, step=now)
             if config.save_steps and now % config.save_steps == 0 and now < stop:
-                saver.save(now, {"seconds": time.monotonic() - started, **counts}, accelerator)
+                saver.save(now, cost(), accelerator)
     stage.eval()
-    return {"seconds": time.monotonic() - started, **counts}
+    return cost()
 
 
 def clip_gradients(groups: dict[str, list[torch.nn.Parameter]], config: RunConfig) -> dict[str, Tensor]:
@@ -196,7 +207,7 @@ def clip_gradients(groups: dict[str, list[torch.nn.Parameter]], config: RunConfi
 
     One norm over all groups would let a head change how the model is clipped.
     """
-    largest = {name: config.max_grad_norm if name == "model" else config.head_max_grad_norm for name in groups}
+    largest = {name: config.head_max_grad_norm if name in HEADS else config.max_grad_norm for name in groups}
     return {
         name: torch.nn.utils.clip_grad_norm_(weights, largest[name] or math.inf)  # 0: no clipping
         for name, weights in groups.items()
@@ -215,7 +226,7 @@ def held_out_means(
     for indices in passes[accelerator.process_index :: accelerator.num_processes]:
         statistics = stage(held_out.batch(indices).to(accelerator.device))[1]
         means.add({name: statistics[name] for name in ("loss", "accuracy")})
-    if not means.pairs:
+    if not means.sums:
         means.add({name: torch.zeros(0, device=accelerator.device) for name in ("loss", "accuracy")})
     module.train()
     return {f"eval_{name}": value for name, value in means.take(accelerator).items()}
@@ -234,8 +245,9 @@ def _optimizer_group(name: str, weights: list[torch.nn.Parameter], config: RunCo
         "model": config.learning_rate,
         "disco": 3 * config.learning_rate if config.disco_learning_rate is None else config.disco_learning_rate,
         "beta": 5 * config.learning_rate if config.beta_learning_rate is None else config.beta_learning_rate,
+        "value": 5 * config.learning_rate if config.value_learning_rate is None else config.value_learning_rate,
     }
-    return {"params": weights, "lr": rates[name], "weight_decay": config.weight_decay if name == "model" else 0.0}
+    return {"params": weights, "lr": rates[name], "weight_decay": 0.0 if name in HEADS else config.weight_decay}
 
 
 class Checkpoints:
@@ -244,6 +256,7 @@ class Checkpoints:
     def __init__(self, folder: Path, identity: str, stage: Stage, optimizer, scheduler, means: Means):
         self.folder = folder
         self.identity = identity
+        self.stage = stage
         self.trained = {name: weight for name, weight in stage.named_parameters() if weight.requires_grad}
         self.optimizer, self.scheduler, self.means = optimizer, scheduler, means
 
@@ -259,6 +272,7 @@ class Checkpoints:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "means": means,
+            "stage": self.stage.state(),
         }
         earlier = self.paths()
         with replacing(self.folder / f"step-{step}.pt") as temporary:
@@ -295,5 +309,6 @@ class Checkpoints:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.means.restore(state["means"], accelerator)
+        self.stage.restore(state["stage"])
         accelerator.print(f"resuming from {path}")
         return state["step"], state["spent"]

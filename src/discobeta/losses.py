@@ -1,7 +1,8 @@
 """Losses of preference alignment, as pure functions of tensors.
 
-This module imports torch and nothing else, and knows no flag. Every loss is per pair, `(B,)` in
-and `(B,)` float32 out: the caller averages, so that reduction has one home.
+This module imports torch and nothing else, and knows no flag. Every loss is per pair (rm, dpo) or
+per response token (ppo), in the shape of its inputs and float32: the caller averages, so that
+reduction has one home.
 """
 
 from __future__ import annotations
@@ -56,6 +57,75 @@ def log_scale_penalty(log_values: Tensor, mean_weight: float, spread_weight: flo
     """
     values = log_values.float()
     return mean_weight * (2 * batch_mean * values - batch_mean**2) + spread_weight * values**2
+
+
+def token_rewards(scores: Tensor, kl: Tensor, coefficient: Tensor | float, mask: Tensor) -> Tensor:
+    """r_t = -coefficient * kl_t, plus the response's score at its last token.
+
+    scores:      (N,) one number for each whole response.
+    kl:          (N, T) log pi(y_t) - log ref(y_t), in nats, whose sum over t estimates the KL divergence.
+    coefficient: scalar, or (N,) when each prompt brings its own.
+    mask:        (N, T) True at the response's tokens, which start at t = 0.
+    Returns (N, T) float32, 0 outside the mask.
+    Source: Ziegler et al. 2019 (arXiv:1909.08593), eq. 2; Ouyang et al. 2022 (arXiv:2203.02155), eq. 2.
+    """
+    if isinstance(coefficient, Tensor) and coefficient.ndim:
+        if coefficient.shape != scores.shape:
+            raise ValueError(f"coefficient {tuple(coefficient.shape)} and scores {tuple(scores.shape)} must be (N,)")
+        coefficient = coefficient.float()[:, None]
+    rewards = -coefficient * kl.float() * mask
+    last = mask.sum(1, keepdim=True) - 1
+    return rewards.scatter_add(1, last, scores.float()[:, None])
+
+
+def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """A_t = sum_k (gamma * lam)^k * delta_(t+k),  delta_t = r_t + gamma * V_(t+1) - V_t,  V = 0 after the end.
+
+    rewards, values: (N, T) at each response token (the value is of the state before the token).
+    mask:            (N, T) True at the response's tokens, which start at t = 0.
+    Returns (N, T) float32 advantages, 0 outside the mask; A + V is the value function's target.
+    Source: Schulman et al. 2016 (arXiv:1506.02438), eq. 16.
+    """
+    rewards, values = rewards.float() * mask, values.float() * mask  # so V and A are 0 after the end
+    advantages = torch.zeros_like(rewards)
+    following = next_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = advantages[:, t] = (delta + gamma * lam * following) * mask[:, t]
+        next_value = values[:, t]
+    return advantages
+
+
+def clipped_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, cliprange: float) -> Tensor:
+    """max(-A * ratio, -A * clip(ratio, 1 - c, 1 + c)) with ratio = exp(log pi - log pi_old), per token.
+
+    (M,) in, (M,) float32 out. Source: Schulman et al. 2017 (arXiv:1707.06347), eq. 7.
+    """
+    ratio = (logps.float() - old_logps.float()).exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> Tensor:
+    """1/2 max((V - R)^2, (V_clipped - R)^2) with V_clipped = V_old + clip(V - V_old, -c, c), per token.
+
+    (M,) in, (M,) float32 out. Source: the PPO of Dhariwal et al. 2017 (openai/baselines); Huang et al.
+    2022, "The 37 Implementation Details of Proximal Policy Optimization", detail 9.
+    """
+    values, old_values = values.float(), old_values.float()
+    clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
+
+
+def whiten(values: Tensor, mask: Tensor, *, keep_mean: bool = False) -> Tensor:
+    """Scale the masked values to variance 1 (and mean 0, unless keep_mean); 0 outside the mask.
+
+    The variance is that of the sample (n - 1), and 1e-8 is added to it: values that are all equal
+    stay finite. Source: Ziegler et al. 2019 (openai/lm-human-preferences).
+    """
+    inside = values[mask]
+    mean, variance = inside.mean(), inside.var() if len(inside) > 1 else torch.zeros_like(inside.sum())
+    white = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return (white + mean if keep_mean else white) * mask
 
 
 def earlier_probit_loss(margin: Tensor, beta: float) -> Tensor:

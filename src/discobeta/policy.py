@@ -48,7 +48,7 @@ def load_causal_lm(config: RunConfig) -> PreTrainedModel:
     return model
 
 
-def load_scorer(config: RunConfig) -> PreTrainedModel:
+def load_scorer(config: RunConfig, *, must_have_score: bool = False) -> PreTrainedModel:
     """The base's trunk with a scalar score, r = w . h (Linear, no bias).
 
     A fresh w is normal with standard deviation 1 / sqrt(hidden_size + 1), from a stream of its own
@@ -64,6 +64,8 @@ def load_scorer(config: RunConfig) -> PreTrainedModel:
         raise UserError(f"{config.model_name_or_path}: {type(model).__name__} has no linear `score`")
     model.score.float()
     if any(name.startswith("score") for name in info["missing_keys"]):
+        if must_have_score:
+            raise UserError(f"{config.model_name_or_path} is no reward model: it has no trained `score`")
         deviation = 1 / math.sqrt(model.config.hidden_size + 1)
         model.score.weight.data.normal_(0, deviation, generator=generator(config.seed, "score"))
     return model
@@ -182,26 +184,46 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     ).last_hidden_state
 
 
-def response_logps(model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
-    """(N,) float32, log pi(y|x): log-probabilities summed over the response tokens, in nats.
+def token_logps(
+    model: nn.Module, hidden: Tensor, batch: Batch, temperature: float = 1.0, *, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(M,) float32 log pi(y_t | x, y_<t) of each response token; on demand the entropy there, without gradient.
 
-    The output layer is applied only where a response token is predicted, a chunk at a time; the
-    backward pass computes a chunk's logits again instead of keeping them.
+    Both in nats, of softmax(logits / temperature). The output layer is applied only where a response
+    token is predicted, a chunk at a time; the backward pass computes a chunk's logits again instead
+    of keeping them.
     """
     output_layer = plain(model).get_output_embeddings()
     states = hidden.flatten(0, 1)[batch.predictor_index]
 
-    def token_logps(part: Tensor, targets: Tensor) -> Tensor:
+    def of_chunk(part: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = output_layer(part).float()
-        return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        if temperature != 1:
+            logits = logits / temperature
+        log_sum, entropy = logits.logsumexp(-1), None
+        if with_entropy:
+            with torch.no_grad():
+                entropy = log_sum - (logits.softmax(-1) * logits).sum(-1)
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - log_sum, entropy
 
     parts = list(zip(states.split(LOGIT_CHUNK), batch.target_ids.split(LOGIT_CHUNK), strict=True))
     if len(parts) == 1 or not torch.is_grad_enabled():
-        values = [token_logps(*part) for part in parts]
+        values = [of_chunk(*part) for part in parts]
     else:
-        values = [checkpoint(token_logps, *part, use_reentrant=False) for part in parts]
-    sums = torch.zeros(len(batch.input_ids), dtype=torch.float32, device=hidden.device)
-    return sums.index_add(0, batch.sequence_index, torch.cat(values))
+        values = [checkpoint(of_chunk, *part, use_reentrant=False) for part in parts]
+    logps, entropies = zip(*values, strict=True)
+    return torch.cat(logps), torch.cat(entropies) if with_entropy else None
+
+
+def response_logps(model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+    """(N,) float32, log pi(y|x): log-probabilities summed over the response tokens, in nats."""
+    return per_sequence(token_logps(model, hidden, batch)[0], batch)
+
+
+def per_sequence(values: Tensor, batch: Batch) -> Tensor:
+    """(N,) float32 sums of (M,) values over the tokens of each response."""
+    sums = torch.zeros(len(batch.input_ids), dtype=torch.float32, device=values.device)
+    return sums.index_add(0, batch.sequence_index, values)
 
 
 def at(hidden: Tensor, positions: Tensor) -> Tensor:
@@ -217,15 +239,41 @@ def pooled(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
     return torch.einsum("nt,nth->nh", weights, hidden.float())
 
 
+def share_frozen_weights(*models: nn.Module) -> None:
+    """Keep one copy of every frozen weight that several models hold: policy, critic, reward model and
+    reference mostly stand on the same base, and only adapters tell them apart.
+
+    Weights that are trained, or that differ in one bit, stay apart.
+    """
+    kept: dict[tuple, list[nn.Parameter]] = {}
+    for model in models:
+        for module in model.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.requires_grad:
+                    continue
+                start = tuple(weight.detach().flatten()[:8].tolist())
+                alike = kept.setdefault((weight.shape, weight.dtype, weight.device, start), [])
+                same = next((other for other in alike if other is weight or torch.equal(other, weight)), None)
+                if same is None:
+                    alike.append(weight)
+                else:
+                    setattr(module, name, same)
+
+
 def weights_hash(config: RunConfig) -> str:
     """sha256 over the base's weight files and config.json, and the adapter's if it starts from one.
 
     A file of the hub's cache is a link to a blob named by its own sha256, which is then not read.
     """
-    digest = hashlib.sha256()
     folders = [_folder(config.model_name_or_path, "config.json", config)]
     if config.adapter_name_or_path:
         folders.append(_folder(config.adapter_name_or_path, "adapter_config.json", config))
+    return folders_hash(*folders)
+
+
+def folders_hash(*folders: Path) -> str:
+    """sha256 over the weight files of models and adapters, and the configs that say how to read them."""
+    digest = hashlib.sha256()
     for folder in folders:
         for path in sorted(folder.iterdir()):
             if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json"):

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 from discobeta import __version__
 from discobeta.config import RunConfig, read_yaml, write_yaml
 from discobeta.errors import UserError
-from discobeta.files import write_json
+from discobeta.files import read_json, write_json
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from discobeta.heads import Heads
@@ -50,6 +49,7 @@ PARTS = [
     "heads.safetensors",
     "heads.json",
     "log.jsonl",
+    "speed.jsonl",
     "loss.png",
     "metrics.json",
     "examples.parquet",
@@ -84,7 +84,7 @@ def open_run(config: RunConfig) -> bool:
     here, wanted = _identity(read_yaml(directory / "config.yaml")), _identity(config.resolved())
     different = [name for name in wanted if here.get(name) != wanted[name]]
     finished = (directory / "provenance.json").exists()
-    precious = finished or any((directory / "checkpoints").glob("*.pt"))
+    precious = finished or any((directory / "checkpoints").glob("step-*.pt"))
     if not different and finished and not config.overwrite_output_dir:
         return False
     if different and precious and not config.overwrite_output_dir:
@@ -94,6 +94,17 @@ def open_run(config: RunConfig) -> bool:
             "give another output_dir, or overwrite_output_dir: true"
         )
     return True
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether `output_dir` holds this very run, made whole by this very code."""
+    directory = Path(config.output_dir)
+    try:
+        here = read_yaml(directory / "config.yaml")
+        made_by = read_json(directory / "provenance.json")["package"]
+    except UserError:
+        return False
+    return _identity(here) == _identity(config.resolved()) and made_by == package_hash()
 
 
 def begin(config: RunConfig) -> None:
@@ -205,66 +216,15 @@ class Policy:
 
 
 def load_policy(directory: str | Path) -> Policy:
-    """The policy of a dpo run directory."""
+    """The policy of a dpo or ppo run directory."""
     from discobeta.policy import load_tokenizer
 
-    stage = _stage_of(directory, "dpo", "ppo")
+    stage = stage_of(directory, "dpo", "ppo")
     return Policy(stage.model, load_tokenizer(stage.config), stage.heads, stage.config)
 
 
-@dataclass
-class RewardModel:
-    """A trained reward model: its transformers model, its heads, and `score`."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    heads: Heads
-    config: RunConfig
-    stage: Stage
-
-    def score(
-        self, prompts: list[str], responses: list[str], batch_size: int = 64
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(N,) float32 mean rewards and variances of N texts; variance is None where a reward is a number.
-
-        Raises UserError for a text that cannot be scored, e.g. a prompt that fills cutoff_len.
-        """
-        import numpy as np
-        import torch
-
-        from discobeta.data.batches import collate
-        from discobeta.data.formats import Example
-        from discobeta.data.sources import RowReport
-        from discobeta.data.tokens import Rows, encode
-        from discobeta.heads import SIGMA0
-
-        pairs = zip(prompts, responses, strict=True)
-        examples = [Example(prompt, response, source=f"text {i}") for i, (prompt, response) in enumerate(pairs)]
-        report = RowReport("texts", len(examples))
-        found = encode(examples, self.tokenizer, self.config.cutoff_len, "supervised", report)
-        report.check(0.0)
-        rows = Rows(found.prompt_ids, found.chosen_ids, found.chosen_ids)  # each response against itself
-        device = next(self.stage.parameters()).device
-        means, variances = [], []
-        with torch.no_grad():
-            for indices in np.array_split(np.arange(len(rows)), -(-len(rows) // batch_size) or 1):
-                if len(indices):
-                    mean, log_sigma = self.stage.rewards(collate(rows, indices).to(device))
-                    means.append(mean[: len(indices)])
-                    if log_sigma is not None:
-                        variances.append((SIGMA0 * log_sigma[0].exp()).square())
-        return torch.cat(means), torch.cat(variances) if variances else None
-
-
-def load_reward_model(directory: str | Path) -> RewardModel:
-    """The reward model of an rm run directory."""
-    from discobeta.policy import load_tokenizer
-
-    stage = _stage_of(directory, "rm")
-    return RewardModel(stage.model, load_tokenizer(stage.config), stage.heads, stage.config, stage)
-
-
-def _stage_of(directory: str | Path, *kinds: str) -> Stage:
+def stage_of(directory: str | Path, *kinds: str) -> Stage:
+    """`load_stage` of a run that must be of one of these stages."""
     stage = load_stage(directory)
     if stage.config.stage not in kinds:
         raise UserError(f"{directory} is a run of stage {stage.config.stage}, not {' or '.join(kinds)}")

@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+
 
 def derive(seed: int, *purpose: str | int) -> int:
     """A 63-bit seed that depends on (seed, purpose) and on nothing else."""
@@ -22,6 +24,11 @@ def generator(seed: int, *purpose: str | int):
     import torch
 
     return torch.Generator().manual_seed(derive(seed, *purpose))
+
+
+def uniforms(seed: int, *purpose: str | int, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers in [0, 1) of one purpose, float64, as an array of `shape`."""
+    return np.random.default_rng(derive(seed, *purpose)).random(shape)
 
 
 @contextmanager

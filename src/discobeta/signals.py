@@ -75,8 +75,8 @@ class Signals:
         return score if self.disco is None else self.disco.mean
 
     def log_sigma(self, pooled: Callable[[], Tensor]) -> Tensor | None:
-        """(2, B) from the (2B, hidden) states that `pooled` makes on demand, chosen first."""
-        return None if self.disco is None else self.disco.log_sigma(pooled()).view(2, -1)
+        """(N,) from the (N, hidden) states that `pooled` makes on demand."""
+        return None if self.disco is None else self.disco.log_sigma(pooled())
 
     def log_s(self, prompt_features: Tensor | None) -> Tensor | None:
         """(B,) from the reference's states at the end of each prompt."""
@@ -86,10 +86,12 @@ class Signals:
         """-log P(chosen wins) of B pairs.
 
         margin: (B,) reward difference per unit of beta (rm: of the scores, with beta = 1).
+        log_sigma: (2B,) of the responses, the chosen ones first.
         Gaussian rewards have P = Phi(beta * margin / sqrt(sigma_w^2 + sigma_l^2)); rewards that are
         numbers have P = sigmoid(beta * margin). With log s, beta is beta * s(x), per prompt.
         """
-        scale = beta if log_s is None else beta * log_s.exp()
+        scale = scaled(beta, log_s)
+        log_sigma = None if log_sigma is None else log_sigma.view(2, -1)
         mean_margin = scale * margin.float()
         is_number = log_sigma is None
         loss = logistic_loss(margin, scale) if is_number else probit_loss(mean_margin, variance_sum(log_sigma))
@@ -106,6 +108,11 @@ class Signals:
             both = _around_zero(log_sigma, config.disco_mean_penalty, config.disco_spread_penalty)
             terms.append(both.mean(0))
         return sum(terms) if terms else None
+
+
+def scaled(beta: float, log_s: Tensor | None) -> Tensor | float:
+    """beta, or (B,) beta * s(x): in dpo the weight of the margin, in ppo the coefficient of the KL penalty."""
+    return beta if log_s is None else beta * log_s.exp()
 
 
 def variance_sum(log_sigma: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ tables and the tests agree on it. The workflow only calls this module; it works 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,9 +18,7 @@ import yaml
 
 from discobeta.config import RunConfig, parse_overrides, read_yaml
 from discobeta.errors import UserError
-from discobeta.flags import ARMS, FLAGS, Arm
-
-STAGES = ("rm", "dpo")
+from discobeta.flags import ARMS, FLAGS, STAGES, Arm, State
 
 KEYS = [
     "study",
@@ -28,12 +27,13 @@ KEYS = [
     "stages",
     "idle_arms",
     "prove_steps",
+    "gpus_per_run",
     "arms",
     "data",
+    "prompts",
     "base",
     "common",
-    "rm",
-    "dpo",
+    *STAGES,
 ]
 WORLD_DEFAULTS = {"sft_examples": 6000, "train": 9600, "evaluation": 1600, "noise": "heteroscedastic", "seed": 1}
 DATA_KEYS = [
@@ -47,6 +47,9 @@ DATA_KEYS = [
     "val_size",
     "max_unusable_rows",
 ]
+HOW_ROWS_ARE_READ = ["dataset_dir", "cutoff_len", "max_unusable_rows"]
+"""Of DATA_KEYS, those that say nothing about which rows: `prompts:` has them from `data:` unless it has its own."""
+
 MODEL_KEYS = ["model_name_or_path", "model_revision", "adapter_name_or_path", "trust_remote_code", "cache_dir"]
 CORPUS_KEYS = ["dataset", "dataset_dir", "split", "cutoff_len", "max_samples", "max_unusable_rows"]
 """What the base is trained on unless `base: sft:` says otherwise: the study's own training data."""
@@ -62,6 +65,8 @@ PATH_KEYS = [
     "reference_path",
     "overwrite_output_dir",
     "stop_after_steps",
+    "reward_model",
+    "beta_head",
 ]
 BELONGS = (
     dict.fromkeys(FLAGS, "it comes from the grid (choose arms with `arms:`)")
@@ -69,7 +74,7 @@ BELONGS = (
     | dict.fromkeys(MODEL_KEYS, "it belongs in `base:` (all runs start from the same model)")
     | dict.fromkeys(PATH_KEYS, "the study sets it")
 )
-"""Run keys that `common:`, `rm:` and `dpo:` may not hold, and where they belong."""
+"""Run keys that `common:` and the stages' sections may not hold, and where they belong."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +111,16 @@ class Study:
         if self.idle_arms not in ("run", "prove"):
             raise UserError(f"{where}: idle_arms: {self.idle_arms!r} should be run or prove")
         self.prove_steps: int = settings.get("prove_steps", 20)
+        self.gpus_per_run: int = settings.get("gpus_per_run", 1)
         self.arms: list[Arm] = self._arms()
         self.world: dict[str, Any] | None = None
         self._read_data()
+        self._read_prompts()
         self._read_base()
         self._sections = {name: self._section(name) for name in ("common", *STAGES)}
+        self._check_stages()
         self._runs = [run for stage in self.stages for arm in self.arms_of(stage) for run in self._runs_of(stage, arm)]
+        self._by_place = {(run.stage, run.arm, run.seed, run.proof): run for run in self._runs}
         self._check()
 
     @classmethod
@@ -140,31 +149,98 @@ class Study:
     def run(self, stage: str, arm: Arm | str, seed: int, proof: bool = False) -> Run:
         """The run with these coordinates, which the study must hold."""
         arm = Arm.from_name(arm) if isinstance(arm, str) else arm
-        for run in self._runs:
-            if (run.stage, run.arm, run.seed, run.proof) == (stage, arm, seed, proof):
-                return run
+        if (found := self._by_place.get((stage, arm, seed, proof))) is not None:
+            return found
         raise UserError(f"{self._where}: no {'proof' if proof else 'run'} of {stage}, {arm.name}, seed {seed}")
 
     def run_settings(self, run: Run) -> dict[str, Any]:
         """The flat run YAML of `run`: flags from the grid, the rest merged from the study's sections."""
-        draw = self.draw(run.seed)
-        paths = {"tokenized_path": str(self.tokens(draw))}
-        if run.stage != "rm":
-            paths["reference_path"] = str(self.reference(draw))
         return {
             "stage": run.stage,
             "output_dir": str(run.directory),
             "seed": run.seed,
             **run.arm.flags,
             **self.model,
-            **self.data(draw),
-            **paths,
+            **self._reads(run),
             **({"ground_truth": "world"} if self.world else {}),
             **self._sections["common"],
             **self._sections[run.stage],
+            **self._shared_out(run.stage),
             "overwrite_output_dir": True,  # Snakemake has decided that what is there is out of date
-            **({"stop_after_steps": self.prove_steps} if run.proof else {}),
+            **({"stop_after_steps": self.proof_length(run.stage)} if run.proof else {}),
         }
+
+    def _shared_out(self, stage: str) -> dict[str, int]:
+        """The batch of one device, if several share what the study says of one: the run computes the same.
+
+        A forward pass over all devices keeps its rows; only where they cannot be shared, a step's passes are.
+        """
+        if self.gpus_per_run == 1:
+            return {}
+        settings = self._sections["common"] | self._sections[stage]
+        for key, default in (("per_device_train_batch_size", 8), ("gradient_accumulation_steps", 1)):
+            size = settings.get(key, default)
+            if isinstance(size, int) and size % self.gpus_per_run == 0:
+                return {key: size // self.gpus_per_run}
+        raise UserError(
+            f"{self._where}: gpus_per_run: {self.gpus_per_run} divides neither per_device_train_batch_size nor "
+            f"gradient_accumulation_steps of {stage}, so the GPUs cannot share its batch"
+        )
+
+    def _reads(self, run: Run) -> dict[str, Any]:
+        """Run keys of the rows that `run` sees and of what other steps have made for it."""
+        if run.stage == "ppo":
+            draw = self.prompt_draw(run.seed)
+            upstream = {key: str(other.directory) for key, other in self.upstream(run).items()}
+            return {**self.prompt_data(draw), "tokenized_path": str(self.prompts(draw)), **upstream}
+        draw = self.draw(run.seed)
+        reference = {"reference_path": str(self.reference(draw))} if run.stage == "dpo" else {}
+        return {**self.data(draw), "tokenized_path": str(self.tokens(draw)), **reference}
+
+    def upstream(self, run: Run) -> dict[str, Run]:
+        """Run key -> the run that a ppo run reads: its reward model and, if its arm has one, its Beta Head.
+
+        Both have the arm's states and seed. Where idle arms are only proved, the twin's whole run
+        stands for the one that an idle arm does not have: it would be equal. So a proof reads what
+        the twin's proof reads. Only an idle Beta Head comes from a proof: that it is there, and
+        changes nothing, is the point.
+        """
+        if run.stage != "ppo":
+            return {}
+
+        def whole(stage: str, arm: Arm) -> Run:
+            arm = arm.trained_as(stage)
+            return self.run(stage, arm.twin if self.idle_arms == "prove" else arm, run.seed)
+
+        found = {"reward_model": whole("rm", run.arm)}
+        if run.arm.beta is State.IDLE and self.idle_arms == "prove":
+            found["beta_head"] = self.run("dpo", run.arm, run.seed, proof=True)
+        elif run.arm.beta is not State.ABSENT:
+            found["beta_head"] = whole("dpo", run.arm)
+        return found
+
+    def proof_length(self, stage: str) -> int:
+        """After how many steps of `stage` a proof stops: prove_steps optimiser steps, rounded up.
+
+        In ppo a step is an update, which is ppo_epochs * ppo_buffer_size optimiser steps.
+        """
+        if stage != "ppo":
+            return self.prove_steps
+        settings = {"stage": stage, "model_name_or_path": "-", "reward_model": "-"}
+        settings |= self._sections["common"] | self._sections[stage]
+        config, _ = RunConfig.from_mapping(settings, f"{self._where}: {stage}")
+        return math.ceil(self.prove_steps / (config.ppo_epochs * config.ppo_buffer_size))
+
+    def proof_text(self, stage: str) -> str:
+        """E.g. `first 20 steps`, or `first 3 updates` in ppo."""
+        length, noun = self.proof_length(stage), "update" if stage == "ppo" else "step"
+        return f"first {length} {noun}s" if length > 1 else f"first {noun}"
+
+    def figures_of(self, stage: str) -> list[str]:
+        """The figures that the report makes of a stage, without the `-<stage>` that their files end in."""
+        if stage != "ppo":
+            return ["learning-curves", "reliability"]
+        return ["learning-curves", *(["reward-by-noise"] if self.world else [])]
 
     # --- what the runs share
 
@@ -192,11 +268,20 @@ class Study:
     def draws(self) -> list[str]:
         return list(dict.fromkeys(map(self.draw, self.seeds)))
 
+    def prompt_draw(self, seed: int) -> str:
+        """Which prompts the ppo run of `seed` sees, likewise."""
+        if not self._prompts:
+            return self.draw(seed)
+        return f"seed-{seed}" if self._prompts.get("val_size") else "all"
+
     def pairs(self, draw: str) -> Path:
         return self.shared_directory / "data" / draw / "pairs"
 
     def tokens(self, draw: str) -> Path:
         return self.shared_directory / "data" / draw / "tokens"
+
+    def prompts(self, draw: str) -> Path:
+        return self.shared_directory / "data" / draw / "prompts"
 
     def reference(self, draw: str) -> Path:
         return self.shared_directory / "data" / draw / "reference"
@@ -207,6 +292,10 @@ class Study:
             return self._data
         pairs = self.pairs(draw)
         return {"dataset": str(pairs / "train.jsonl"), "eval_dataset": str(pairs / "eval.jsonl")}
+
+    def prompt_data(self, draw: str) -> dict[str, Any]:
+        """Run keys of the prompts of one draw: those of the preference data unless the study has a section of them."""
+        return self._prompts or self.data(draw)
 
     def shared(self) -> list[tuple[str, Path]]:
         """What is computed once for many runs, as (label, folder with a cost.json)."""
@@ -229,13 +318,21 @@ class Study:
 
     def prepare_settings(self, draw: str) -> dict[str, Any]:
         """The run YAML of `discobeta prepare`: only what the tokens depend on, so that nothing else remakes them."""
+        stage = next(stage for stage in self.stages if stage != "ppo")
+        return self._tokenise(stage, draw, self.data(draw), self.tokens(draw))
+
+    def prompt_settings(self, draw: str) -> dict[str, Any]:
+        """The run YAML of `discobeta prepare` for the prompts of ppo."""
+        return self._tokenise("ppo", draw, self.prompt_data(draw), self.prompts(draw))
+
+    def _tokenise(self, stage: str, draw: str, data: dict[str, Any], directory: Path) -> dict[str, Any]:
         return {
-            "stage": self.stages[0],
+            "stage": stage,
             **({} if draw == "all" else {"seed": int(draw.removeprefix("seed-"))}),
             **self.model,
-            **self.data(draw),
-            "tokenized_path": str(self.tokens(draw)),
-            "output_dir": str(self.tokens(draw)),
+            **data,
+            "tokenized_path": str(directory),
+            "output_dir": str(directory),
         }
 
     def reference_settings(self, draw: str) -> dict[str, Any]:
@@ -301,7 +398,22 @@ class Study:
                 raise UserError(f"{self._where}: data: give dataset (a file, a hub id or a name) or world")
             if not data.get("eval_dataset") and not data.get("val_size"):
                 raise UserError(f"{self._where}: data: give eval_dataset or val_size (rows to compare runs on)")
-        self._data = {key: ",".join(value) if isinstance(value, list) else value for key, value in data.items()}
+        self._data = _names_joined(data)
+
+    def _read_prompts(self) -> None:
+        prompts = self._mapping("prompts")
+        self._prompts: dict[str, Any] = {}
+        if not prompts:
+            return
+        if self.world:
+            raise UserError(f"{self._where}: prompts: a base of the world knows the world's prompts only: leave it out")
+        _known(prompts, DATA_KEYS, f"{self._where}: prompts")
+        if not prompts.get("dataset"):
+            raise UserError(f"{self._where}: prompts: give dataset, or leave prompts out to use those of data")
+        if not prompts.get("eval_dataset") and not prompts.get("val_size"):
+            raise UserError(f"{self._where}: prompts: give eval_dataset or val_size (prompts to measure policies on)")
+        inherited = {key: self._data[key] for key in HOW_ROWS_ARE_READ if key in self._data}
+        self._prompts = inherited | _names_joined(prompts)
 
     def _read_base(self) -> None:
         base = {key: value for key, value in self._mapping("base").items() if value is not None}
@@ -318,40 +430,59 @@ class Study:
         section = self._mapping(name)
         for key in section:
             if key in BELONGS:
-                raise UserError(f"{self._where}: {name}: {key} may not stand here: {BELONGS[key]}")
+                place = "it belongs in `prompts:`" if name == "ppo" and key in DATA_KEYS else BELONGS[key]
+                raise UserError(f"{self._where}: {name}: {key} may not stand here: {place}")
         return section
 
     def _mapping(self, key: str) -> dict[str, Any]:
         return _mapping(self.settings.get(key), f"{self._where}: {key}")
 
+    def _check_stages(self) -> None:
+        """What a stage reads must be trained too."""
+        if "ppo" not in self.stages:
+            return
+        if "rm" not in self.stages:
+            raise UserError(f"{self._where}: stages: ppo needs the reward models of rm: add rm")
+        with_head = [arm.name for arm in self.arms if arm.beta is not State.ABSENT]
+        if with_head and "dpo" not in self.stages:
+            raise UserError(f"{self._where}: stages: ppo needs the Beta Head of the dpo run ({with_head[0]}): add dpo")
+
     def _check(self) -> None:
         """Every run config of the study, through the same checks as `discobeta train`."""
         _check_whole(self.prove_steps, 1, f"{self._where}: prove_steps")
+        _check_whole(self.gpus_per_run, 1, f"{self._where}: gpus_per_run")
+        for seed in self.seeds:
+            _check_whole(seed, 0, f"{self._where}: seeds")
         if self.sft:
             self._check_one(self.base_settings(), "base: sft")
         for run in self._runs:
+            if run.seed != self.seeds[0]:
+                continue  # its settings are those of the first seed but for the seed and for paths
             proof = ", proof" if run.proof else ""
             self._check_one(self.run_settings(run), f"{run.stage}, arm {run.arm.name}, seed {run.seed}{proof}")
 
     def _check_one(self, settings: dict[str, Any], label: str) -> None:
         where = f"{self._where}: {label}"
-        _, notes = RunConfig.from_mapping(settings, where)
+        config, notes = RunConfig.from_mapping(settings, where)
         if notes:
             raise UserError(f"{where}: {notes[0].replace(' and is ignored', '')}: leave it out of a study")
+        if config.stage == "ppo" and not config.num_eval_generations:
+            raise UserError(f"{where}: num_eval_generations: 0: nothing else of a ppo run can be measured")
 
 
 def plan(study: Study) -> str:
     """What the study trains, one line per run with its folder, and where the tables will be."""
     lines = [f"{study.name}: {len(study.runs())} runs in {study.directory}"]
     for run in study.runs():
-        steps = f"first {study.prove_steps} steps" if run.proof else "whole run"
-        lines.append(f"{run.stage:4} {run.arm.name:29} seed {run.seed:<4} {steps:15} {run.directory}")
+        steps = study.proof_text(run.stage) if run.proof else "whole run"
+        lines.append(f"{run.stage:4} {run.arm.name:29} seed {run.seed:<4} {steps:16} {run.directory}")
     lines.append(f"tables: {study.directory / 'tables'}   figures: {study.directory / 'figures'}")
     return "\n".join(lines)
 
 
 def as_yaml(settings: dict[str, Any]) -> str:
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, where libyaml is there
+    return yaml.dump(settings, Dumper=dumper, sort_keys=False, allow_unicode=True)
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -359,6 +490,11 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value or {}, dict):
         raise UserError(f"{where} should hold `key: value` lines, not {value!r}")
     return value or {}
+
+
+def _names_joined(settings: dict[str, Any]) -> dict[str, Any]:
+    """`dataset: [a, b]` is `dataset: a,b`."""
+    return {key: ",".join(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def _check_whole(value: Any, least: int, where: str) -> None:

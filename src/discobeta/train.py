@@ -5,16 +5,20 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from discobeta import runs
+from discobeta import lock, runs
 from discobeta.config import RunConfig
 from discobeta.errors import UserError
 from discobeta.files import write_json
 from discobeta.flags import Arm
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def train(config: RunConfig) -> None:
@@ -25,31 +29,44 @@ def train(config: RunConfig) -> None:
         return sft.train(config)
 
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import broadcast_object_list
 
-    from discobeta import loop, policy
-    from discobeta.data.batches import Pairs
-    from discobeta.data.tokens import load_or_tokenise
     from discobeta.stages import stage_class
 
     if config.report_to != "none" and find_spec(config.report_to) is None:
         raise UserError(f"report_to: {config.report_to} is not installed (pip install {config.report_to})")
-    policy.use_deterministic_kernels(config)
-    kind = stage_class(config.stage)
-    directory = Path(config.output_dir)
+    stage_class(config.stage).check(config)
     # the first process tokenises and computes the reference pass while the others wait
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = Accelerator(
         log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=directory / "tracker",
+        project_dir=Path(config.output_dir) / "tracker",
         kwargs_handlers=[patience],
     )
     with accelerator.main_process_first():
         is_free = runs.open_run(config)
     if not is_free:
-        print(f"{directory} holds this run, finished; overwrite_output_dir: true trains it again", file=sys.stderr)
+        _say_finished(config)
         return
-    _say_same_as(config, accelerator.print)
+    hold = lock.holding(Path(config.output_dir)) if accelerator.is_main_process else nullcontext(False)
+    with hold as waited:
+        if broadcast_object_list([waited])[0] and runs.is_finished(config):  # whoever held it has done our work
+            _say_finished(config)
+            return
+        _train(config, accelerator)
 
+
+def _train(config: RunConfig, accelerator: Accelerator) -> None:
+    from discobeta import loop, policy
+    from discobeta.data.batches import Pairs
+    from discobeta.data.formats import KINDS
+    from discobeta.data.tokens import load_or_tokenise
+    from discobeta.stages import stage_class
+
+    policy.use_deterministic_kernels(config)
+    kind = stage_class(config.stage)
+    directory = Path(config.output_dir)
+    _say_same_as(config, accelerator.print)
     tokenizer = policy.load_tokenizer(config)
     with accelerator.main_process_first():
         data = load_or_tokenise(config, tokenizer)
@@ -57,11 +74,11 @@ def train(config: RunConfig) -> None:
     for line in data.lines():
         accelerator.print(line)
     stage = kind.fresh(config, columns)
-    pairs = Pairs(data.train, columns)
+    material = Pairs(data.train, columns)
     held_out = None if data.held_out is None else Pairs(data.held_out, held_out_columns)
     if config.eval_strategy != "no" and held_out is None:
         raise UserError(f"eval_strategy: {config.eval_strategy}, and {config.tokenized_path} holds no held-out rows")
-    facts = {"base": policy.weights_hash(config), "data": data.train.key()}
+    facts = {"base": policy.weights_hash(config), "data": data.train.key(), **stage.facts()}
 
     if accelerator.is_main_process:
         runs.begin(config)
@@ -69,7 +86,7 @@ def train(config: RunConfig) -> None:
     if accelerator.log_with:
         accelerator.init_trackers("discobeta", config.resolved(), _tracker_options(config))
     startup = time.monotonic() - runs.STARTED
-    spent = loop.fit(stage, pairs, held_out, config, accelerator, directory, runs.identity(config, facts))
+    spent = loop.fit(stage, material, held_out, config, accelerator, directory, runs.identity(config, facts))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         stage.save(directory)
@@ -78,7 +95,7 @@ def train(config: RunConfig) -> None:
             from discobeta.report.figures import loss_curve
 
             loss_curve(directory / "log.jsonl", directory / "loss.png")
-        runs.write_provenance(directory, config, facts | {"pairs": len(pairs), "rows": data.report})
+        runs.write_provenance(directory, config, facts | {KINDS[config.stage]: len(material), "rows": data.report})
         runs.remove_checkpoints(directory)
     accelerator.end_training()
 
@@ -93,15 +110,19 @@ def _cost(spent: dict[str, float], startup: float, accelerator: Any) -> dict[str
     return {
         "seconds": seconds,
         "startup_seconds": startup,
-        "pairs": spent["pairs"],
+        "rows": spent["rows"],
         "tokens": spent["tokens"],
-        "pairs_per_second": spent["pairs"] / seconds,
+        "rows_per_second": spent["rows"] / seconds,
         "tokens_per_second": spent["tokens"] / seconds,
         "peak_memory_bytes": peak,
         "gpu_seconds": seconds * processes if on_gpu else 0.0,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "processes": processes,
     }
+
+
+def _say_finished(config: RunConfig) -> None:
+    print(f"{config.output_dir} holds this run, finished; overwrite_output_dir: true trains it again", file=sys.stderr)
 
 
 def _say_same_as(config: RunConfig, say: Any) -> None:

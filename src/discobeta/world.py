@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from discobeta import files
 from discobeta.errors import UserError
-from discobeta.seeds import derive, generator, global_stream
+from discobeta.seeds import derive, generator, uniforms
 
 if TYPE_CHECKING:
     from torch import nn
@@ -248,15 +248,15 @@ def sample_pairs(
         missing = [index for index, (a, b) in enumerate(pairs) if a == b or not a or not b]
         if not missing:
             return pairs
-        with global_stream(seed, "world", "responses", split, attempt):
-            responses = generate(
-                model,
-                tokenizer,
-                [prompt_ids[index] for index in missing for _ in range(2)],
-                max_new_tokens=MAX_RESPONSE_TOKENS,
-                batch_size=PAIR_BATCH,
-                description=f"{split} responses" if attempt == 0 else None,
-            )
+        shape = (2 * len(missing), MAX_RESPONSE_TOKENS)
+        responses = generate(
+            model,
+            tokenizer,
+            [prompt_ids[index] for index in missing for _ in range(2)],
+            uniforms(seed, "world", "responses", split, attempt, shape=shape),
+            batch_size=PAIR_BATCH,
+            description=f"{split} responses" if attempt == 0 else None,
+        )
         texts = [response_text(tokenizer, ids) for ids in responses]
         for index, pair in zip(missing, zip(texts[::2], texts[1::2], strict=True), strict=True):
             pairs[index] = pair

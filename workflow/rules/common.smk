@@ -41,9 +41,10 @@ shell.prefix(f"export {EXPORTS}; ")
 
 ENVIRONMENT = f"../../envs/{config.get('environment', 'cpu')}.yaml"
 TABLE_NAMES = [*study.stages, "neutrality", "cost"]
-FIGURE_NAMES = ["learning-curves", "reliability"]
+FIGURE_NAMES = [(name, stage) for stage in study.stages for name in study.figures_of(stage)]
 LOGS = study.directory / "logs"
 RUN = study.directory / "runs"
+PROCESSES = f" --processes {study.gpus_per_run}" if study.gpus_per_run > 1 else ""
 DATA = study.shared_directory / "data"
 
 
@@ -65,6 +66,8 @@ TRAINING = [
     "policy",
     "loop",
     "train",
+    "launch",
+    "lock",
     "data/batches",
     "stages/__init__",
 ]
@@ -76,7 +79,8 @@ MODULES = {
     "reference": ["reference", "policy", "data/batches"],
     "rm": ["stages/rm", *TRAINING],
     "dpo": ["stages/dpo", "reference", *TRAINING],
-    "evaluate": ["evaluate", "metrics", "generation"],
+    "ppo": ["stages/ppo", "chain", "stages/rm", "reward", "generation", *TRAINING],
+    "evaluate": ["evaluate", "metrics", "generation", "reward"],
     "tables": ["report/collect", "report/neutrality", "report/render", "report/statistics", "report/tables"],
     "figures": ["report/collect", "report/figures", "report/statistics", "metrics"],
 }
@@ -106,19 +110,31 @@ def corpus_files():
     return local_files(settings.get("dataset"))
 
 
-def pair_files(wildcards):
-    """The preference pairs of one draw."""
-    settings = study.data(wildcards.draw)
-    if study.world:
-        return [settings["dataset"], settings["eval_dataset"]]
-    return local_files(settings["dataset"], settings.get("eval_dataset"))
+def row_files(data):
+    """An input function: the files of one draw's rows; `data` gives their run keys."""
+
+    def files(wildcards):
+        settings = data(wildcards.draw)
+        if study.world:
+            return [settings["dataset"], settings["eval_dataset"]]
+        return local_files(settings["dataset"], settings.get("eval_dataset"))
+
+    return files
+
+
+def run_of(stage, wildcards):
+    return study.run(stage, wildcards.arm, int(wildcards.seed), proof=bool(wildcards.proof))
 
 
 def shared_files(stage):
-    """An input function: what a run of `stage` reads of its draw."""
+    """An input function: what a run of `stage` reads of its draw, and of other runs."""
 
     def files(wildcards):
-        draw = study.draw(int(wildcards.seed))
+        run = run_of(stage, wildcards)
+        if stage == "ppo":
+            upstream = [other.directory / "provenance.json" for other in study.upstream(run).values()]
+            return [study.prompts(study.prompt_draw(run.seed)) / "tokens.json", *upstream]
+        draw = study.draw(run.seed)
         tokens = [study.tokens(draw) / "tokens.json"]
         return tokens if stage == "rm" else [*tokens, study.reference(draw) / "reference.json"]
 
@@ -127,12 +143,7 @@ def shared_files(stage):
 
 def run_settings(stage):
     """A params function: the run YAML of one run, as text."""
-
-    def settings(wildcards):
-        run = study.run(stage, wildcards.arm, int(wildcards.seed), proof=bool(wildcards.proof))
-        return as_yaml(study.run_settings(run))
-
-    return settings
+    return lambda wildcards: as_yaml(study.run_settings(run_of(stage, wildcards)))
 
 
 def results():
@@ -140,6 +151,8 @@ def results():
     return [run.directory / ("provenance.json" if run.proof else "metrics.json") for run in study.runs()]
 
 
-def caption(name):
-    """The text beside a table or figure in the HTML report; the stages share one."""
+def caption(name, stage=None):
+    """The text beside a table or figure in the HTML report; the stages share one, save those of ppo's curves."""
+    if (name, stage) == ("learning-curves", "ppo"):
+        return "../report/learning-curves-ppo.rst"
     return f"../report/{'stage' if name in study.stages else name}.rst"

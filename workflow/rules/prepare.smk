@@ -61,7 +61,7 @@ rule world_pairs:
 rule prepare:
     input:
         modules("prepare"),
-        pair_files,
+        row_files(study.data),
         base_weights(),
     output:
         DATA / "{draw}" / "tokens" / "tokens.json",
@@ -75,6 +75,21 @@ rule prepare:
         settings=lambda wildcards: as_yaml(study.prepare_settings(wildcards.draw)),
     shell:
         "printf %s {params.settings:q} | python -m discobeta prepare - &> {log}"
+
+
+use rule prepare as prepare_prompts with:
+    input:
+        modules("prepare"),
+        row_files(study.prompt_data),
+        base_weights(),
+    output:
+        DATA / "{draw}" / "prompts" / "tokens.json",
+        DATA / "{draw}" / "prompts" / "train.parquet",
+        DATA / "{draw}" / "prompts" / "eval.parquet",
+    log:
+        LOGS / "prepare_prompts" / "{draw}.log",
+    params:
+        settings=lambda wildcards: as_yaml(study.prompt_settings(wildcards.draw)),
 
 
 rule reference:

@@ -41,17 +41,11 @@ rule figures:
                 FIGURES / f"{name}-{stage}.svg",
                 category="Figures",
                 labels={"figure": name.replace("-", " "), "stage": stage},
-                caption=caption(name),
+                caption=caption(name, stage),
             )
-            for name in FIGURE_NAMES
-            for stage in study.stages
+            for name, stage in FIGURE_NAMES
         ],
-        [
-            FIGURES / f"{name}-{stage}.{kind}"
-            for name in FIGURE_NAMES
-            for stage in study.stages
-            for kind in ("pdf", "png")
-        ],
+        [FIGURES / f"{name}-{stage}.{kind}" for name, stage in FIGURE_NAMES for kind in ("pdf", "png")],
     log:
         LOGS / "figures.log",
     conda:

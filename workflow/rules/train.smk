@@ -15,8 +15,9 @@ rule train_rm:
         ENVIRONMENT
     params:
         settings=run_settings("rm"),
+        processes=PROCESSES,
     shell:
-        "printf %s {params.settings:q} | python -m discobeta train - --no-evaluate &> {log}"
+        "printf %s {params.settings:q} | python -m discobeta train - --no-evaluate{params.processes} &> {log}"
 
 
 use rule train_rm as train_dpo with:
@@ -30,3 +31,18 @@ use rule train_rm as train_dpo with:
         LOGS / "dpo" / "{arm}" / "seed-{seed}{proof}.log",
     params:
         settings=run_settings("dpo"),
+        processes=PROCESSES,
+
+
+use rule train_rm as train_ppo with:
+    input:
+        modules("ppo"),
+        base_weights(),
+        shared_files("ppo"),
+    output:
+        RUN / "ppo" / "{arm}" / "seed-{seed}{proof}" / "provenance.json",
+    log:
+        LOGS / "ppo" / "{arm}" / "seed-{seed}{proof}.log",
+    params:
+        settings=run_settings("ppo"),
+        processes=PROCESSES,

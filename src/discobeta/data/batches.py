@@ -6,7 +6,7 @@ to go on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
@@ -20,7 +20,7 @@ from discobeta.seeds import derive
 
 @dataclass
 class Batch:
-    """B pairs as N = 2B sequences, the B chosen ones first, prompt + response, padded to T.
+    """N sequences, prompt + response, padded to T. Of B pairs N = 2B, the B chosen ones first.
 
     Positions come from the lengths of prompt and response, never from a pad id: a pad id may also
     be an ordinary token, or the end of a response. The flat indices are made here, on the host,
@@ -36,7 +36,7 @@ class Batch:
     predictor_index: Tensor  # (M,) into the flattened (N * T): the position before each response token
     target_ids: Tensor  # (M,) the response tokens
     sequence_index: Tensor  # (M,) whose response each token belongs to
-    columns: dict[str, Tensor]  # per pair, (B, ...): what the stage asked for beside the tokens
+    columns: dict[str, Tensor]  # what the stage asked for beside the tokens: (B, ...) per pair, or (M,) per target
 
     @property
     def pairs(self) -> int:
@@ -52,15 +52,18 @@ class Batch:
         return replace(self, **moved, columns=columns)
 
 
-def collate(
-    rows: Rows, indices: np.ndarray, columns: dict[str, Tensor] | None = None, *, pad_to: int = 0, side: str = "right"
+def pack(
+    prompts: Sequence[np.ndarray],
+    responses: Sequence[np.ndarray],
+    columns: dict[str, Tensor] | None = None,
+    *,
+    pad_to: int = 0,
+    side: str = "right",
 ) -> Batch:
-    """The pairs at `indices` as one batch; `columns` are (rows, ...) tensors to take along.
+    """N prompts and their responses as one batch, with `columns` beside them.
 
     pad_to: least width T; side: where the padding goes. Neither changes what a model says.
     """
-    prompts = [rows.prompt_ids[i] for i in indices] * 2
-    responses = [rows.chosen_ids[i] for i in indices] + [rows.rejected_ids[i] for i in indices]
     prompt_lengths = np.array([len(ids) for ids in prompts])
     response_lengths = np.array([len(ids) for ids in responses])
     lengths = prompt_lengths + response_lengths
@@ -85,19 +88,30 @@ def collate(
         predictor_index=torch.from_numpy(sequence * width + position - 1),
         target_ids=torch.from_numpy(input_ids[is_response]),
         sequence_index=torch.from_numpy(sequence),
-        columns={name: value[torch.from_numpy(indices)] for name, value in (columns or {}).items()},
+        columns=columns or {},
     )
 
 
+def collate(rows: Rows, indices: np.ndarray, columns: dict[str, Tensor] | None = None, **padding) -> Batch:
+    """The pairs at `indices` as one batch; `columns` are (rows, ...) tensors to take along. padding: as for `pack`."""
+    prompts = [rows.prompt_ids[i] for i in indices] * 2
+    responses = [rows.chosen_ids[i] for i in indices] + [rows.rejected_ids[i] for i in indices]
+    taken = {name: value[torch.from_numpy(indices)] for name, value in (columns or {}).items()}
+    return pack(prompts, responses, taken, **padding)
+
+
 class Pairs:
-    """Rows with the per-row tensors that a stage takes along, made into batches on demand."""
+    """Rows with the per-row tensors that a stage takes along, made into batches on demand.
+
+    Rows of prompts alone have lengths too; their responses are yet to be given.
+    """
 
     def __init__(self, rows: Rows, columns: dict[str, Tensor] | None = None):
         self.rows = rows
         self.columns = columns or {}
-        prompts, chosen, rejected = (column.lengths for column in (rows.prompt_ids, rows.chosen_ids, rows.rejected_ids))
-        self.lengths = prompts + np.maximum(chosen, rejected)  # of the longer of a pair's two sequences
-        self.sizes = 2 * prompts + chosen + rejected  # real tokens of a pair
+        prompts, *responses = (column.lengths for column in rows.parts().values())
+        self.lengths = prompts + (np.max(responses, axis=0) if responses else 0)  # of a pair's longer sequence
+        self.sizes = len(responses) * prompts + sum(responses)  # real tokens of a pair
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -109,9 +123,13 @@ class Pairs:
         return int(self.sizes[indices].sum())
 
     def evaluation_passes(self, size: int) -> list[np.ndarray]:
-        """All rows once, longest first (so that running out of memory shows at once), `size` at a time."""
-        order = np.argsort(-self.lengths, kind="stable")
-        return [order[start : start + size] for start in range(0, len(order), size)]
+        return longest_first(self.lengths, size)
+
+
+def longest_first(lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """All rows once, longest first (so that running out of memory shows at once), `size` at a time."""
+    order = np.argsort(-lengths, kind="stable")
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 @dataclass(frozen=True)
@@ -150,6 +168,21 @@ class Schedule:
         chosen = chosen[np.argsort(-lengths[chosen], kind="stable")]
         for start in range(0, len(chosen), self.pairs_per_pass):
             yield np.array_split(chosen[start : start + self.pairs_per_pass], self.processes)[process]
+
+
+@dataclass(frozen=True)
+class EndlessSchedule(Schedule):
+    """The epochs' permutations one after the other, cut into steps that are all full."""
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.rows / self.pairs_per_step
+
+    def step_rows(self, step: int) -> np.ndarray:
+        places = np.arange(step * self.pairs_per_step, (step + 1) * self.pairs_per_step)
+        epochs, within = np.divmod(places, self.rows)
+        orders = {epoch: _permutation(self.rows, self.seed, epoch) for epoch in np.unique(epochs).tolist()}
+        return np.array([orders[epoch][row] for epoch, row in zip(epochs.tolist(), within.tolist(), strict=True)])
 
 
 @lru_cache(maxsize=1)

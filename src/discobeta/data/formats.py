@@ -30,6 +30,9 @@ Message = dict[str, str]
 Prompt = str | list[Message]
 Kind = Literal["pairs", "supervised", "prompts"]
 
+KINDS: dict[str, Kind] = {"sft": "supervised", "rm": "pairs", "dpo": "pairs", "ppo": "prompts"}
+"""What each stage trains on."""
+
 KNOWN: dict[Kind, str] = {
     "pairs": "{prompt, chosen, rejected}, {chosen, rejected} as messages or \\n\\nHuman: … \\n\\nAssistant: … "
     "transcripts, {instruction, chosen, rejected}, {instruction, output: [chosen, rejected]}, "

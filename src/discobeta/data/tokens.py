@@ -18,7 +18,7 @@ import numpy as np
 
 from discobeta import files, seeds
 from discobeta.config import RunConfig
-from discobeta.data.formats import Example, Kind, Message, Prompt, Reason, Unusable
+from discobeta.data.formats import KINDS, Example, Kind, Message, Prompt, Reason, Unusable
 from discobeta.data.sources import RowReport, read_examples, resolve
 from discobeta.errors import UserError
 
@@ -155,13 +155,14 @@ class TokenisedData:
         return lines
 
 
-def tokenise(config: RunConfig, tokenizer: Any, kind: Kind = "pairs") -> TokenisedData:
-    """The run's data as token ids, without touching the disk.
+def tokenise(config: RunConfig, tokenizer: Any, kind: Kind | None = None) -> TokenisedData:
+    """The run's data as token ids, without touching the disk; kind: default what the stage trains on.
 
     report: "train" and "eval" (row reports as dicts), "shared_prompts" (distinct held-out prompts
     that also occur in the training rows).
     Raises UserError for data that cannot be read or that has too many unusable rows.
     """
+    kind = kind or KINDS[config.stage]
     if not config.dataset:
         raise UserError("dataset is missing: comma-separated names, local files or hub ids")
     train, account = _read_rows(config.dataset, config, tokenizer, split=config.split, kind=kind)
@@ -399,13 +400,14 @@ def _truth_columns(truths: list[dict[str, float | str | int]]) -> dict[str, np.n
 # --- the folder of tokenised rows
 
 
-def load_or_tokenise(config: RunConfig, tokenizer: Any, kind: Kind = "pairs") -> TokenisedData:
+def load_or_tokenise(config: RunConfig, tokenizer: Any, kind: Kind | None = None) -> TokenisedData:
     """`tokenise`, through the folder config.tokenized_path when that is set: read if there, else written.
 
     The folder holds train.parquet, eval.parquet (if there are held-out rows) and tokens.json (what
     they were made from). Raises UserError, naming what differs, for a folder that was made from
     something else. Without `dataset` the folder is taken for what it says it is.
     """
+    kind = kind or KINDS[config.stage]
     if not config.tokenized_path:
         return tokenise(config, tokenizer, kind)
     folder = Path(config.tokenized_path)

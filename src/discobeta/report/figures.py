@@ -1,4 +1,4 @@
-"""The figures of a study: learning curves and reliability diagrams, as PDF, SVG and PNG.
+"""The figures of a study: learning curves, reliability diagrams, reward by noise, as PDF, SVG and PNG.
 
 Idle arms compute what their twins compute, so arms are told apart by what they use; an idle arm is
 drawn as a thin dashed line, which lies on its twin's unless something is wrong.
@@ -15,9 +15,10 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from discobeta.files import replacing
-from discobeta.flags import Arm
+from discobeta.flags import Arm, State
 from discobeta.metrics import reliability
 from discobeta.report.collect import describe_missing, is_trained, provenance_line, read_if_there
 from discobeta.report.statistics import wilson
@@ -64,11 +65,11 @@ IDLE = {"color": "black", "linewidth": 0.7, "linestyle": (0, (1.5, 4)), "zorder"
 
 
 def write(study: Study) -> None:
-    """Both figures of every stage, into `study.directory`/figures."""
-    directory = study.directory / "figures"
+    """The figures of every stage (`study.figures_of`), into `study.directory`/figures."""
+    draw = {"learning-curves": learning_curves, "reliability": reliability_diagram, "reward-by-noise": reward_by_noise}
     for stage in study.stages:
-        save(learning_curves(study, stage), directory / f"learning-curves-{stage}")
-        save(reliability_diagram(study, stage), directory / f"reliability-{stage}")
+        for name in study.figures_of(stage):
+            save(draw[name](study, stage), study.directory / "figures" / f"{name}-{stage}")
 
 
 def save(figure: Figure, stem: Path) -> None:
@@ -88,13 +89,17 @@ def save(figure: Figure, stem: Path) -> None:
 
 
 def learning_curves(study: Study, stage: str) -> Figure:
+    """How the runs of a stage went: `loss_curves`, or `rollout_curves` of ppo."""
+    return rollout_curves(study, stage) if stage == "ppo" else loss_curves(study, stage)
+
+
+def loss_curves(study: Study, stage: str) -> Figure:
     """Loss, loss minus the baseline's of the same seed, and accuracy over steps.
 
     Lines are means over seeds, bands reach from the least to the greatest seed. Held-out where the
     runs have logged it, else training.
     """
-    runs = [run for run in study.runs() if run.stage == stage and not run.proof]
-    logs = {run: read_log(run.directory / "log.jsonl") for run in runs if is_trained(run)}
+    runs, logs = runs_and_logs(study, stage)
     held_out = any("eval_loss" in log for log in logs.values())
     prefix, kind = ("eval_", "Held-out") if held_out else ("", "Training")
     arms, drawn = study.arms_of(stage), drawn_arms(study, stage)
@@ -104,20 +109,14 @@ def learning_curves(study: Study, stage: str) -> Figure:
         middle.axhline(0, color=FAINT, linewidth=0.6)
         baseline = by_seed(logs, runs, Arm(), f"{prefix}loss")
         for arm in sorted(arms, key=drawn.__contains__, reverse=True):
-            _, colour = look(arm)
-            style = {"band": True} if arm in drawn else {"band": False, **IDLE}
+            colour, style = line_look(arm, drawn)
             loss = by_seed(logs, runs, arm, f"{prefix}loss")
             curve(top, loss, colour, **style)
             curve(middle, loss - baseline.reindex_like(loss) if arm != Arm() else loss[[]], colour, **style)
             curve(bottom, by_seed(logs, runs, arm, f"{prefix}accuracy"), colour, **style)
             if held_out and arm in drawn:
                 curve(top, by_seed(logs, runs, arm, "loss"), colour, band=False, linewidth=0.6, alpha=0.4)
-        for arm in drawn:
-            label, colour = look(arm)
-            there, expected = (sum(run.arm == arm for run in of) for of in (logs, runs))
-            top.plot([], [], color=colour, label=label + seeds_mark(there, expected))
-        if len(drawn) < len(arms):
-            top.plot([], [], label="with an idle head", **IDLE)
+        name_arms(top, drawn, logs, runs, with_idle=len(drawn) < len(arms))
         if held_out:
             top.plot([], [], color=FAINT, linewidth=0.6, label="training loss")
         top.set_ylabel(f"{kind} loss\n(nats)")
@@ -130,6 +129,74 @@ def learning_curves(study: Study, stage: str) -> Figure:
         figure.legend(loc="outside upper center", ncols=2, handlelength=1.8, columnspacing=1.2)
         footer(figure, study, runs)
     return figure
+
+
+ROLLOUTS = {
+    "reward": "Score by the\nreward model",
+    "kl_per_sequence": "KL to reference\n(nats per response)",
+    "response_length": "Tokens per\nresponse",
+}
+"""What ppo logs of the responses of an update -> the label of its panel."""
+
+
+def rollout_curves(study: Study, stage: str) -> Figure:
+    """Reward-model score, KL and length of the sampled responses over updates; lines and bands as in `loss_curves`.
+
+    Reward models with and without a used Disco Head score in different units: each kind has its panel.
+    """
+    runs, logs = runs_and_logs(study, stage)
+    arms, drawn = study.arms_of(stage), drawn_arms(study, stage)
+    arms = sorted(arms, key=drawn.__contains__, reverse=True)
+    panels = [(name, label, arms) for name, label in ROLLOUTS.items()]
+    disco = [arm for arm in arms if arm.disco is State.USED]
+    if 0 < len(disco) < len(arms):
+        others = [arm for arm in arms if arm not in disco]
+        panels[:1] = [
+            ("reward", "Score by reward\nmodel, no Disco", others),
+            ("reward", "Score by reward\nmodel, Disco", disco),
+        ]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(COLUMN, 1 + 1.3 * len(panels)), layout="constrained")
+        rows = figure.subplots(len(panels), 1, sharex=True)
+        for axes, (name, label, shown) in zip(rows, panels, strict=True):
+            for arm in shown:
+                colour, style = line_look(arm, drawn)
+                curve(axes, by_seed(logs, runs, arm, name), colour, **style)
+            axes.set_ylabel(label)
+        name_arms(rows[0], drawn, logs, runs, with_idle=len(drawn) < len(arms))
+        label_updates(rows[-1])
+        if not logs:
+            say_missing(rows[0])
+        figure.align_ylabels()
+        figure.legend(loc="outside upper center", ncols=2, handlelength=1.8, columnspacing=1.2)
+        footer(figure, study, runs)
+    return figure
+
+
+def label_updates(axes: Axes) -> None:
+    axes.set_xlabel("Update")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def runs_and_logs(study: Study, stage: str) -> tuple[list[Run], dict[Run, pd.DataFrame]]:
+    """The whole runs of a stage, and the logs of those that are trained."""
+    runs = [run for run in study.runs() if run.stage == stage and not run.proof]
+    return runs, {run: read_log(run.directory / "log.jsonl") for run in runs if is_trained(run)}
+
+
+def line_look(arm: Arm, drawn: list[Arm]) -> tuple[str, dict]:
+    """Colour and style of an arm's curve: an idle arm that lies on its twin has no colour and band of its own."""
+    return look(arm)[1], {"band": True} if arm in drawn else {"band": False, **IDLE}
+
+
+def name_arms(axes: Axes, drawn: list[Arm], logs: dict[Run, pd.DataFrame], runs: list[Run], *, with_idle: bool) -> None:
+    """Entries of the legend: the arms, with the number of their seeds where some are missing."""
+    for arm in drawn:
+        label, colour = look(arm)
+        there, expected = (sum(run.arm == arm for run in of) for of in (logs, runs))
+        axes.plot([], [], color=colour, label=label + seeds_mark(there, expected))
+    if with_idle:
+        axes.plot([], [], label="with an idle head", **IDLE)
 
 
 def by_seed(logs: dict[Run, pd.DataFrame], runs: list[Run], arm: Arm, name: str) -> pd.DataFrame:
@@ -164,21 +231,40 @@ def read_log(path: Path) -> pd.DataFrame:
 
 
 def loss_curve(log_path: str | Path, png_path: str | Path) -> None:
-    """The loss of one run over its steps, training and, if there is one, held-out."""
+    """How one run went: its loss over steps, training and, if there is one, held-out; of ppo, reward and KL."""
     log = read_log(Path(log_path))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.5, 2.8), layout="constrained")
-        axes = figure.subplots()
-        for name, label, colour in (("loss", "training", "#0072B2"), ("eval_loss", "held-out", "#D55E00")):
-            if name in log:
-                values = log[["step", name]].dropna()
-                mark = "o" if len(values) < 20 else None
-                axes.plot(values["step"], values[name], color=colour, label=label, marker=mark, markersize=3)
-        axes.set(xlabel="Optimiser step", ylabel="Loss (nats)")
-        if axes.lines:
-            figure.legend(loc="outside upper right", ncols=2)
+        if {"reward", "kl_per_sequence"} <= set(log):
+            _draw_rollouts(figure, log)
+        else:
+            _draw_loss(figure, log)
         with replacing(png_path) as temporary:
             figure.savefig(temporary, format="png", dpi=200)
+
+
+def _draw_rollouts(figure: Figure, log: pd.DataFrame) -> None:
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, name, colour in zip(panels, ("reward", "kl_per_sequence"), ("#0072B2", "#D55E00"), strict=True):
+        _draw_column(axes, log, name, color=colour)
+        axes.set_ylabel(ROLLOUTS[name])
+    label_updates(panels[-1])
+    figure.align_ylabels()
+
+
+def _draw_loss(figure: Figure, log: pd.DataFrame) -> None:
+    axes = figure.subplots()
+    for name, label, colour in (("loss", "training", "#0072B2"), ("eval_loss", "held-out", "#D55E00")):
+        if name in log:
+            _draw_column(axes, log, name, color=colour, label=label)
+    axes.set(xlabel="Optimiser step", ylabel="Loss (nats)")
+    if axes.lines:
+        figure.legend(loc="outside upper right", ncols=2)
+
+
+def _draw_column(axes: Axes, log: pd.DataFrame, name: str, **look) -> None:
+    values = log[["step", name]].dropna()
+    axes.plot(values["step"], values[name], marker="o" if len(values) < 20 else None, markersize=3, **look)
 
 
 # --- reliability
@@ -232,6 +318,53 @@ def draw_bins(upper: Axes, lower: Axes, runs: list[Run], colour: str, mark: str)
     lines = [f"ECE {np.mean(known):.3f}"] if known else []
     lines += [f"{len(probability):,} pairs", *([mark.strip(" ()")] if mark else [])]
     upper.text(0.05, 0.97, "\n".join(lines), transform=upper.transAxes, va="top", fontsize=6.5)
+
+
+# --- reward by noise
+
+
+def reward_by_noise(study: Study, stage: str) -> Figure:
+    """True reward of the policy's responses minus the reference's to the same prompts, by the prompts' label noise.
+
+    A point is the mean over seeds of the means over prompts, its bar the span from the least to the
+    greatest seed. The arms stand side by side at each noise level. Only the world knows both.
+    """
+    runs = [run for run in study.runs() if run.stage == stage and not run.proof]
+    gains = {run: gain for run in runs if (gain := gain_by_noise(run.directory / "examples.parquet")) is not None}
+    drawn = drawn_arms(study, stage)
+    levels = sorted({level for gain in gains.values() for level in gain.index})
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(COLUMN, 2.8), layout="constrained")
+        axes = figure.subplots()
+        axes.axhline(0, color=FAINT, linewidth=0.6)
+        for number, arm in enumerate(drawn):
+            label, colour = look(arm)
+            there, expected = (sum(run.arm == arm for run in of) for of in (gains, runs))
+            seeds = pd.DataFrame({run.seed: gain for run, gain in gains.items() if run.arm == arm}, index=levels)
+            place = np.arange(len(levels)) + 0.14 * (number - (len(drawn) - 1) / 2)
+            mean = seeds.mean(axis=1)
+            axes.errorbar(
+                place, mean, np.stack([mean - seeds.min(axis=1), seeds.max(axis=1) - mean]),
+                color=colour, marker="o", markersize=3, linestyle="none", elinewidth=1,
+                label=label + seeds_mark(there, expected),
+            )  # fmt: skip
+        axes.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel("Label noise of the prompt's topic")
+        axes.set_ylabel("True reward minus\nthe reference's")
+        if not gains:
+            say_missing(axes)
+        figure.legend(loc="outside upper center", ncols=2, handlelength=1.8, columnspacing=1.2)
+        footer(figure, study, runs)
+    return figure
+
+
+def gain_by_noise(examples: Path) -> pd.Series | None:
+    """Noise level -> mean true reward gained over the reference; None where nobody knows it."""
+    columns = {"true_reward", "reference_true_reward", "noise"}
+    if not examples.exists() or not columns <= set(table := pd.read_parquet(examples)):
+        return None
+    return (table["true_reward"] - table["reference_true_reward"]).groupby(table["noise"]).mean()
 
 
 # --- what all figures share

@@ -65,6 +65,7 @@ PANELS = {
     ],
     "policy": [
         Metric("kl_per_sequence", "KL to\nreference", 3),
+        Metric("reward_gain", "Reward\ngain (sd)", 3, "↑"),
         Metric("true_reward", "True\nreward", 3, "↑"),
         Metric("win_rate", "Win rate", 3, "↑"),
         Metric("well_formed", "Well\nformed", 3, "↑"),
@@ -86,8 +87,19 @@ LANDMARKS = {
 }
 """Properties of the held-out rows and of the reference, the same in every arm."""
 
+JUDGES = (
+    "The reward gain is the mean score of the policy's responses minus that of the reference's, in standard deviations "
+    "of the latter. The arm's own reward model is the judge, and the arms with and without a used Disco Head have two "
+    "different ones: compare gains within one of the two groups, and across them the true reward, where it is known."
+)
 METRICS = [metric.name for metrics in PANELS.values() for metric in metrics] + list(LANDMARKS)
-STAGE_NAMES = {"rm": "Reward models (rm)", "dpo": "Direct preference optimisation (dpo)", "ppo": "PPO (ppo)"}
+STAGE_NAMES = {
+    "rm": "Reward models (rm)",
+    "dpo": "Direct preference optimisation (dpo)",
+    "ppo": "Proximal policy optimisation (ppo)",
+}
+FIRST_PANEL = {"rm": "predictions", "dpo": "predictions", "ppo": "policy"}
+"""The panel that a stage's table begins with, whatever was measured."""
 
 
 def write(study: Study) -> None:
@@ -118,25 +130,28 @@ def stage_table(study: Study, stage: str, metrics: pd.DataFrame, proofs: pd.Data
         Column("Arm", lambda row: row["arm"] or NOTHING, is_number=False),
         Column("Seeds", lambda row: _count(row["n_seeds"], row["n_expected"])),
     ]
+    first = FIRST_PANEL[stage]
     panels = [
         Panel(
             f"{STAGE_NAMES[stage]}: {CAPTIONS[name]}. {_interval_note(frame)}",
             which + [metric.column() for metric in PANELS[name] if metric.name in measured],
             label=name,
         )
-        for name in PANELS
-        if name == "predictions" or any(metric.name in measured for metric in PANELS[name])
+        for name in dict.fromkeys([first, *PANELS])
+        if name == first or any(metric.name in measured for metric in PANELS[name])
     ]
     notes = [
         "Seeds are shared across arms (data, initialisation, order): compare arms by paired differences, "
         "not by whether two intervals overlap. No value is marked as best."
     ]
+    if "reward_gain" in measured:
+        notes.append(JUDGES)
     if landmarks := _landmarks(metrics):
         notes.append(f"The same in every arm: {landmarks}.")
     if study.idle_arms == "prove":
         notes.append(
-            f"A proved arm was trained for its first {study.prove_steps} steps only. They equal those of the arm "
-            "without the idle head byte for byte, so the row shows that arm's numbers."
+            f"A proved arm was trained for its {study.proof_text(stage)} only and equalled the arm without the idle "
+            "head byte for byte, so the row shows that arm's numbers."
         )
     for kind, title in (("same-as", "Same as"), ("refused", "Refused")):
         if reasons := "; ".join(dict.fromkeys(frame.reason[frame.status == kind])):
@@ -179,7 +194,7 @@ def _proved(study: Study, proofs: pd.DataFrame) -> tuple[str, str | None]:
         return "proof missing", None
     equal = results.count(EQUAL)
     of_seeds = "" if equal == len(results) else f"; {equal} of {len(results)} seeds"
-    return f"proved = {twin} (first {study.prove_steps} steps{of_seeds})", twin
+    return f"proved = {twin} ({study.proof_text(proofs.stage.iloc[0])}{of_seeds})", twin
 
 
 def estimate(row: Row, name: str, decimals: int) -> str:
@@ -265,7 +280,7 @@ def neutrality_table(study: Study, frame: pd.DataFrame) -> Table:
         Column("Idle arm", lambda row: row["arm"], is_number=False),
         Column("Twin", lambda row: row["twin"], is_number=False),
         Column("Seeds", lambda row: row["seed"], is_number=False),
-        Column("Compared", lambda row: _extent(study, row["proof"]), is_number=False),
+        Column("Compared", lambda row: _extent(study, row["stage"], row["proof"]), is_number=False),
         *(Column(name.capitalize(), lambda row, name=name: row[name], is_number=False) for name in OUTCOMES),
     ]
     caption = "Runs with an idle head against their twin, the run without that head: what each computed, byte for byte."
@@ -285,8 +300,8 @@ def neutrality_table(study: Study, frame: pd.DataFrame) -> Table:
 OTHERWISE = {"differs": "different", "missing": "not comparable, because something is missing"}
 
 
-def _extent(study: Study, proof: bool) -> str:
-    return f"first {study.prove_steps} steps" if proof else "whole run"
+def _extent(study: Study, stage: str, proof: bool) -> str:
+    return study.proof_text(stage) if proof else "whole run"
 
 
 # --- what it cost
@@ -301,7 +316,7 @@ def cost_table(study: Study) -> Table:
             of_kind = [run for run in study.runs() if run.stage == stage and run.proof == proof]
             for arm in dict.fromkeys(run.arm for run in of_kind):
                 costs = _costs(run for run in of_kind if run.arm == arm)
-                name = f"{arm.name}, {_extent(study, True)}" if proof else arm.name
+                name = f"{arm.name}, {_extent(study, stage, True)}" if proof else arm.name
                 rows.append(_cost_row(stage, name, costs, None if proof else baseline))
     shared: dict[str, dict[Any, dict[str, float]]] = {}
     for label, directory in study.shared():

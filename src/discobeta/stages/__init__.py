@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from discobeta import heads as heads_module
 from discobeta.config import RunConfig
-from discobeta.data.batches import Batch
+from discobeta.data.batches import Batch, Pairs, Schedule
 from discobeta.data.tokens import Rows
+from discobeta.errors import UserError
 from discobeta.heads import Heads
 from discobeta.signals import Comparison, Signals
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedModel
+
+    from discobeta.stages.ppo import Rollouts
+
+
+@dataclass
+class Work:
+    """What one step of the loop trains on."""
+
+    material: Pairs | Rollouts  # whose .batch(indices) makes a batch
+    minibatches: list[list[np.ndarray]]  # per optimiser step, the indices of this process's forward passes
+    minibatch_rows: int  # rows of one optimiser step, over all processes
+    rows: int  # and of the step as a whole, each counted once
+    tokens: int
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # of the step itself, to be logged
 
 
 class Stage(nn.Module):
@@ -27,6 +45,8 @@ class Stage(nn.Module):
     """
 
     task: str  # PEFT's name of the kind of model
+    unit = "step"  # what the progress bar counts
+    shown = ("loss", "accuracy")  # and what it shows
 
     def __init__(self, config: RunConfig, model: nn.Module, heads: Heads):
         super().__init__()
@@ -42,11 +62,7 @@ class Stage(nn.Module):
         from discobeta.policy import add_adapter
 
         model = add_adapter(cls.load_base(config), config, cls.task)
-        architecture = config.arm.trained_as(config.stage).architecture
-        size = model.config.hidden_size
-        return cls(
-            config, model, heads_module.build(architecture, size, config.seed, **cls.head_starts(model, columns))
-        )
+        return cls(config, model, cls.fresh_heads(config, model, columns))
 
     @classmethod
     def trained(cls, config: RunConfig, directory: Path) -> Self:
@@ -58,6 +74,12 @@ class Stage(nn.Module):
         else:
             model = cls.load_base(config.replace(model_name_or_path=str(directory / "model")))
         return cls(config, model, heads_module.load(directory)).eval()
+
+    @classmethod
+    def fresh_heads(cls, config: RunConfig, model: nn.Module, columns: dict[str, Tensor]) -> Heads:
+        architecture = config.arm.architecture_in(config.stage)
+        starts = cls.head_starts(model, columns)
+        return heads_module.build(architecture, model.config.hidden_size, config.seed, **starts)
 
     @classmethod
     def load_base(cls, config: RunConfig) -> PreTrainedModel:
@@ -72,6 +94,35 @@ class Stage(nn.Module):
     def columns(cls, config: RunConfig, train: Rows, held_out: Rows | None) -> tuple[dict, dict]:
         """Per-row tensors that the stage needs beside the tokens, of the training and held-out rows."""
         raise NotImplementedError
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Refuse, before anything is loaded, what cannot be trained."""
+
+    def facts(self) -> dict[str, str]:
+        """What else than settings, data and base decides the outcome."""
+        return {}
+
+    def schedule(self, train: Pairs, processes: int) -> Schedule:
+        """Which rows each step of the loop sees."""
+        config = self.config
+        if len(train) < processes:
+            raise UserError(f"{len(train)} training pairs cannot be shared by {processes} processes")
+        size = config.per_device_train_batch_size * processes
+        return Schedule(len(train), size, config.gradient_accumulation_steps, processes, config.seed)
+
+    def collect(self, step: int, train: Pairs, schedule: Schedule, accelerator: Accelerator) -> Work:
+        """The work of a step of the loop: one optimiser step on the next pairs."""
+        rows = schedule.step_rows(step)
+        passes = list(schedule.passes(step, train.lengths, accelerator.process_index))
+        return Work(train, [passes], len(rows), len(rows), train.tokens(rows))
+
+    def state(self) -> dict:
+        """What a checkpoint must keep beside weights and optimiser."""
+        return {}
+
+    def restore(self, state: dict) -> None:
+        """Go on from what `state` has returned."""
 
     def compare(self, batch: Batch) -> Comparison:
         raise NotImplementedError
@@ -107,8 +158,6 @@ class Stage(nn.Module):
 
 
 def stage_class(stage: str) -> type[Stage]:
-    from discobeta.errors import UserError
-
     if stage == "rm":
         from discobeta.stages.rm import RewardModelling
 
@@ -117,4 +166,6 @@ def stage_class(stage: str) -> type[Stage]:
         from discobeta.stages.dpo import DirectPreference
 
         return DirectPreference
-    raise UserError(f"stage {stage} is not available in this version (rm, dpo and sft are)")
+    from discobeta.stages.ppo import ProximalPolicy
+
+    return ProximalPolicy

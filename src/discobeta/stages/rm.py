@@ -45,9 +45,17 @@ class RewardModelling(Stage):
         return [*without_score, *self.signals.reward_map(score(self.model)).parameters()]
 
     def rewards(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """(2B,) mean rewards and (2, B) log(sigma/sigma0), or None where a reward is a number."""
+        """(N,) mean rewards and (N,) log(sigma/sigma0), or None where a reward is a number."""
+        return self.rewards_of(self.hidden(batch), batch)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """(N, T, hidden_size), the trunk's last hidden states."""
         with self.autocast():
-            hidden = hidden_states(self.model, batch)
+            return hidden_states(self.model, batch)
+
+    def rewards_of(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """`rewards`, from `hidden` states."""
+        with self.autocast():
             with full_precision(hidden):
                 means = self.signals.reward_map(score(self.model))(at(hidden, batch.response_end)).squeeze(-1)
             return means, self.signals.log_sigma(lambda: pooled(hidden, batch, self.config.head_pooling))

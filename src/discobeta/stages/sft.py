@@ -55,7 +55,7 @@ def train(config: RunConfig) -> None:
     processes = PartialState()
     tokenizer = build_tokenizer(config)
     with processes.main_process_first():
-        data = load_or_tokenise(config, tokenizer, kind="supervised")
+        data = load_or_tokenise(config, tokenizer)
     for line in data.lines():
         processes.print(line)
     model = build_model(config, tokenizer)

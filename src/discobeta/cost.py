@@ -1,0 +1,181 @@
+"""What a study will take, before it is submitted: its runs, times rates that were measured.
+
+A rate is seconds per row (pair, or ppo response) of training, per stage and arm, from the tables of
+a study that has run: its `metrics.csv`, with the `config.yaml` that says what it ran. Nothing is
+guessed: without a measurement of a stage its line says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from discobeta.config import RunConfig, read_yaml
+from discobeta.errors import UserError
+from discobeta.files import read_json
+from discobeta.flags import Arm
+from discobeta.study import Run, Study
+
+PUBLISHED = Path("results/published")
+RATES = {
+    "seconds": "cost/seconds",
+    "rows": "cost/rows",
+    "gpu_seconds": "cost/gpu_seconds",
+    "memory": "cost/peak_memory_bytes",
+    "evaluation": "evaluation_cost/seconds",
+}
+
+
+@dataclass
+class Measured:
+    """The runs that rates come from, one row each, and where they stand."""
+
+    runs: pd.DataFrame  # stage, arm, and the columns of RATES
+    shared: pd.DataFrame  # work, seconds per job
+    folder: Path
+    differs: list[str]  # sections of the config in which that study differs from this one
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool((self.runs.gpu_seconds > 0).any())
+
+    def of(self, stage: str, arm: Arm) -> pd.DataFrame:
+        """The runs of this stage and arm; of its twin or else of all arms if this one was not measured."""
+        of_stage = self.runs[self.runs.stage == stage]
+        by_arm = (of_stage[of_stage.arm == name] for name in (arm.name, arm.twin.name))
+        return next((found for found in by_arm if len(found)), of_stage)
+
+
+@dataclass
+class Step:
+    """Jobs of one kind. seconds: of all of them together, on one device each; None if not measured."""
+
+    name: str
+    jobs: int
+    length: str = "–"
+    seconds: float | None = None
+    memory: float = math.nan
+
+    def __str__(self) -> str:
+        cells = ("?", "?") if self.seconds is None else (f"{self.seconds / self.jobs / 60:.1f}", _hours(self.seconds))
+        memory = "?" if math.isnan(self.memory) else f"{self.memory / 2**30:.1f}"
+        return f"{self.name:12} {self.jobs:>5} {self.length:>14} {cells[0]:>16} {cells[1]:>10} {memory:>12}"
+
+
+def report(study: Study, folder: Path | None = None) -> str:
+    """The estimate as text. folder: tables to take rates from; default the study's own, then published ones."""
+    measured = find(study, folder)
+    steps = estimate(study, measured)
+    unit = "GPU-hours" if measured and measured.on_gpu else "CPU-hours"
+    known, unknown = ([step for step in steps if (step.seconds is None) == missing] for missing in (False, True))
+    total = Step("total", sum(step.jobs for step in steps), "", sum(step.seconds for step in known))
+    total.memory = pd.Series([step.memory for step in steps]).max()
+    lines = [f"{'step':12} {'jobs':>5} {'steps per job':>14} {'minutes per job':>16} {unit:>10} {'memory, GiB':>12}"]
+    lines += [str(step) for step in (*steps, total)]
+    lines.append("Not counted: start-up of jobs, queueing, tokenising and the world, tables and figures.")
+    if measured:
+        lines.append(f"Rates measured in {measured.folder} ({len(measured.runs)} runs).")
+        if measured.differs:
+            lines.append(f"That study has another {', '.join(measured.differs)}: the rates may not carry over.")
+    if unknown:
+        lines.append(f"Not measured, and in no sum: {', '.join(step.name for step in unknown)}. A pilot measures them:")
+        lines.append(f"  snakemake … --config study=pilot 'seeds=[{study.seeds[0]}]' 'common={{max_steps: 20}}'")
+        lines.append("  discobeta cost --configfile … --measured results/pilot/tables")
+    return "\n".join(lines)
+
+
+def estimate(study: Study, measured: Measured | None) -> list[Step]:
+    """One step for each kind of job, in the order of the workflow."""
+    shared = [label.partition(",")[0] for label, _ in study.shared()]
+    steps = [Step(work, shared.count(work)) for work in dict.fromkeys(shared)]
+    for step in steps:
+        known = measured.shared.seconds[measured.shared.work == step.name] if measured else []
+        step.seconds = step.jobs * known.iloc[0] if len(known) else None
+    evaluate = Step("evaluate", 0, seconds=0.0)
+    for stage in study.stages:
+        for proof in (False, True):
+            runs = [run for run in study.runs() if (run.stage, run.proof) == (stage, proof)]
+            if not runs:
+                continue
+            lengths = [length(study, run) for run in runs]
+            step = Step(f"{stage}, proof" if proof else stage, len(runs), _span([n for n, _ in lengths]))
+            known = [measured.of(stage, run.arm) for run in runs] if measured else []
+            if known and not any(found.empty for found in known):
+                rates = [found.seconds.sum() / found.rows.sum() for found in known]
+                step.seconds = sum(rate * rows for rate, (_, rows) in zip(rates, lengths, strict=True))
+                step.memory = max(found.memory.max() for found in known)
+            steps.append(step)
+            if not proof:
+                evaluate.jobs += len(runs)
+                is_known = evaluate.seconds is not None and step.seconds is not None
+                more = sum(found.evaluation.mean() for found in known)
+                evaluate.seconds = evaluate.seconds + more if is_known else None
+    return [*steps, evaluate]
+
+
+def find(study: Study, folder: Path | None) -> Measured | None:
+    """The measurements in `folder`; else the study's own; else published ones on the same base."""
+    if folder is not None:
+        if not (folder / "metrics.csv").exists():
+            raise UserError(f"--measured: {folder} has no metrics.csv (the tables of a study that has run have one)")
+        return read(study, folder)
+    own = study.directory / "tables"
+    if (own / "metrics.csv").exists():
+        return read(study, own)
+    published = [read(study, path.parent) for path in sorted(PUBLISHED.glob("*/metrics.csv"))]
+    alike = [found for found in published if "base" not in found.differs]
+    return min(alike, key=lambda found: len(found.differs), default=None)
+
+
+def read(study: Study, folder: Path) -> Measured:
+    long = pd.read_csv(folder / "metrics.csv")
+    wide = long.pivot_table(index=["stage", "arm", "seed"], columns="metric", values="value").reset_index()
+    # what was measured before rows were counted under this name says nothing here
+    wide = wide.reindex(columns=["stage", "arm", *RATES.values()]).dropna(subset=[RATES["rows"]])
+    runs = wide.rename(columns={metric: name for name, metric in RATES.items()})
+    shared = pd.DataFrame(columns=["work", "seconds"])
+    if (folder / "cost.csv").exists():
+        costs = pd.read_csv(folder / "cost.csv")
+        shared = costs.loc[costs.stage == "shared", ["work", "seconds"]].dropna()
+    theirs = read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
+    sections = ["base", "data", "prompts", "common", *study.stages, "gpus_per_run"]
+    differs = [name for name in sections if theirs.get(name) != study.settings.get(name)]
+    return Measured(runs, shared, folder, differs)
+
+
+def length(study: Study, run: Run) -> tuple[int, int]:
+    """(steps, rows) of a run: steps of the loop, and rows that it trains on, each as often as it comes."""
+    config, _ = RunConfig.from_mapping(study.run_settings(run))
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * study.gpus_per_run
+    per_step *= config.ppo_buffer_size if run.stage == "ppo" else 1
+    steps = config.max_steps
+    if steps < 0:
+        steps = math.ceil(config.num_train_epochs * _rows(study, run) / per_step)
+    steps = min(steps, config.stop_after_steps or steps)
+    return steps, steps * per_step
+
+
+def _rows(study: Study, run: Run) -> int:
+    """Training rows of the run's data, as tokenised."""
+    if study.world:
+        return study.world["train"]
+    folder = study.prompts(study.prompt_draw(run.seed)) if run.stage == "ppo" else study.tokens(study.draw(run.seed))
+    record = folder / "tokens.json"
+    if not record.exists():
+        rule = "prepare_prompts" if run.stage == "ppo" else "prepare"
+        raise UserError(
+            f"how many steps num_train_epochs makes is known when the rows are: run `snakemake … --until {rule}` first "
+            "(on a login node), or set max_steps"
+        )
+    return read_json(record)["counts"]["train"]
+
+
+def _span(values: list[int]) -> str:
+    return f"{min(values):,}" if min(values) == max(values) else f"{min(values):,}–{max(values):,}"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.2f}"

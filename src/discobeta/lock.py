@@ -1,0 +1,161 @@
+"""One live writer per run directory, also when the other one is on another node of a cluster.
+
+The holder's file is touched every few seconds, so a waiting process needs no common clock and no
+locks of a network file system: it watches whether the file changes. A holder on this machine whose
+process is gone is recognised at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+BEAT = 5.0
+"""Seconds between two touches of the file; a file that is still for four of them has no living holder."""
+
+NAME = ".running.json"
+
+
+@contextmanager
+def holding(directory: Path) -> Iterator[bool]:
+    """Hold `directory` for the block; yields whether somebody else held it first.
+
+    Waits, and says so once, while another live process holds it. A process that has been still for
+    so long that another took its place (a suspended one, say) ends itself when it moves again.
+    """
+    path, me = directory / NAME, _me()
+    created = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    waited = _acquire(path, me)
+    stop = threading.Event()
+    beating = threading.Thread(target=_beat, args=(path, me, stop), daemon=True)
+    beating.start()
+    try:
+        yield waited
+    finally:
+        stop.set()
+        beating.join()
+        if _read(path) == me:
+            path.unlink(missing_ok=True)
+        if created and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+def _acquire(path: Path, me: dict) -> bool:
+    waited = False
+    while not _create(path, me):
+        holder = _read(path)
+        if holder is None:  # gone meanwhile
+            continue
+        if _is_dead(holder) or not _changes(path):
+            _take_away(path, holder)
+            continue
+        if not waited:
+            job = f", Slurm job {holder['job']}" if holder.get("job") else ""
+            print(
+                f"{path.parent} is being written by process {holder.get('pid')} on {holder.get('host')}{job}: waiting",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        waited = True
+    return waited
+
+
+def _create(path: Path, me: dict) -> bool:
+    try:
+        with path.open("x") as stream:
+            stream.write(json.dumps(me))
+        return True
+    except FileExistsError:
+        return False
+
+
+def _me() -> dict[str, str | int | None]:
+    return {
+        "id": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "namespace": _namespace(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _namespace() -> str:
+    """Where process numbers mean what they mean here: this boot, this container."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _read(path: Path) -> dict | None:
+    """The holder; None if there is none, empty if its name is not (yet) to be read."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+
+
+def _is_dead(holder: dict) -> bool:
+    """Whether the holder was a process of this very machine that is no more."""
+    if not holder.get("namespace") or holder["namespace"] != _namespace():
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _changes(path: Path) -> bool:
+    """Whether the file is touched, or goes, while we watch."""
+    try:
+        before = path.stat().st_mtime_ns
+        for _ in range(8):
+            time.sleep(BEAT / 2)
+            if path.stat().st_mtime_ns != before:
+                return True
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def _take_away(path: Path, holder: dict) -> None:
+    """Remove the file of a dead holder. Of several processes that try one succeeds; a file that a living
+    one has put there meanwhile goes back to its place."""
+    aside = path.with_name(f"{NAME}.{uuid.uuid4().hex}")
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return
+    if _read(aside) == holder:
+        aside.unlink()
+    else:
+        os.rename(aside, path)
+
+
+def _beat(path: Path, me: dict, stop: threading.Event) -> None:
+    while not stop.wait(BEAT):
+        with suppress(OSError):  # what matters to the run, the run itself will notice
+            os.utime(path)
+        holder = _read(path)
+        if holder is None:  # gone, or put aside for an instant by `_take_away`, which puts back what is not dead
+            time.sleep(BEAT / 10)
+            holder = _read(path)
+        if holder is None or holder.get("id", me["id"]) != me["id"]:  # somebody holds it, or has held it meanwhile
+            print(f"{path.parent} was taken over by another process, so this one stops", file=sys.stderr, flush=True)
+            if (path.parent / "provenance.json").exists():
+                os._exit(0)  # its work is done; if this failed now, Snakemake would remove that file
+            os.kill(os.getpid(), signal.SIGTERM)

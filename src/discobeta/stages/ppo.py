@@ -1,0 +1,382 @@
+"""Proximal policy optimisation against a reward model, with a penalty on leaving the reference.
+
+docs/ppo.md says where each choice comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from discobeta import chain, losses, seeds
+from discobeta import heads as heads_module
+from discobeta.config import RunConfig
+from discobeta.data.batches import Batch, EndlessSchedule, Pairs, longest_first, pack
+from discobeta.data.tokens import Rows
+from discobeta.errors import UserError
+from discobeta.files import sha256
+from discobeta.generation import check_context, generate, has_ended, stop_ids
+from discobeta.heads import WIDTH, Heads, full_precision
+from discobeta.policy import (
+    at,
+    hidden_states,
+    load_causal_lm,
+    load_reference,
+    load_tokenizer,
+    per_sequence,
+    share_frozen_weights,
+    token_logps,
+)
+from discobeta.reward import load_reward_model, loading
+from discobeta.signals import scaled
+from discobeta.stages import Stage, Work
+from discobeta.stages.rm import score
+
+SCORED_FOR_SCALE = 256
+"""Responses of the reference whose scores are standardised to mean 0 and deviation 1 by ppo_score_norm."""
+
+KL_GAIN, KL_LARGEST_ERROR = 0.1, 0.2
+"""Of the proportional controller of Ziegler et al. 2019 (arXiv:1909.08593), section 2.2."""
+
+
+@dataclass
+class Rollouts:
+    """N responses of the policy as it was before the update, and what was said of each token then."""
+
+    prompts: list[np.ndarray]
+    responses: list[np.ndarray]
+    columns: dict[str, Sequence[Tensor]]  # per response, (its tokens,)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(a) + len(b) for a, b in zip(self.prompts, self.responses, strict=True)])
+
+    @property
+    def tokens_per_response(self) -> float:
+        return sum(map(len, self.responses)) / len(self.responses)
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        columns = {name: torch.cat([values[i] for i in indices]) for name, values in self.columns.items()}
+        columns["tokens_per_response"] = torch.tensor(self.tokens_per_response)
+        return pack([self.prompts[i] for i in indices], [self.responses[i] for i in indices], columns)
+
+
+class ValueHead(nn.Module):
+    """V(x, y_<t) = w . h_t + b + net(h_t), the expected return from token t on, in the unit of the scaled scores.
+
+    h_t is the reward model's last hidden state before token t. The linear part starts as the reward
+    model's score, so V starts as the score of the unfinished response; net starts at zero.
+    """
+
+    def __init__(self, score_weight: Tensor):
+        super().__init__()
+        size = score_weight.shape[1]
+        self.linear = nn.Linear(size, 1)
+        self.linear.weight.data.copy_(score_weight.float())
+        nn.init.zeros_(self.linear.bias)
+        self.net = nn.Sequential(nn.Linear(size, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    @torch.no_grad()
+    def standardise(self, mean: float, deviation: float) -> None:
+        """Follow the scores into their new unit, (score - mean) / deviation."""
+        self.linear.weight /= deviation
+        self.linear.bias.sub_(mean).div_(deviation)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(M,) float32 values of (M, hidden_size) states."""
+        with full_precision(states):
+            return (self.linear(states.float()) + self.net(states.float())).squeeze(-1)
+
+
+class ProximalPolicy(Stage):
+    """Maximise E[score(x, y)] - beta * KL(pi || ref) by clipped policy gradients; beta is pref_beta, or
+    pref_beta * s(x) per prompt, with s from the frozen Beta Head of a dpo run.
+
+    One step of the loop is an update: every prompt of the buffer is answered by the policy as it
+    is, and `ppo_epochs` passes of optimiser steps are made over these responses. Values are
+    read from the reward model's states by a head of their own, so policy and value share no weight.
+    """
+
+    task = "CAUSAL_LM"
+    unit = "update"
+    shown = ("reward", "kl_per_sequence", "response_length")
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        chain.check(config)
+
+    @classmethod
+    def load_base(cls, config: RunConfig):
+        return load_causal_lm(config)
+
+    @classmethod
+    def head_starts(cls, model: nn.Module, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {}
+
+    @classmethod
+    def fresh_heads(cls, config: RunConfig, model: nn.Module, columns: dict[str, Tensor]) -> Heads:
+        """The Beta Head of the dpo run in place of a fresh one."""
+        heads = super().fresh_heads(config, model, columns)
+        if heads.beta is not None and config.beta_head:
+            heads.beta = heads_module.load(Path(config.beta_head)).beta
+        return heads
+
+    @classmethod
+    def columns(cls, config: RunConfig, train: Rows, held_out: Rows | None) -> tuple[dict, dict]:
+        return {}, {}
+
+    @classmethod
+    def fresh(cls, config: RunConfig, columns: dict[str, Tensor]) -> Self:
+        stage = super().fresh(config, columns)
+        stage.tokenizer = load_tokenizer(config)
+        stage.reference = load_reference(config)
+        judge = load_reward_model(config.reward_model, **loading(config))
+        if judge.tokenizer.get_vocab() != stage.tokenizer.get_vocab():
+            raise UserError(
+                f"reward_model: {config.reward_model} reads other tokens than {config.model_name_or_path} writes; "
+                "it must have the policy's tokenizer"
+            )
+        stage.reward, stage.reward_fingerprint = judge.stage, judge.fingerprint
+        with seeds.global_stream(config.seed, "value head"):
+            stage.value_head = ValueHead(score(judge.model).weight)
+        stage.kl_coefficient, stage.score_scale = config.pref_beta, None if config.ppo_score_norm else (0.0, 1.0)
+        for module in stage.modules():  # the ratio compares two passes of one network, not two of its subnetworks
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        stage.freeze_unused()
+        share_frozen_weights(stage)
+        return stage
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The Beta Head is in none: the penalty's gradient would only ask for a smaller s."""
+        if not hasattr(self, "value_head"):  # a finished run: there is a policy, and nothing is trained
+            return {"model": self.model_parameters()}
+        return {"model": self.model_parameters(), "value": list(self.value_head.parameters())}
+
+    def schedule(self, train: Pairs, processes: int) -> EndlessSchedule:
+        config = self.config
+        for model in (self.model, self.reward.model):
+            check_context(model, int(train.lengths.max()), config.max_new_tokens)
+        passes = config.gradient_accumulation_steps * config.ppo_buffer_size
+        size = config.per_device_train_batch_size * processes
+        return EndlessSchedule(len(train), size, passes, processes, config.seed)
+
+    def facts(self) -> dict[str, str]:
+        known = {"reward_model": self.reward_fingerprint}
+        if self.heads.beta is not None and self.config.beta_head:
+            known["beta_head"] = sha256(Path(self.config.beta_head) / "heads.safetensors")
+        return known
+
+    def state(self) -> dict:
+        return {"kl_coefficient": self.kl_coefficient, "score_scale": self.score_scale}
+
+    def restore(self, state: dict) -> None:
+        self.kl_coefficient, self.score_scale = state["kl_coefficient"], state["score_scale"]
+
+    # --- what is trained on
+
+    def collect(self, step: int, train: Pairs, schedule: EndlessSchedule, accelerator: Accelerator) -> Work:
+        """Answer the step's prompts, judge the answers, and say in which order they are trained on.
+
+        Each process answers its share; then all of them hold all answers, so that nothing that is
+        computed from the whole buffer depends on how many processes there are.
+        """
+        if self.score_scale is None:
+            self.score_scale = self.scores_of_reference(train.rows)
+            self.value_head.standardise(*self.score_scale)
+        config, rows = self.config, schedule.step_rows(step)
+        prompts = [train.rows.prompt_ids[row] for row in rows]
+        uniforms = seeds.uniforms(config.seed, "rollouts", step, shape=(len(rows), config.max_new_tokens))
+        shares = np.array_split(np.arange(len(rows)), accelerator.num_processes)
+        mine = shares[accelerator.process_index]
+        self.eval()
+        responses = self.respond(self.model, [prompts[i] for i in mine], uniforms[mine])
+        judged = self.judge([prompts[i] for i in mine], responses)
+        self.train()
+        parts = gather_object([(responses, judged)]) if accelerator.num_processes > 1 else [(responses, judged)]
+        responses = [ids for part, _ in parts for ids in part]
+        judged = {name: [value for _, part in parts for value in part[name]] for name in judged}
+        rollouts, statistics = self.advantages(prompts, responses, judged)
+        if config.ppo_target:
+            error = statistics["kl_per_sequence"].mean().item() / config.ppo_target - 1
+            self.kl_coefficient *= 1 + KL_GAIN * max(-KL_LARGEST_ERROR, min(error, KL_LARGEST_ERROR))
+        minibatches = [
+            minibatch
+            for epoch in range(config.ppo_epochs)
+            for minibatch in _minibatches(rollouts.lengths, schedule, config, step, epoch, accelerator.process_index)
+        ]
+        size = len(rows) // config.ppo_buffer_size
+        return Work(rollouts, minibatches, size, len(rows), int(rollouts.lengths.sum()), statistics)
+
+    def respond(self, model: nn.Module, prompts: list[np.ndarray], uniforms: np.ndarray) -> list[np.ndarray]:
+        config = self.config
+        with self.autocast():
+            return generate(
+                model, self.tokenizer, prompts, uniforms,
+                temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
+                batch_size=8 * config.per_device_eval_batch_size,
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def judge(self, prompts: list[np.ndarray], responses: list[np.ndarray]) -> dict[str, list]:
+        """What policy, reference, reward model and value head say, on the CPU, in the order of the responses.
+
+        Per token of the response: `logps`, `entropy`, `reference_logps`, `values`, and `states`, the
+        reward model's (hidden_size,). Per response: `scores`, and `log_s` where the coefficient is scaled.
+        """
+        temperature, device = self.config.temperature, next(self.model.parameters()).device
+        found: dict[str, list] = {}
+        lengths = np.array([len(a) + len(b) for a, b in zip(prompts, responses, strict=True)])
+        for indices in longest_first(lengths, self.config.per_device_eval_batch_size):
+            batch = pack([prompts[i] for i in indices], [responses[i] for i in indices]).to(device)
+            with self.autocast():
+                policy, reference = (hidden_states(model, batch) for model in (self.model, self.reference))
+                logps, entropy = token_logps(self.model, policy, batch, temperature, with_entropy=True)
+                reference_logps, _ = token_logps(self.reference, reference, batch, temperature)
+                log_s = self.signals.log_s(at(reference, batch.prompt_end))
+            reward = self.reward.hidden(batch)
+            states = reward.flatten(0, 1)[batch.predictor_index].float()
+            per_token = {
+                "logps": logps, "entropy": entropy, "reference_logps": reference_logps,
+                "states": states, "values": self.value_head(states),
+            }  # fmt: skip
+            sizes = [len(responses[i]) for i in indices]
+            said = {name: values.cpu().split(sizes) for name, values in per_token.items()}
+            said["scores"] = self.reward.rewards_of(reward, batch)[0].cpu()
+            if log_s is not None:
+                said["log_s"] = log_s.cpu()
+            for name, values in said.items():
+                column = found.setdefault(name, [None] * len(prompts))
+                for i, value in zip(indices, values, strict=True):
+                    column[i] = value
+        return found
+
+    @torch.no_grad()
+    def log_s_of(self, reference: nn.Module, prompts: list[np.ndarray]) -> Tensor | None:
+        """(N,) log s of prompts, on the CPU; None where the coefficient is one number."""
+        found = torch.empty(len(prompts))
+        device = next(reference.parameters()).device
+        for indices in longest_first(np.array([len(ids) for ids in prompts]), self.config.per_device_eval_batch_size):
+            batch = pack([prompts[i][:-1] for i in indices], [prompts[i][-1:] for i in indices]).to(device)
+            with self.autocast():
+                log_s = self.signals.log_s(at(hidden_states(reference, batch), batch.response_end))
+            if log_s is None:
+                return None
+            found[indices] = log_s.cpu()
+        return found
+
+    def scores_of_reference(self, rows: Rows) -> tuple[float, float]:
+        """Mean and standard deviation of the scores of the reference's own responses to a draw of the prompts."""
+        config = self.config
+        order = np.random.default_rng(seeds.derive(config.seed, "score scale")).permutation(len(rows))
+        prompts = [rows.prompt_ids[i] for i in np.resize(order, SCORED_FOR_SCALE)]
+        uniforms = seeds.uniforms(config.seed, "score scale", "responses", shape=(len(prompts), config.max_new_tokens))
+        responses = self.respond(self.reference, prompts, uniforms)
+        scores = self.finite(torch.stack(self.judge(prompts, responses)["scores"]), prompts, responses).double()
+        mean, deviation = scores.mean().item(), scores.std().item()
+        if deviation < 1e-6:
+            raise UserError(
+                f"ppo_score_norm: reward_model {config.reward_model} gives all responses of the reference the same "
+                f"score ({mean:.4g})"
+            )
+        return mean, deviation
+
+    def finite(self, scores: Tensor, prompts: list[np.ndarray], responses: list[np.ndarray]) -> Tensor:
+        if len(bad := (~scores.isfinite()).nonzero().flatten().tolist()):
+            prompt, response = (self.tokenizer.decode(ids[bad[0]])[-60:] for ids in (prompts, responses))
+            raise UserError(
+                f"reward_model: {self.config.reward_model} gives {len(bad)} of {len(scores)} responses a score that "
+                f"is no finite number, the first one ({scores[bad[0]].item()}) to {response!r} after {prompt!r}"
+            )
+        return scores
+
+    def advantages(
+        self, prompts: list[np.ndarray], responses: list[np.ndarray], judged: dict[str, list]
+    ) -> tuple[Rollouts, dict[str, Tensor]]:
+        """The buffer to train on, and what is logged of it: (N,) per response, (M,) per token or a number."""
+        config = self.config
+        raw = self.finite(torch.stack(judged["scores"]), prompts, responses)
+        lengths = torch.tensor([len(ids) for ids in responses])
+        stops = stop_ids(self.model, self.tokenizer)
+        ended = torch.tensor([has_ended(ids, stops) for ids in responses])
+        logps, reference_logps, values = (
+            pad_sequence(judged[name], batch_first=True) for name in ("logps", "reference_logps", "values")
+        )
+        mask = torch.arange(logps.shape[1])[None, :] < lengths[:, None]
+        log_s = torch.stack(judged["log_s"]) if "log_s" in judged else None
+        mean, deviation = self.score_scale
+        scores = (raw - mean) / deviation - config.missing_eos_penalty * ~ended
+        kl, coefficient = logps - reference_logps, scaled(self.kl_coefficient, log_s)
+        rewards = losses.token_rewards(scores, kl, coefficient, mask)
+        totals = rewards.sum(1)
+        if config.ppo_whiten_rewards:
+            rewards = losses.whiten(rewards, mask, keep_mean=True)
+        advantages = losses.generalised_advantages(rewards, values, mask, config.gamma, config.lam)
+        returns = advantages + values
+        unexplained = (returns - values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp_min(1e-8)
+        columns = {
+            "logps": logps, "values": values, "returns": returns, "advantages": losses.whiten(advantages, mask),
+        }  # fmt: skip
+        statistics = {
+            "reward": raw,
+            "penalised_reward": totals,
+            "kl_per_sequence": kl.sum(1),
+            "kl_per_token": kl[mask],
+            "entropy": torch.cat(judged["entropy"]),
+            "beta_eff": coefficient if log_s is not None else torch.full_like(raw, coefficient),
+            "explained_variance": 1 - unexplained,
+            "response_length": lengths,
+            "eos_rate": ended,
+        }
+        if log_s is not None:
+            s = log_s.exp()
+            statistics |= {"log_s": log_s, "s": s, "s_sd": s.std(correction=0), "s_min": s.min(), "s_max": s.max()}
+        ragged = {name: values[mask].split(lengths.tolist()) for name, values in columns.items()}
+        ragged["states"] = judged["states"]
+        return Rollouts(prompts, responses, ragged), statistics
+
+    # --- the loss
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(N,) objective of N responses, whose mean is the mean over tokens, and what is logged of it."""
+        config, then = self.config, batch.columns
+        with self.autocast():
+            hidden = hidden_states(self.model, batch)
+            logps, _ = token_logps(self.model, hidden, batch, config.temperature)
+        values = self.value_head(then["states"])
+        policy_loss = losses.clipped_policy_loss(logps, then["logps"], then["advantages"], config.cliprange)
+        value_loss = losses.clipped_value_loss(values, then["values"], then["returns"], config.cliprange_value)
+        log_ratio = logps.detach() - then["logps"]
+        of_tokens = {
+            "loss": policy_loss + value_loss,
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "clip_fraction": ((log_ratio.exp() - 1).abs() > config.cliprange).float(),
+            "approximate_kl": log_ratio.exp() - 1 - log_ratio,
+        }
+        found = {name: per_sequence(values, batch) / then["tokens_per_response"] for name, values in of_tokens.items()}
+        return found["loss"], {name: values.detach() for name, values in found.items()}
+
+
+def _minibatches(
+    lengths: np.ndarray, schedule: EndlessSchedule, config: RunConfig, step: int, epoch: int, process: int
+) -> list[list[np.ndarray]]:
+    """One pass over the buffer in random order: per optimiser step, the forward passes of one process."""
+    order = np.random.default_rng(seeds.derive(config.seed, "minibatches", step, epoch)).permutation(len(lengths))
+    minibatches = []
+    for part in np.split(order, config.ppo_buffer_size):
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        passes = np.split(part, config.gradient_accumulation_steps)
+        minibatches.append([np.split(indices, schedule.processes)[process] for indices in passes])
+    return minibatches

@@ -1,0 +1,157 @@
+"""Two live copies of one run never write the same directory."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from discobeta import lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from discobeta import lock
+lock.BEAT = 0.2
+with lock.holding(Path(sys.argv[1])) as waited:
+    print("waited" if waited else "held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.2)
+
+
+def holder(directory: Path, seconds: float) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(directory), str(seconds)], stdout=subprocess.PIPE)
+    assert process.stdout.readline()
+    return process
+
+
+def test_a_second_process_waits_for_the_first(tmp_path, capsys):
+    first = holder(tmp_path, 3)
+    started = time.monotonic()
+    with lock.holding(tmp_path) as waited:
+        assert waited and first.poll() is not None or time.monotonic() - started > 2
+    assert f"is being written by process {first.pid} on" in capsys.readouterr().err
+    first.wait()
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_killed_holder_is_recognised_at_once(tmp_path):
+    first = holder(tmp_path, 60)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert (tmp_path / lock.NAME).exists()
+    started = time.monotonic()
+    with lock.holding(tmp_path) as waited:
+        assert not waited and time.monotonic() - started < 0.2
+
+
+def test_a_holder_elsewhere_counts_as_dead_only_when_its_file_is_still(tmp_path):
+    """Another machine's process numbers say nothing here: what counts is whether the file is touched."""
+    elsewhere = {"id": "x", "host": "node7", "pid": os.getpid(), "namespace": "another boot", "job": "12"}
+    path = tmp_path / lock.NAME
+    path.write_text(json.dumps(elsewhere))
+    stop = threading.Event()
+    beating = threading.Thread(target=lock._beat, args=(path, elsewhere, stop))
+    beating.start()
+    threading.Timer(2, lambda: (stop.set(), beating.join())).start()  # then it is dead, and leaves its file
+    started = time.monotonic()
+    with lock.holding(tmp_path) as waited:
+        took = time.monotonic() - started
+    assert waited and 2 < took < 5
+
+
+def test_of_many_processes_one_writes_at_a_time(tmp_path):
+    """Six processes that come at once, in front of a dead holder's file, never overlap."""
+    program = (
+        "import sys, time, os\nfrom pathlib import Path\nfrom discobeta import lock\nlock.BEAT = 0.1\n"
+        "d = Path(sys.argv[1])\n"
+        "with lock.holding(d / 'run'):\n"
+        "    mark = d / 'inside'\n    mark.touch(exist_ok=False)\n    time.sleep(0.1)\n    mark.unlink()\n"
+    )
+    (tmp_path / "run").mkdir()
+    dead = {"id": "x", "host": "here", "pid": 2**22 + 1, "namespace": lock._namespace(), "job": None}
+    (tmp_path / "run" / lock.NAME).write_text(json.dumps(dead))
+    processes = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)]) for _ in range(6)]
+    assert [process.wait() for process in processes] == [0] * 6
+    assert not any((tmp_path / "run").iterdir())
+
+
+def test_only_the_dead_holders_file_is_taken_away(tmp_path):
+    """A living process may have put its own file there since the dead one's was read."""
+    path, living = tmp_path / lock.NAME, {"id": "living"}
+    path.write_text(json.dumps(living))
+    lock._take_away(path, {"id": "dead"})
+    assert json.loads(path.read_text()) == living and len(list(tmp_path.iterdir())) == 1
+    lock._take_away(path, living)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_living_holder_outlasts_its_file_being_put_aside(tmp_path, monkeypatch):
+    """What `_take_away` does for an instant when the dead holder's file has been replaced by a living one's."""
+    me, ended = {"id": "me"}, []
+    read = iter([None, me, me])
+    monkeypatch.setattr(lock, "_read", lambda path: next(read, me))
+    monkeypatch.setattr(os, "kill", lambda pid, number: ended.append(number))
+    stop = threading.Event()
+    beating = threading.Thread(target=lock._beat, args=(tmp_path / lock.NAME, me, stop))
+    beating.start()
+    time.sleep(0.6)
+    stop.set()
+    beating.join()
+    assert ended == [] and next(read, None) is None  # it was looked at, more than once
+
+
+def test_a_process_whose_place_was_taken_ends_itself(tmp_path):
+    first = holder(tmp_path, 60)
+    (tmp_path / lock.NAME).write_text(json.dumps({"id": "another"}))
+    assert first.wait(timeout=5) == -signal.SIGTERM
+    assert json.loads((tmp_path / lock.NAME).read_text()) == {"id": "another"}
+    (tmp_path / lock.NAME).unlink()
+    second = holder(tmp_path, 60)
+    (tmp_path / lock.NAME).unlink()  # another held it meanwhile, and has done its work
+    assert second.wait(timeout=5) == -signal.SIGTERM
+    third = holder(tmp_path, 60)
+    (tmp_path / "provenance.json").touch()
+    (tmp_path / lock.NAME).unlink()  # the same, and the run is whole: that is no failure
+    assert third.wait(timeout=5) == 0
+
+
+def test_the_second_copy_of_a_run_finds_it_finished(settings, tmp_path):
+    """As after `kill -9 snakemake`: the first copy runs on, and a restart starts a second one."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings("dpo", max_steps=500, overwrite_output_dir=True)))
+    command = [sys.executable, "-m", "discobeta", "train", str(path), "--no-evaluate"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+    while not (tmp_path / "run" / lock.NAME).exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    second = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert first.wait() == 0 and second.returncode == 0
+    assert "is being written by process" in second.stderr and "holds this run, finished" in second.stderr
+    assert not (tmp_path / "run" / lock.NAME).exists()
+
+
+def test_a_terminated_run_lets_go(settings, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings("dpo", max_steps=5000, save_steps=10)))
+    command = [sys.executable, "-m", "discobeta", "train", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "run").glob("checkpoints/step-*.pt")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    assert (tmp_path / "run" / lock.NAME).exists()
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert not (tmp_path / "run" / lock.NAME).exists()
