@@ -13,14 +13,15 @@ import pytest
 import yaml
 
 from discobeta import lock
+from discobeta.loop import Log
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from discobeta import lock
 lock.BEAT = 0.2
-with lock.holding(Path(sys.argv[1])) as waited:
-    print("waited" if waited else "held", flush=True)
+with lock.holding(Path(sys.argv[1])) as hold:
+    print("waited" if hold.waited else "held", flush=True)
     time.sleep(float(sys.argv[2]))
 """
 
@@ -39,8 +40,8 @@ def holder(directory: Path, seconds: float) -> subprocess.Popen:
 def test_a_second_process_waits_for_the_first(tmp_path, capsys):
     first = holder(tmp_path, 3)
     started = time.monotonic()
-    with lock.holding(tmp_path) as waited:
-        assert waited and first.poll() is not None or time.monotonic() - started > 2
+    with lock.holding(tmp_path) as hold:
+        assert hold.waited and first.poll() is not None or time.monotonic() - started > 2
     assert f"is being written by process {first.pid} on" in capsys.readouterr().err
     first.wait()
     assert not any(tmp_path.iterdir())
@@ -52,8 +53,8 @@ def test_a_killed_holder_is_recognised_at_once(tmp_path):
     first.wait()
     assert (tmp_path / lock.NAME).exists()
     started = time.monotonic()
-    with lock.holding(tmp_path) as waited:
-        assert not waited and time.monotonic() - started < 0.2
+    with lock.holding(tmp_path) as hold:
+        assert not hold.waited and time.monotonic() - started < 0.2
 
 
 def test_a_holder_elsewhere_counts_as_dead_only_when_its_file_is_still(tmp_path):
@@ -61,14 +62,14 @@ def test_a_holder_elsewhere_counts_as_dead_only_when_its_file_is_still(tmp_path)
     elsewhere = {"id": "x", "host": "node7", "pid": os.getpid(), "namespace": "another boot", "job": "12"}
     path = tmp_path / lock.NAME
     path.write_text(json.dumps(elsewhere))
-    stop = threading.Event()
-    beating = threading.Thread(target=lock._beat, args=(path, elsewhere, stop))
+    other = lock.Hold(path, elsewhere, waited=False)
+    beating = threading.Thread(target=other.beat)
     beating.start()
-    threading.Timer(2, lambda: (stop.set(), beating.join())).start()  # then it is dead, and leaves its file
+    threading.Timer(2, lambda: (other.stop.set(), beating.join())).start()  # then it is dead, and leaves its file
     started = time.monotonic()
-    with lock.holding(tmp_path) as waited:
+    with lock.holding(tmp_path) as hold:
         took = time.monotonic() - started
-    assert waited and 2 < took < 5
+    assert hold.waited and 2 < took < 5
 
 
 def test_of_many_processes_one_writes_at_a_time(tmp_path):
@@ -103,11 +104,12 @@ def test_a_living_holder_outlasts_its_file_being_put_aside(tmp_path, monkeypatch
     read = iter([None, me, me])
     monkeypatch.setattr(lock, "_read", lambda path: next(read, me))
     monkeypatch.setattr(os, "kill", lambda pid, number: ended.append(number))
-    stop = threading.Event()
-    beating = threading.Thread(target=lock._beat, args=(tmp_path / lock.NAME, me, stop))
+    (tmp_path / lock.NAME).touch()
+    hold = lock.Hold(tmp_path / lock.NAME, me, waited=False)
+    beating = threading.Thread(target=hold.beat)
     beating.start()
     time.sleep(0.6)
-    stop.set()
+    hold.stop.set()
     beating.join()
     assert ended == [] and next(read, None) is None  # it was looked at, more than once
 
@@ -125,6 +127,62 @@ def test_a_process_whose_place_was_taken_ends_itself(tmp_path):
     (tmp_path / "provenance.json").touch()
     (tmp_path / lock.NAME).unlink()  # the same, and the run is whole: that is no failure
     assert third.wait(timeout=5) == 0
+
+
+WRITE = """
+import sys, time
+from pathlib import Path
+from discobeta import lock
+lock.BEAT = 0.2
+with lock.holding(Path(sys.argv[1])) as hold:
+    while True:
+        hold.confirm()
+        with (Path(sys.argv[1]) / "written").open("a") as stream:
+            print("x", file=stream, flush=True)
+        time.sleep(0.001)
+"""
+
+
+def test_a_process_whose_place_was_taken_writes_nothing_more(tmp_path):
+    """It is suspended; another holds the directory meanwhile, and has gone when it wakes."""
+    first = subprocess.Popen([sys.executable, "-c", WRITE, str(tmp_path)])
+    while not (tmp_path / "written").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    time.sleep(1)  # some beats, all of which it writes through
+    first.send_signal(signal.SIGSTOP)
+    before = (tmp_path / "written").read_bytes()
+    assert len(before) > 200
+    with lock.holding(tmp_path):
+        pass
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(timeout=5) == -signal.SIGTERM
+    assert (tmp_path / "written").read_bytes() == before
+
+
+def test_nothing_is_confirmed_while_the_file_system_is_away(tmp_path, monkeypatch):
+    with lock.holding(tmp_path) as hold:
+        hold.confirm()
+        utime = os.utime
+        monkeypatch.setattr(os, "utime", lambda path: (_ for _ in ()).throw(OSError("stale file handle")))
+        time.sleep(1)
+        threading.Timer(1, lambda: monkeypatch.setattr(os, "utime", utime)).start()
+        started = time.monotonic()
+        hold.confirm()
+        assert 0.5 < time.monotonic() - started < 3
+
+
+def test_what_an_earlier_copy_logs_is_not_in_the_log_of_its_successor(tmp_path):
+    path = tmp_path / "log.jsonl"
+    first = Log(path, 0, enabled=True)
+    for step in (10, 20):
+        first.write({"step": step})
+    second = Log(path, 10, enabled=True)
+    first.write({"step": 30})
+    second.write({"step": 20, "by": "second"})
+    first.close()
+    second.close()
+    assert [json.loads(line) for line in path.open()] == [{"step": 10}, {"step": 20, "by": "second"}]
 
 
 def test_the_second_copy_of_a_run_finds_it_finished(settings, tmp_path):

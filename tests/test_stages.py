@@ -92,6 +92,21 @@ def test_a_head_is_clipped_on_its_own():
     torch.testing.assert_close(head.grad, torch.tensor([0.0, 2.0]))
 
 
+def test_rounding_does_not_move_a_head():
+    """AdamW would make a whole step of a gradient of 1e-8; of the model's nothing is cut."""
+    from discobeta.loop import clip_gradients
+
+    weights = {name: torch.nn.Parameter(torch.zeros(2)) for name in ("model", "disco", "beta", "value")}
+    for name, size in (("model", 1e-8), ("disco", 1e-8), ("beta", 1e-7), ("value", 1e-5)):
+        weights[name].grad = torch.tensor([size, -size])
+    config, _ = RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": "m"})
+    norms = clip_gradients({name: [weight] for name, weight in weights.items()}, config)
+    assert norms["beta"].item() == pytest.approx(2**0.5 * 1e-7)  # logged as it was
+    left = {name: weight.grad.tolist() for name, weight in weights.items()}
+    assert left["disco"] == left["beta"] == [0.0, 0.0]
+    assert left["model"] == pytest.approx([1e-8, -1e-8]) and left["value"] == pytest.approx([1e-5, -1e-5])
+
+
 def test_disco_starts_with_the_baselines_gradient(fresh):
     """At step 0 the margin is 0 and sigma = sigma0: same slope, so the same gradient of the adapter."""
     gradients = []

@@ -2,7 +2,8 @@
 
 The holder's file is touched every few seconds, so a waiting process needs no common clock and no
 locks of a network file system: it watches whether the file changes. A holder on this machine whose
-process is gone is recognised at once.
+process is gone is recognised at once. A holder that has stood still makes sure, before it writes,
+that nobody has taken its place (`Hold.confirm`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 BEAT = 5.0
@@ -25,9 +26,54 @@ BEAT = 5.0
 NAME = ".running.json"
 
 
+class Hold:
+    """A directory that this process holds, while the thread that `holding` starts keeps touching its file."""
+
+    def __init__(self, path: Path, me: dict, waited: bool):
+        self.path, self.me = path, me
+        self.waited = waited  # somebody else held it first
+        self.seen = _now()  # when the file was last known to be ours
+        self.stop = threading.Event()
+
+    def confirm(self) -> None:
+        """Return when the directory is ours for certain: to be called before anything in it is replaced.
+
+        At once, unless this process has stood still (was suspended, say) for so long that another may
+        have taken its place; then not before `beat` has looked, and not at all if another has.
+        """
+        while _now() - self.seen > 2 * BEAT:
+            time.sleep(BEAT / 50)
+
+    def beat(self) -> None:
+        while not self.stop.wait(BEAT):
+            now = _now()
+            try:
+                os.utime(self.path)
+                holder = _read(self.path)
+            except FileNotFoundError:
+                holder = None
+            except OSError:  # the file system is away; as long as it is, nothing is confirmed
+                continue
+            if holder is None:  # gone, or put aside for an instant by `_take_away`, which puts back what is not dead
+                time.sleep(BEAT / 10)
+                holder = _read(self.path)
+            if holder == self.me:
+                self.seen = now
+            elif holder is None or "id" in holder:  # somebody holds it, or has held it meanwhile
+                self.give_way()
+
+    def give_way(self) -> None:
+        """End this process."""
+        directory = self.path.parent
+        print(f"{directory} was taken over by another process, so this one stops", file=sys.stderr, flush=True)
+        if (directory / "provenance.json").exists():
+            os._exit(0)  # its work is done; if this failed now, Snakemake would remove that file
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextmanager
-def holding(directory: Path) -> Iterator[bool]:
-    """Hold `directory` for the block; yields whether somebody else held it first.
+def holding(directory: Path) -> Iterator[Hold]:
+    """Hold `directory` for the block.
 
     Waits, and says so once, while another live process holds it. A process that has been still for
     so long that another took its place (a suspended one, say) ends itself when it moves again.
@@ -35,14 +81,13 @@ def holding(directory: Path) -> Iterator[bool]:
     path, me = directory / NAME, _me()
     created = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    waited = _acquire(path, me)
-    stop = threading.Event()
-    beating = threading.Thread(target=_beat, args=(path, me, stop), daemon=True)
+    hold = Hold(path, me, _acquire(path, me))
+    beating = threading.Thread(target=hold.beat, daemon=True)
     beating.start()
     try:
-        yield waited
+        yield hold
     finally:
-        stop.set()
+        hold.stop.set()
         beating.join()
         if _read(path) == me:
             path.unlink(missing_ok=True)
@@ -146,16 +191,7 @@ def _take_away(path: Path, holder: dict) -> None:
         os.rename(aside, path)
 
 
-def _beat(path: Path, me: dict, stop: threading.Event) -> None:
-    while not stop.wait(BEAT):
-        with suppress(OSError):  # what matters to the run, the run itself will notice
-            os.utime(path)
-        holder = _read(path)
-        if holder is None:  # gone, or put aside for an instant by `_take_away`, which puts back what is not dead
-            time.sleep(BEAT / 10)
-            holder = _read(path)
-        if holder is None or holder.get("id", me["id"]) != me["id"]:  # somebody holds it, or has held it meanwhile
-            print(f"{path.parent} was taken over by another process, so this one stops", file=sys.stderr, flush=True)
-            if (path.parent / "provenance.json").exists():
-                os._exit(0)  # its work is done; if this failed now, Snakemake would remove that file
-            os.kill(os.getpid(), signal.SIGTERM)
+
+def _now() -> float:
+    """Seconds, those included during which the machine slept."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,12 +26,17 @@ from tqdm import tqdm
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs, Schedule
 from discobeta.errors import UserError
-from discobeta.files import replacing, writing_error
+from discobeta.files import replacing, write_text, writing_error
+from discobeta.lock import Hold
 from discobeta.seeds import derive
 from discobeta.stages import Stage
 
 HEADS = ("disco", "beta", "value")
 """Parameter groups that are clipped by head_max_grad_norm and never decayed."""
+
+ROUNDING = 1e-6
+"""A head's gradient of a smaller norm counts as zero. In dpo margins are 0 at step 0, and so is the gradient of both
+heads, but for rounding; AdamW divides a gradient by its own size and would make a whole step of that."""
 
 
 class Means:
@@ -70,25 +75,31 @@ class Means:
 
 
 class Log:
-    """One JSON object a line. log.jsonl holds no times, so that equal runs have equal logs; speed.jsonl does."""
+    """One JSON object a line. log.jsonl holds no times, so that equal runs have equal logs; speed.jsonl does.
+
+    The file is a new one, which stays open: a copy of the run whose place this one has taken has the earlier
+    file open, and what it may still write is not in this one.
+    """
 
     def __init__(self, path: Path, upto_step: int, enabled: bool):
         """Keeps the lines of steps up to `upto_step` of a run that is resumed, and drops later ones."""
-        self.path = path
-        self.enabled = enabled
+        self.path, self.stream = path, None
         if not enabled:
             return
         lines = path.read_text().splitlines() if path.exists() and upto_step else []
-        kept = [line for line in lines if _step_of(line) <= upto_step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= upto_step))
+        self.stream = path.open("a", buffering=1)  # a line at a time
 
     def write(self, values: dict[str, float]) -> None:
-        if self.enabled:
+        if self.stream:
             try:
-                with self.path.open("a") as stream:
-                    stream.write(json.dumps(values) + "\n")
+                self.stream.write(json.dumps(values) + "\n")
             except OSError as error:
                 raise writing_error(self.path, error) from None
+
+    def close(self) -> None:
+        if self.stream:
+            self.stream.close()
 
 
 def _step_of(line: str) -> float:
@@ -110,15 +121,17 @@ def fit(
     held_out: Pairs | None,
     config: RunConfig,
     accelerator: Accelerator,
-    directory: Path,
+    hold: Hold | None,
     identity: str,
 ) -> dict[str, float]:
     """Train `stage` in place. Returns what it cost: seconds, rows and tokens, over all attempts.
 
+    hold: of the run's directory, in the process that writes it.
     identity: of data, base, settings and code; only a checkpoint of the same identity is resumed.
     """
     from transformers import get_scheduler
 
+    directory = Path(config.output_dir)
     schedule = stage.schedule(train, accelerator.num_processes)
     steps = total_steps(config, schedule)
     stop = min(steps, config.stop_after_steps or steps)
@@ -132,11 +145,10 @@ def fit(
     warmup = config.warmup_steps or math.ceil(steps * config.warmup_ratio)
     scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup, steps)
     means = Means()
-    saver = Checkpoints(directory / "checkpoints", identity, stage, optimizer, scheduler, means)
+    saver = Checkpoints(directory / "checkpoints", hold, identity, stage, optimizer, scheduler, means)
     done, spent = saver.resume(config, accelerator)
     module, optimizer = accelerator.prepare(stage, optimizer)
-    log = Log(directory / "log.jsonl", done, accelerator.is_main_process)
-    speed = Log(directory / "speed.jsonl", done, accelerator.is_main_process)
+    log, speed = (Log(directory / name, done, hold is not None) for name in ("log.jsonl", "speed.jsonl"))
     module.train()
     started = logged = time.monotonic()
     counts = Counter(rows=spent.get("rows", 0), tokens=spent.get("tokens", 0))
@@ -149,7 +161,7 @@ def fit(
         total=stop, initial=done, desc=f"{config.stage} {config.arm.name}", unit=stage.unit,
         disable=not accelerator.is_main_process, mininterval=0.5,
     )  # fmt: skip
-    with bar:
+    with bar, closing(log), closing(speed):
         for step in range(done, stop):
             work = stage.collect(step, train, schedule, accelerator)
             means.add(work.statistics)
@@ -205,13 +217,18 @@ def fit(
 def clip_gradients(groups: dict[str, list[torch.nn.Parameter]], config: RunConfig) -> dict[str, Tensor]:
     """Scale each group's gradient down to its largest norm, on its own; returns the norms before.
 
-    One norm over all groups would let a head change how the model is clipped.
+    One norm over all groups would let a head change how the model is clipped. A head's gradient that is
+    no more than rounding becomes 0.
     """
     largest = {name: config.head_max_grad_norm if name in HEADS else config.max_grad_norm for name in groups}
-    return {
+    norms = {
         name: torch.nn.utils.clip_grad_norm_(weights, largest[name] or math.inf)  # 0: no clipping
         for name, weights in groups.items()
     }
+    for name, norm in norms.items():
+        for weight in groups[name] if name in HEADS else ():
+            weight.grad.mul_(norm > ROUNDING)
+    return norms
 
 
 @torch.no_grad()
@@ -253,8 +270,11 @@ def _optimizer_group(name: str, weights: list[torch.nn.Parameter], config: RunCo
 class Checkpoints:
     """The latest state of an unfinished run: `checkpoints/step-<n>.pt`, whole or not there."""
 
-    def __init__(self, folder: Path, identity: str, stage: Stage, optimizer, scheduler, means: Means):
+    def __init__(
+        self, folder: Path, hold: Hold | None, identity: str, stage: Stage, optimizer, scheduler, means: Means
+    ):
         self.folder = folder
+        self.hold = hold
         self.identity = identity
         self.stage = stage
         self.trained = {name: weight for name, weight in stage.named_parameters() if weight.requires_grad}
@@ -262,8 +282,9 @@ class Checkpoints:
 
     def save(self, step: int, spent: dict[str, float], accelerator: Accelerator) -> None:
         means = self.means.total(accelerator)
-        if not accelerator.is_main_process:
+        if self.hold is None:
             return
+        self.hold.confirm()
         state = {
             "identity": self.identity,
             "step": step,

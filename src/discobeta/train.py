@@ -48,15 +48,17 @@ def train(config: RunConfig) -> None:
     if not is_free:
         _say_finished(config)
         return
-    hold = lock.holding(Path(config.output_dir)) if accelerator.is_main_process else nullcontext(False)
-    with hold as waited:
-        if broadcast_object_list([waited])[0] and runs.is_finished(config):  # whoever held it has done our work
+    # one process writes, and holds the directory for all
+    holding = lock.holding(Path(config.output_dir)) if accelerator.is_main_process else nullcontext()
+    with holding as hold:
+        waited = broadcast_object_list([hold is not None and hold.waited])[0]
+        if waited and runs.is_finished(config):  # whoever held it has done our work
             _say_finished(config)
             return
-        _train(config, accelerator)
+        _train(config, accelerator, hold)
 
 
-def _train(config: RunConfig, accelerator: Accelerator) -> None:
+def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) -> None:
     from discobeta import loop, policy
     from discobeta.data.batches import Pairs
     from discobeta.data.formats import KINDS
@@ -80,15 +82,17 @@ def _train(config: RunConfig, accelerator: Accelerator) -> None:
         raise UserError(f"eval_strategy: {config.eval_strategy}, and {config.tokenized_path} holds no held-out rows")
     facts = {"base": policy.weights_hash(config), "data": data.train.key(), **stage.facts()}
 
-    if accelerator.is_main_process:
+    if hold:
+        hold.confirm()
         runs.begin(config)
     accelerator.wait_for_everyone()  # nobody looks for a checkpoint that is about to be removed
     if accelerator.log_with:
         accelerator.init_trackers("discobeta", config.resolved(), _tracker_options(config))
     startup = time.monotonic() - runs.STARTED
-    spent = loop.fit(stage, material, held_out, config, accelerator, directory, runs.identity(config, facts))
+    spent = loop.fit(stage, material, held_out, config, accelerator, hold, runs.identity(config, facts))
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if hold:
+        hold.confirm()
         stage.save(directory)
         write_json(directory / "cost.json", _cost(spent, startup, accelerator))
         if config.plot_loss:
