@@ -27,6 +27,7 @@ def tables(folder: Path, runs: list[tuple], shared: float = 50.0, config: dict |
     for stage, arm, seconds, count, gpu, gib, evaluation in runs:
         values = (seconds, count, gpu, gib * 2**30, evaluation)
         rows += [(stage, arm, 1, name, value) for name, value in zip(names, values, strict=True)]
+        rows.append((stage, arm, 1, "cost/processes", gpu / seconds or 1))
         rows.append((stage, arm, 1, "accuracy", 0.5))
     pd.DataFrame(rows, columns=["stage", "arm", "seed", "metric", "value"]).to_csv(folder / "metrics.csv", index=False)
     pd.DataFrame([{"stage": "shared", "work": "reference", "seconds": shared}]).to_csv(folder / "cost.csv", index=False)
@@ -78,7 +79,8 @@ def test_the_estimate_is_runs_times_measured_rates(tmp_path):
     assert "GPU-hours" in text.splitlines()[0] and f"{total:.2f}" in next(
         line for line in text.splitlines() if line.startswith("total")
     )
-    assert "8.0" in text and "Rates measured in" in text and "differs" not in text and "Not measured" not in text
+    assert "8.0" in text and "Rates measured in" in text
+    assert "That study has another" not in text and "Not measured" not in text
 
 
 def test_what_was_not_measured_is_in_no_sum(tmp_path):
@@ -90,6 +92,16 @@ def test_what_was_not_measured_is_in_no_sum(tmp_path):
     assert "CPU-hours" in report(
         Study(SETTINGS | {"study": "other"}), tables(tmp_path / "c", [("rm", "baseline", 1, 1, 0, 1, 1)])
     )
+
+
+def test_hours_are_of_devices_and_minutes_of_jobs(tmp_path):
+    """An hour of a run on four GPUs, measured on four: the same run on two takes two hours, and the same GPU-hours."""
+    settings = SETTINGS | {"seeds": [1], "arms": ["baseline"], "stages": ["rm"]}
+    folder = tables(tmp_path / "t", [("rm", "baseline", 3600.0, 400, 4 * 3600.0, 2.0, 0.0)])
+    for devices, minutes in ((4, "60.0"), (2, "120.0")):
+        text = report(Study(settings | {"gpus_per_run": devices}), folder)
+        rm = next(line.split() for line in text.splitlines() if line.startswith("rm "))
+        assert rm == ["rm", "1", "100", minutes, "4.00", "2.0"]
 
 
 def test_another_studys_rates_are_called_that(tmp_path):

@@ -15,7 +15,7 @@ from discobeta.config import RunConfig
 from discobeta.data import tokens
 from discobeta.data.formats import Example
 from discobeta.data.sources import RowReport
-from discobeta.data.tokens import Rows, encode, load_or_tokenise, tokenise, tokenizer_hash
+from discobeta.data.tokens import Rows, TokenisedData, encode, load_or_tokenise, tokenise, tokenizer_hash
 from discobeta.errors import UserError
 
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", "d", "Human:", "Assistant:", "System:"]
@@ -464,3 +464,12 @@ def test_tokenizer_hash(tmp_path):
         tokenizer,
     ]
     assert len({expected, *map(tokenizer_hash, others)}) == 5
+
+
+def test_each_prompt_is_answered_once():
+    """Two that differ in a final id of 0 are two; held-out rows come first."""
+    ids = [np.array(prompt, np.int32) for prompt in ([5], [5, 0], [5], [7], [8])]
+    rows, none = Rows(ids), Rows([])
+    for data in (TokenisedData(rows, None, {}), TokenisedData(none, rows, {})):
+        found, asked = data.to_answer(10)
+        assert found is rows and asked.tolist() == [0, 1, 3, 4] and data.to_answer(3)[1].tolist() == [0, 1, 3]

@@ -172,3 +172,15 @@ def test_response_text_drops_the_last_eos_and_nothing_else():
     assert response_text(tokenizer, np.array(ids)) == "use <pad> basil <unk> ."
     assert response_text(tokenizer, np.array(ids[:-1])) == "use <pad> basil <unk> ."
     assert response_text(tokenizer, np.array([], np.int32)) == ""
+
+
+@pytest.mark.parametrize("options", [{"top_p": 1.0, "top_k": 0}, {"top_p": 0.9, "top_k": 5}])
+def test_logits_that_are_no_numbers_give_some_token(options):
+    """A policy that has diverged is reported by training, and not by an index that is out of range."""
+    import torch
+
+    from discobeta.generation import InverseCDF
+
+    logits, draws = torch.full((3, 20), torch.nan), np.array([[0.0], [0.5], [0.999]])
+    left = InverseCDF(draws, 2, temperature=1.0, **options)(torch.zeros(3, 2, dtype=torch.long), logits)
+    assert (left == 0).sum(1).tolist() == [1, 1, 1] and left.isneginf().sum(1).tolist() == [19, 19, 19]

@@ -14,6 +14,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, Qwen3ForSequenceClassification
 
 import discobeta
 from discobeta.cli import main
@@ -22,7 +23,7 @@ from discobeta.data.batches import Pairs, pack
 from discobeta.data.tokens import load_or_tokenise
 from discobeta.errors import UserError
 from discobeta.evaluate import evaluate
-from discobeta.policy import hidden_states, load_tokenizer, token_logps
+from discobeta.policy import hidden_states, load_tokenizer, switch_off_dropout, token_logps
 from discobeta.stages.ppo import ProximalPolicy
 from discobeta.train import train
 
@@ -38,6 +39,7 @@ def upstream(base, pairs, tmp_path_factory):
     wanted = {
         "rm": ("rm", {}), "rm-disco": ("rm", DISCO), "rm-idle": ("rm", {"add_disco_head": True}),
         "dpo": ("dpo", {}), "dpo-beta": ("dpo", LEDPO), "dpo-idle": ("dpo", {"add_beta_head": True}),
+        "dpo-both": ("dpo", DISCO | LEDPO),
     }  # fmt: skip
     for name, (stage, flags) in wanted.items():
         settings = {
@@ -392,16 +394,29 @@ def test_the_beta_head_is_the_dpo_runs_and_stays_as_it_is(go, upstream):
     assert "beta_grad_norm" not in last
 
 
-def test_the_disco_state_is_the_reward_models(go, upstream):
-    """The Gaussian reward model's mu is the reward; ppo builds no Disco Head of its own."""
+def test_the_disco_state_is_the_reward_models(go, upstream, tmp_path):
+    """The Gaussian reward model's mu is the reward, and not the score that its file holds for plain PEFT too."""
     directory = go(reward_model=str(upstream["rm-disco"]), **DISCO)
     assert load_file(directory / "heads.safetensors") == {}
-    prompts = ["user red assistant", "user green blue assistant"]
-    responses = ["one two .", "seven ?"]
-    mean, variance = discobeta.load_reward_model(upstream["rm-disco"]).score(prompts, responses)
-    assert variance is not None and (variance > 0).all()
-    judge = discobeta.load_policy(directory)
-    assert judge.heads.disco is None and mean.shape == (2,)
+    assert discobeta.load_policy(directory).heads.disco is None
+    texts = ["user red assistant", "user green blue assistant"], ["one two .", "seven ?"]
+    mean, variance = discobeta.load_reward_model(upstream["rm-disco"]).score(*texts)
+    assert variance is not None and (variance > 0).all() and mean.std() > 0
+    for name in ("no-score", "no-mean"):
+        shutil.copytree(upstream["rm-disco"], tmp_path / name)
+    _zero(tmp_path / "no-score" / "adapter" / "adapter_model.safetensors", "score")
+    _zero(tmp_path / "no-mean" / "heads.safetensors", "disco.mean")
+    same = go(name="same", reward_model=str(tmp_path / "no-score"), **DISCO)
+    assert log_of(same)[0]["reward"] == log_of(directory)[0]["reward"]  # later ones feel where the values started
+    none = go(name="none", reward_model=str(tmp_path / "no-mean"), **DISCO)
+    assert {line["reward"] for line in log_of(none)} == {0.0}
+
+
+def _zero(path: Path, part: str) -> None:
+    weights = load_file(path)
+    assert any(part in name for name in weights)
+    zeroed = {name: value * 0 if part in name else value for name, value in weights.items()}
+    save_file(zeroed, path, metadata={"format": "pt"})
 
 
 def test_killed_and_resumed_is_never_killed(go, upstream, monkeypatch):
@@ -523,6 +538,23 @@ def test_dropout_is_off(go):
     with_dropout, without = (go(name=f"d{dropout}", lora_dropout=dropout) for dropout in (0.5, 0.0))
     for name in FILES:
         assert (with_dropout / name).read_bytes() == (without / name).read_bytes(), name
+
+
+def test_dropout_is_off_where_a_model_calls_the_function():
+    """OPT has no module of dropout, and a rate of 0.1 that applies in training mode."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 19}
+    model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, dropout=0.5, init_std=0.5)).train()
+    tokens = torch.tensor([[1, 4, 5, 6]])
+
+    def says() -> torch.Tensor:
+        return model(tokens).logits
+
+    assert not torch.equal(says(), says())
+    switch_off_dropout(model)
+    assert torch.equal(says(), says()) and model.training
 
 
 # --- a known optimum
@@ -724,12 +756,15 @@ def test_ppo_takes_reward_models_of_all_makes(go, upstream, tmp_path):
         ({"beta_head": "dpo", **LEDPO}, "not a dpo run with a Beta Head"),
         ({"beta_head": "rm", **LEDPO}, "not a dpo run with a Beta Head"),
         ({"beta_head": "other-base", **LEDPO}, "was trained on another base"),
+        ({"beta_head": "dpo-both", **LEDPO}, "both must have used a Disco Head, or neither"),
         ({"eval_strategy": "steps"}, "set eval_strategy: no"),
         ({"max_new_tokens": 60}, "do not fit into the context of 64 tokens"),
         ({"cutoff_len": 3}, "prompt fills cutoff_len: 40"),
         ({"reward_model": "nan"}, r"gives 16 of 16 responses a score that is no finite number, the first one \(nan\)"),
         ({"reward_model": "constant", "ppo_score_norm": True}, "the same score"),
         ({"reward_model": "other-tokens"}, "reads other tokens than"),
+        ({"reward_model": "two-labels"}, r"score\.weight is \(2, 32\); of a reward model it is \(1, 32\)"),
+        ({"eval_dataset": "long-prompt"}, "a prompt of 62 tokens and max_new_tokens: 6 do not fit"),
     ],
 )
 def test_bad_input_is_refused(go, upstream, base, tmp_path, changes, says):
@@ -737,6 +772,7 @@ def test_bad_input_is_refused(go, upstream, base, tmp_path, changes, says):
         "adapter": upstream["rm"] / "adapter", "dpo-adapter": upstream["dpo"] / "adapter", "base": base,
         "empty": tmp_path / "empty", "nan": tmp_path / "nan", "constant": tmp_path / "constant",
         "other-base": tmp_path / "other-base", "other-tokens": tmp_path / "other-tokens",
+        "two-labels": tmp_path / "two-labels", "long-prompt": tmp_path / "long-prompt.jsonl",
     }  # fmt: skip
     (tmp_path / "empty").mkdir()
     for name, factor in (("nan", float("nan")), ("constant", 0.0)):
@@ -750,7 +786,16 @@ def test_bad_input_is_refused(go, upstream, base, tmp_path, changes, says):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base": "0" * 64}))
     if changes.get("reward_model") == "other-tokens":
         _other_tokens(upstream["rm"], base, tmp_path)
-    changes = {name: str(places.get(value, value)) if name in ("reward_model", "beta_head") and value else value
+    if changes.get("reward_model") == "two-labels":
+        Qwen3ForSequenceClassification(AutoConfig.from_pretrained(base, num_labels=2)).save_pretrained(
+            tmp_path / "two-labels"
+        )
+    if changes.get("eval_dataset") == "long-prompt":
+        words = f"user {' '.join(['red'] * 60)} assistant"
+        (tmp_path / "long-prompt.jsonl").write_text(json.dumps({"prompt": words}) + "\n")
+        changes = changes | {"cutoff_len": 64}
+    keys = ("reward_model", "beta_head", "eval_dataset")
+    changes = {name: str(places.get(value, value)) if name in keys and value else value
                for name, value in changes.items()}  # fmt: skip
     with pytest.raises(UserError, match=says) as refusal:
         go(name="refused", **changes)

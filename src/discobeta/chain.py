@@ -47,6 +47,11 @@ def _check_beta_head(config: RunConfig, directory: Path) -> None:
         raise UserError(
             f"beta_head: {directory} is a {dpo.stage} run of arm {dpo.arm.name}, not a dpo run with a Beta Head"
         )
+    if (config.arm.disco is State.USED) != (dpo.arm.disco is State.USED):
+        raise UserError(
+            f"beta_head: {directory} is of arm {dpo.arm.name}, and this run of {config.arm.name}: "
+            "both must have used a Disco Head, or neither"
+        )
     if config.arm.beta is State.USED and dpo.arm.beta is not State.USED:
         raise UserError(
             f"beta_head: the Beta Head of {directory} was idle there, so it has learned nothing to use here"

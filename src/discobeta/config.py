@@ -62,8 +62,8 @@ IGNORED = frozenset(
 
 REFUSED = {
     "fp16": "use bf16: true (the losses are float32 in any case)",
-    "deepspeed": "start the run with `accelerate launch` instead",
-    "fsdp": "start the run with `accelerate launch` instead",
+    "deepspeed": "runs are data parallel only (`discobeta train RUN.yaml --processes N`)",
+    "fsdp": "runs are data parallel only (`discobeta train RUN.yaml --processes N`)",
     "quantization_bit": "quantised bases are not supported",
     "use_dora": "only plain LoRA is supported",
     "use_rslora": "only plain LoRA is supported",
@@ -158,7 +158,7 @@ class RunConfig:
 
     # --- optimisation
     per_device_train_batch_size: int = option(8, "pairs per forward pass and device", least=1)
-    per_device_eval_batch_size: int = option(8, "pairs per forward pass and device", least=1)
+    per_device_eval_batch_size: int = option(8, "pairs per forward pass; responses are sampled 8 x as many", least=1)
     gradient_accumulation_steps: int = option(1, "forward passes per optimiser step", least=1)
     learning_rate: float = option(5e-5, "of the adapter (or the model)", least=0)
     num_train_epochs: float = option(3.0, "passes over the data", least=0)

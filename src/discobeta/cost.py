@@ -1,6 +1,6 @@
 """What a study will take, before it is submitted: its runs, times rates that were measured.
 
-A rate is seconds per row (pair, or ppo response) of training, per stage and arm, from the tables of
+A rate is device-seconds per row (pair, or ppo response) of training, per stage and arm, from the tables of
 a study that has run: its `metrics.csv`, with the `config.yaml` that says what it ran. Nothing is
 guessed: without a measurement of a stage its line says so.
 """
@@ -22,6 +22,7 @@ from discobeta.study import Run, Study
 PUBLISHED = Path("results/published")
 RATES = {
     "seconds": "cost/seconds",
+    "processes": "cost/processes",
     "rows": "cost/rows",
     "gpu_seconds": "cost/gpu_seconds",
     "memory": "cost/peak_memory_bytes",
@@ -51,18 +52,20 @@ class Measured:
 
 @dataclass
 class Step:
-    """Jobs of one kind. seconds: of all of them together, on one device each; None if not measured."""
+    """Jobs of one kind. seconds: of all their devices together; None if not measured."""
 
     name: str
     jobs: int
     length: str = "–"
     seconds: float | None = None
     memory: float = math.nan
+    devices: int = 1  # of a job
 
     def __str__(self) -> str:
-        cells = ("?", "?") if self.seconds is None else (f"{self.seconds / self.jobs / 60:.1f}", _hours(self.seconds))
-        memory = "?" if math.isnan(self.memory) else f"{self.memory / 2**30:.1f}"
-        return f"{self.name:12} {self.jobs:>5} {self.length:>14} {cells[0]:>16} {cells[1]:>10} {memory:>12}"
+        cells = ("?", "?")
+        if self.seconds is not None:
+            cells = (f"{self.seconds / self.jobs / self.devices / 60:.1f}", _hours(self.seconds))
+        return _line(self.name, self.jobs, self.length, *cells, _gib(self.memory))
 
 
 def report(study: Study, folder: Path | None = None) -> str:
@@ -71,10 +74,11 @@ def report(study: Study, folder: Path | None = None) -> str:
     steps = estimate(study, measured)
     unit = "GPU-hours" if measured and measured.on_gpu else "CPU-hours"
     known, unknown = ([step for step in steps if (step.seconds is None) == missing] for missing in (False, True))
-    total = Step("total", sum(step.jobs for step in steps), "", sum(step.seconds for step in known))
-    total.memory = pd.Series([step.memory for step in steps]).max()
-    lines = [f"{'step':12} {'jobs':>5} {'steps per job':>14} {'minutes per job':>16} {unit:>10} {'memory, GiB':>12}"]
-    lines += [str(step) for step in (*steps, total)]
+    jobs, memory = sum(step.jobs for step in steps), pd.Series([step.memory for step in steps]).max()
+    hours = _hours(sum(step.seconds for step in known))
+    lines = [_line("step", "jobs", "steps per job", "minutes per job", unit, "memory, GiB")]
+    lines += map(str, steps)
+    lines.append(_line("total", jobs, "", "", hours, _gib(memory)))
     lines.append("Not counted: start-up of jobs, queueing, tokenising and the world, tables and figures.")
     if measured:
         lines.append(f"Rates measured in {measured.folder} ({len(measured.runs)} runs).")
@@ -82,7 +86,10 @@ def report(study: Study, folder: Path | None = None) -> str:
             lines.append(f"That study has another {', '.join(measured.differs)}: the rates may not carry over.")
     if unknown:
         lines.append(f"Not measured, and in no sum: {', '.join(step.name for step in unknown)}. A pilot measures them:")
-        lines.append(f"  snakemake … --config study=pilot 'seeds=[{study.seeds[0]}]' 'common={{max_steps: 20}}'")
+        lines.append(
+            f"  snakemake … --config study=pilot 'seeds=[{study.seeds[0]}]' "
+            "'common={max_steps: 20, eval_strategy: no}' 'ppo={max_steps: 2}'"
+        )
         lines.append("  discobeta cost --configfile … --measured results/pilot/tables")
     return "\n".join(lines)
 
@@ -101,10 +108,11 @@ def estimate(study: Study, measured: Measured | None) -> list[Step]:
             if not runs:
                 continue
             lengths = [length(study, run) for run in runs]
-            step = Step(f"{stage}, proof" if proof else stage, len(runs), _span([n for n, _ in lengths]))
+            name = f"{stage}, proof" if proof else stage
+            step = Step(name, len(runs), _span([n for n, _ in lengths]), devices=study.gpus_per_run)
             known = [measured.of(stage, run.arm) for run in runs] if measured else []
             if known and not any(found.empty for found in known):
-                rates = [found.seconds.sum() / found.rows.sum() for found in known]
+                rates = [(found.seconds * found.processes).sum() / found.rows.sum() for found in known]
                 step.seconds = sum(rate * rows for rate, (_, rows) in zip(rates, lengths, strict=True))
                 step.memory = max(found.memory.max() for found in known)
             steps.append(step)
@@ -171,6 +179,14 @@ def _rows(study: Study, run: Run) -> int:
             "(on a login node), or set max_steps"
         )
     return read_json(record)["counts"]["train"]
+
+
+def _line(step: str, jobs: int | str, length: str, minutes: str, hours: str, memory: str) -> str:
+    return f"{step:12} {jobs:>5} {length:>14} {minutes:>16} {hours:>10} {memory:>12}"
+
+
+def _gib(memory: float) -> str:
+    return "?" if math.isnan(memory) else f"{memory / 2**30:.1f}"
 
 
 def _span(values: list[int]) -> str:

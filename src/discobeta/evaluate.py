@@ -19,7 +19,7 @@ from tqdm import tqdm
 from discobeta import metrics, runs
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs
-from discobeta.data.tokens import Rows, load_or_tokenise
+from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
 from discobeta.errors import UserError
 from discobeta.files import replacing, write_json, write_text
 from discobeta.generation import generate, has_ended, response_text, stop_ids
@@ -55,8 +55,7 @@ def evaluate(directory: str | Path) -> dict[str, Any]:
         examples = compare_all(stage, Pairs(data.held_out, columns), config.per_device_eval_batch_size, device)
         measured |= preference_metrics(examples)
     if config.stage != "rm" and config.num_eval_generations:
-        rows = data.train if data.held_out is None else data.held_out
-        answers = answer_prompts(stage, rows, config, tokenizer, device)
+        answers = answer_prompts(stage, data, config, tokenizer, device)
         measured |= policy_metrics(answers)
         lines = (json.dumps(row, ensure_ascii=False) for row in answers.to_dict("records"))
         write_text(directory / "generations.jsonl", "".join(f"{line}\n" for line in lines))
@@ -128,15 +127,16 @@ def scale_metrics(examples: pd.DataFrame) -> dict[str, float | None]:
 
 
 @torch.no_grad()
-def answer_prompts(stage: Stage, rows: Rows, config: RunConfig, tokenizer: Any, device: torch.device) -> pd.DataFrame:
+def answer_prompts(
+    stage: Stage, data: TokenisedData, config: RunConfig, tokenizer: Any, device: torch.device
+) -> pd.DataFrame:
     """The policy's and the reference's sampled responses to prompts, with what is known of them.
 
     One row per prompt. Policy and reference draw from streams of their own, the same ones in every
     arm, so arms are compared with the same samples of the reference and with common random numbers.
     A ppo run's responses have the scores of its reward model, in its own unit.
     """
-    _, first = np.unique([ids.tobytes() for ids in rows.prompt_ids], return_index=True)
-    asked = np.sort(first)[: config.num_eval_generations]
+    rows, asked = data.to_answer(config.num_eval_generations)
     prompts = [rows.prompt_ids[i] for i in asked]
     reference = load_reference(config).to(device)
     sampled = {}

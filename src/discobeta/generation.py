@@ -114,6 +114,7 @@ class InverseCDF:
         ends = weights.cumsum(-1)
         target = (u * ends[:, -1]).long()[:, None]
         chosen = torch.searchsorted(ends, target, right=True)
+        chosen.clamp_(max=logits.shape[-1] - 1)  # where logits are no numbers: training then says that it diverged
         if self.top_k or self.top_p < 1:
             chosen = tokens.gather(-1, chosen)
         return torch.full_like(logits, -torch.inf).scatter(-1, chosen, 0.0)

@@ -191,7 +191,6 @@ def _take_away(path: Path, holder: dict) -> None:
         os.rename(aside, path)
 
 
-
 def _now() -> float:
     """Seconds, those included during which the machine slept."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

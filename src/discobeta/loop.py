@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections import Counter
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -99,7 +99,8 @@ class Log:
 
     def close(self) -> None:
         if self.stream:
-            self.stream.close()
+            with suppress(OSError):  # of a line that could not be written, which has been said
+                self.stream.close()
 
 
 def _step_of(line: str) -> float:

@@ -58,8 +58,12 @@ def load_scorer(config: RunConfig, *, must_have_score: bool = False) -> PreTrain
 
     with _loading(config, "model"), global_stream(config.seed, "unused"):
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            config.model_name_or_path, num_labels=1, output_loading_info=True, **_hub(config), **_weights(config)
-        )
+            config.model_name_or_path, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True,
+            **_hub(config), **_weights(config),
+        )  # fmt: skip
+    for name, *shapes in info["mismatched_keys"]:
+        found, wanted = (tuple(shape) for shape in shapes)
+        raise UserError(f"{config.model_name_or_path}: {name} is {found}; of a reward model it is {wanted}: one output")
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{config.model_name_or_path}: {type(model).__name__} has no linear `score`")
     model.score.float()
@@ -237,6 +241,16 @@ def pooled(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
         return at(hidden, batch.response_end)
     weights = batch.response_mask / batch.response_mask.sum(1, keepdim=True)
     return torch.einsum("nt,nth->nh", weights, hidden.float())
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Make training mode compute what evaluation mode does: in modules of dropout, and where a model calls the
+    function with a rate of its own (OPT's `self.dropout`, the `attention_dropout` of many)."""
+    for module in model.modules():
+        rates = {"p"} if isinstance(module, nn.Dropout) else {name for name in vars(module) if "drop" in name}
+        for name in rates:
+            if isinstance(getattr(module, name), float):
+                setattr(module, name, 0.0)
 
 
 def share_frozen_weights(*models: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -39,10 +40,13 @@ def train(config: RunConfig) -> None:
     # the first process tokenises and computes the reference pass while the others wait
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = Accelerator(
+        mixed_precision="no",  # the stages' own autocast decides, whatever `accelerate config` has written down
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=Path(config.output_dir) / "tracker",
         kwargs_handlers=[patience],
     )
+    if accelerator.device.type == "cpu" and (granted := os.environ.get("CUDA_VISIBLE_DEVICES")):
+        accelerator.print(f"GPU {granted} was granted, and torch sees none: this run computes on the CPU")
     with accelerator.main_process_first():
         is_free = runs.open_run(config)
     if not is_free:
@@ -63,6 +67,7 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
     from discobeta.data.batches import Pairs
     from discobeta.data.formats import KINDS
     from discobeta.data.tokens import load_or_tokenise
+    from discobeta.generation import check_context
     from discobeta.stages import stage_class
 
     policy.use_deterministic_kernels(config)
@@ -80,6 +85,9 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
     held_out = None if data.held_out is None else Pairs(data.held_out, held_out_columns)
     if config.eval_strategy != "no" and held_out is None:
         raise UserError(f"eval_strategy: {config.eval_strategy}, and {config.tokenized_path} holds no held-out rows")
+    if config.stage != "rm" and config.num_eval_generations:  # what cannot be measured is not trained
+        rows, asked = data.to_answer(config.num_eval_generations)
+        check_context(stage.model, max(len(rows.prompt_ids[row]) for row in asked), config.max_new_tokens)
     facts = {"base": policy.weights_hash(config), "data": data.train.key(), **stage.facts()}
 
     if hold:
@@ -89,7 +97,8 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
     if accelerator.log_with:
         accelerator.init_trackers("discobeta", config.resolved(), _tracker_options(config))
     startup = time.monotonic() - runs.STARTED
-    spent = loop.fit(stage, material, held_out, config, accelerator, hold, runs.identity(config, facts))
+    same = runs.identity(config, facts | {"processes": str(accelerator.num_processes)})
+    spent = loop.fit(stage, material, held_out, config, accelerator, hold, same)
     accelerator.wait_for_everyone()
     if hold:
         hold.confirm()

@@ -87,7 +87,7 @@ def submitted(tree: Clone, overdue: Training, tmp_path_factory: pytest.TempPathF
 def overdue(local: Clone, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
     """A run that stands still until its time limit, a minute: it is started first, and looked at later."""
     clone = local.copy_without_runs(tmp_path_factory.mktemp("overdue") / "clone")
-    clone.change_profile("runtime: 720 * attempt", "runtime: attempt")
+    clone.change_profile("runtime: min(720 * attempt, 1440)", "runtime: attempt")
     training = Training(clone)
     os.kill(training.pid, signal.SIGSTOP)
     yield training
@@ -392,7 +392,7 @@ def second(fresh: Clone) -> Iterator[tuple[Training, subprocess.Popen]]:
 def test_the_second_copy_waits_and_finds_the_run_finished(second, undisturbed: dict[str, str]):
     training, snakemake = second
     os.kill(training.pid, signal.SIGCONT)
-    assert snakemake.wait(120) == 0, training.clone.said()[-3000:]
+    assert snakemake.wait(300) == 0, training.clone.said()[-3000:]
     log = (training.clone.folder / LOG).read_text(errors="replace")
     assert f"is being written by process {training.pid} on" in log and f"Slurm job {training.job}: waiting" in log
     assert "holds this run, finished" in log and "resuming from" not in log
@@ -402,7 +402,7 @@ def test_the_second_copy_waits_and_finds_the_run_finished(second, undisturbed: d
 
 def test_a_copy_that_stands_still_is_replaced_and_stops_when_it_wakes(second, undisturbed: dict[str, str]):
     training, snakemake = second
-    assert snakemake.wait(120) == 0, training.clone.said()[-3000:]
+    assert snakemake.wait(300) == 0, training.clone.said()[-3000:]
     os.kill(training.pid, signal.SIGCONT)
     assert wait_for(lambda: state(training.job) == "COMPLETED", 30)
     assert (training.clone.folder / RUN / "provenance.json").exists()

@@ -154,6 +154,17 @@ class TokenisedData:
             lines.append(f"{shared} held-out prompts also occur in the training rows")
         return lines
 
+    def to_answer(self, count: int) -> tuple[Rows, np.ndarray]:
+        """The rows that a policy is measured on, held-out ones if there are any, and which of them it answers: of
+        each prompt the first, `count` at the most."""
+        rows = self.train if self.held_out is None else self.held_out
+        first: dict[bytes, int] = {}
+        for row, ids in enumerate(rows.prompt_ids):
+            if len(first) == count:
+                break
+            first.setdefault(ids.tobytes(), row)
+        return rows, np.array(list(first.values()))
+
 
 def tokenise(config: RunConfig, tokenizer: Any, kind: Kind | None = None) -> TokenisedData:
     """The run's data as token ids, without touching the disk; kind: default what the stage trains on.

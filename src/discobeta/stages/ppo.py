@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -34,6 +34,7 @@ from discobeta.policy import (
     load_tokenizer,
     per_sequence,
     share_frozen_weights,
+    switch_off_dropout,
     token_logps,
 )
 from discobeta.reward import load_reward_model, loading
@@ -151,9 +152,7 @@ class ProximalPolicy(Stage):
         with seeds.global_stream(config.seed, "value head"):
             stage.value_head = ValueHead(score(judge.model).weight)
         stage.kl_coefficient, stage.score_scale = config.pref_beta, None if config.ppo_score_norm else (0.0, 1.0)
-        for module in stage.modules():  # the ratio compares two passes of one network, not two of its subnetworks
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        switch_off_dropout(stage)  # the ratio compares two passes of one network, not two of its subnetworks
         stage.freeze_unused()
         share_frozen_weights(stage)
         return stage
@@ -192,19 +191,22 @@ class ProximalPolicy(Stage):
         Each process answers its share; then all of them hold all answers, so that nothing that is
         computed from the whole buffer depends on how many processes there are.
         """
+        self.eval()
         if self.score_scale is None:
-            self.score_scale = self.scores_of_reference(train.rows)
+            scale = self.scores_of_reference(train.rows) if accelerator.is_main_process else None
+            self.score_scale = broadcast_object_list([scale])[0]
             self.value_head.standardise(*self.score_scale)
         config, rows = self.config, schedule.step_rows(step)
         prompts = [train.rows.prompt_ids[row] for row in rows]
         uniforms = seeds.uniforms(config.seed, "rollouts", step, shape=(len(rows), config.max_new_tokens))
         shares = np.array_split(np.arange(len(rows)), accelerator.num_processes)
         mine = shares[accelerator.process_index]
-        self.eval()
         responses = self.respond(self.model, [prompts[i] for i in mine], uniforms[mine])
         judged = self.judge([prompts[i] for i in mine], responses)
         self.train()
-        parts = gather_object([(responses, judged)]) if accelerator.num_processes > 1 else [(responses, judged)]
+        parts = [(responses, judged)]
+        if accelerator.num_processes > 1:  # clones, because pickling a view takes all that it is a view of along
+            parts = gather_object([(responses, {name: [v.clone() for v in said] for name, said in judged.items()})])
         responses = [ids for part, _ in parts for ids in part]
         judged = {name: [value for _, part in parts for value in part[name]] for name in judged}
         rollouts, statistics = self.advantages(prompts, responses, judged)
