@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from discobeta.report.statistics import mean_ci, wilson
+from discobeta.report.statistics import mean_ci, student_t, wilson
 
 
 def test_two_seeds_have_the_quantile_of_one_degree_of_freedom():
@@ -17,6 +17,13 @@ def test_two_seeds_have_the_quantile_of_one_degree_of_freedom():
 def test_three_seeds_have_the_quantile_of_two_degrees_of_freedom():
     # s = 1; t(0.975, 2) = 4.303
     assert mean_ci([1, 2, 3]) == (2, pytest.approx(4.3027 / math.sqrt(3), abs=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "tabulated"), [(1, 12.7062), (4, 2.7764), (11, 2.2010), (30, 2.0423), (120, 1.9799)]
+)
+def test_quantiles_are_the_tabulated_ones(degrees, tabulated):
+    assert student_t(0.95, degrees) == pytest.approx(tabulated, abs=6e-5)
 
 
 def test_another_level_has_another_quantile():

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from discobeta.errors import UserError
-from discobeta.policy import plain
+from discobeta.policy import check_context, plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,16 +75,6 @@ def generate(
                 responses[index] = _until_stop(new_ids, stops)
             bar.update(len(indices))
     return responses
-
-
-def check_context(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> None:
-    """Refuse prompts that do not leave the model room for a response."""
-    context = getattr(plain(model).config, "max_position_embeddings", None)
-    if context and longest_prompt + max_new_tokens > context:
-        raise UserError(
-            f"a prompt of {longest_prompt} tokens and max_new_tokens: {max_new_tokens} do not fit into the context of "
-            f"{context} tokens of {plain(model).config.name_or_path}: lower cutoff_len or max_new_tokens"
-        )
 
 
 class InverseCDF:

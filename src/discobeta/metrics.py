@@ -7,6 +7,7 @@ it predicts the label if p > 1/2, with confidence max(p, 1 - p).
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
@@ -76,12 +77,8 @@ def against_oracle(nll: ArrayLike, oracle_probability: ArrayLike) -> dict[str, f
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float | None:
     """Rank correlation; None if one of the two is constant, where it has no value."""
-    from scipy.stats import spearmanr
-
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(spearmanr(x, y).statistic)
+    x, y = (pd.Series(np.asarray(values, float)).rank() for values in (x, y))
+    return None if x.nunique() == 1 or y.nunique() == 1 else float(x.corr(y))
 
 
 def partial_correlation(x: ArrayLike, y: ArrayLike, given: ArrayLike) -> float | None:

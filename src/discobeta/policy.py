@@ -178,6 +178,16 @@ def trunk(model: nn.Module) -> nn.Module:
     return getattr(inner, inner.base_model_prefix)
 
 
+def check_context(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> None:
+    """Refuse prompts that do not leave the model room for a response."""
+    context = getattr(plain(model).config, "max_position_embeddings", None)
+    if context and longest_prompt + max_new_tokens > context:
+        raise UserError(
+            f"a prompt of {longest_prompt} tokens and max_new_tokens: {max_new_tokens} do not fit into the context of "
+            f"{context} tokens of {plain(model).config.name_or_path}: lower cutoff_len or max_new_tokens"
+        )
+
+
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """(N, T, hidden_size), the trunk's last hidden state (after its final norm)."""
     return trunk(model)(

@@ -67,7 +67,6 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
     from discobeta.data.batches import Pairs
     from discobeta.data.formats import KINDS
     from discobeta.data.tokens import load_or_tokenise
-    from discobeta.generation import check_context
     from discobeta.stages import stage_class
 
     policy.use_deterministic_kernels(config)
@@ -87,7 +86,7 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
         raise UserError(f"eval_strategy: {config.eval_strategy}, and {config.tokenized_path} holds no held-out rows")
     if config.stage != "rm" and config.num_eval_generations:  # what cannot be measured is not trained
         rows, asked = data.to_answer(config.num_eval_generations)
-        check_context(stage.model, max(len(rows.prompt_ids[row]) for row in asked), config.max_new_tokens)
+        policy.check_context(stage.model, max(len(rows.prompt_ids[row]) for row in asked), config.max_new_tokens)
     facts = {"base": policy.weights_hash(config), "data": data.train.key(), **stage.facts()}
 
     if hold:

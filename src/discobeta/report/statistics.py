@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 
 def mean_ci(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -20,10 +21,24 @@ def mean_ci(values: Sequence[float], level: float = 0.95) -> tuple[float, float]
     mean = math.fsum(values) / n
     if n == 1:
         return mean, math.nan
-    from scipy.special import stdtrit
-
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, float(stdtrit(n - 1, (1 + level) / 2)) * deviation / math.sqrt(n)
+    return mean, student_t(level, n - 1) * deviation / math.sqrt(n)
+
+
+@cache
+def student_t(level: float, degrees: int) -> float:
+    """t with P(-t < T < t) = level for Student's T.
+
+    P(-t < T < t) = 1 - I_x(degrees/2, 1/2) with x = degrees / (degrees + t^2), where I is the regularised
+    incomplete beta function (Abramowitz & Stegun 1964, 26.7.1 and 26.5.27).
+    """
+    from mpmath import betainc, findroot
+
+    def beyond(x: float) -> float:
+        return betainc(degrees / 2, 0.5, 0, x, regularized=True) - (1 - level)
+
+    x = float(findroot(beyond, (0, 1), solver="bisect", tol=1e-15, maxsteps=200))
+    return math.sqrt(degrees * (1 - x) / x)
 
 
 def wilson(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:

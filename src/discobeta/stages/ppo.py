@@ -24,10 +24,11 @@ from discobeta.data.batches import Batch, EndlessSchedule, Pairs, longest_first,
 from discobeta.data.tokens import Rows
 from discobeta.errors import UserError
 from discobeta.files import sha256
-from discobeta.generation import check_context, generate, has_ended, stop_ids
+from discobeta.generation import generate, has_ended, stop_ids
 from discobeta.heads import WIDTH, Heads, full_precision
 from discobeta.policy import (
     at,
+    check_context,
     hidden_states,
     load_causal_lm,
     load_reference,
@@ -204,9 +205,7 @@ class ProximalPolicy(Stage):
         responses = self.respond(self.model, [prompts[i] for i in mine], uniforms[mine])
         judged = self.judge([prompts[i] for i in mine], responses)
         self.train()
-        parts = [(responses, judged)]
-        if accelerator.num_processes > 1:  # clones, because pickling a view takes all that it is a view of along
-            parts = gather_object([(responses, {name: [v.clone() for v in said] for name, said in judged.items()})])
+        parts = gather_object([(responses, judged)]) if accelerator.num_processes > 1 else [(responses, judged)]
         responses = [ids for part, _ in parts for ids in part]
         judged = {name: [value for _, part in parts for value in part[name]] for name in judged}
         rollouts, statistics = self.advantages(prompts, responses, judged)
@@ -261,7 +260,7 @@ class ProximalPolicy(Stage):
             for name, values in said.items():
                 column = found.setdefault(name, [None] * len(prompts))
                 for i, value in zip(indices, values, strict=True):
-                    column[i] = value
+                    column[i] = value.clone()  # a view would take the whole batch along to other processes
         return found
 
     @torch.no_grad()
