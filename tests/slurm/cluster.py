@@ -52,8 +52,6 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 ReturnToService=1
 MinJobAge=7200
@@ -63,7 +61,6 @@ GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs=32 RealMemory=512000 Gres=gpu:a100:2 Feature=a100
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE
 PartitionName=gpu Nodes={host} MaxTime=INFINITE
-PartitionName=urgent Nodes={host} MaxTime=INFINITE PriorityTier=2
 """
 GRES_CONF = """\
 {ours}{folder}

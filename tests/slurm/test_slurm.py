@@ -292,17 +292,6 @@ def test_a_job_that_is_requeued_goes_on(disturbed: dict[str, Training], undistur
     check(training.clone, undisturbed, "COMPLETED")
 
 
-def test_a_job_that_is_preempted_goes_on(fresh: Clone, undisturbed: dict[str, str]):
-    """One of a partition with precedence takes all GPUs for a moment."""
-    training = Training(fresh)
-    slurm("sbatch", "--partition=urgent", "--gpus=2", "--output=/dev/null", "--chdir=/", "--wrap=sleep 2")
-    training.ends()
-    (urgent,) = [job for job in jobs() if job["Partition"] == "urgent"]
-    assert urgent["JobState"] == "COMPLETED"
-    assert [job["Restarts"] for job in fresh.jobs("train_rm")] == ["1"]
-    check(fresh, undisturbed, "COMPLETED")
-
-
 def test_a_node_that_goes_down_and_comes_back(fresh: Clone, undisturbed: dict[str, str]):
     training = Training(fresh)
     try:
