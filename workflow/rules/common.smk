@@ -12,7 +12,7 @@ SOURCE = Path(os.path.relpath(Path(workflow.basedir).parent / "src"))
 sys.path.insert(0, str(SOURCE.resolve()))
 
 from discobeta.errors import UserError
-from discobeta.study import Study, as_yaml
+from discobeta.study import Study, as_text
 
 
 def as_meant(value):
@@ -143,7 +143,7 @@ def shared_files(stage):
 
 def run_settings(stage):
     """A params function: the run YAML of one run, as text."""
-    return lambda wildcards: as_yaml(study.run_settings(run_of(stage, wildcards)))
+    return lambda wildcards: as_text(study.run_settings(run_of(stage, wildcards)))
 
 
 def results():

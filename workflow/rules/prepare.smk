@@ -31,7 +31,7 @@ rule sft:
     conda:
         ENVIRONMENT
     params:
-        settings=as_yaml(study.base_settings()),
+        settings=as_text(study.base_settings()),
     shell:
         "printf %s {params.settings:q} | python -m discobeta train - &> {log}"
 
@@ -72,7 +72,7 @@ rule prepare:
     conda:
         ENVIRONMENT
     params:
-        settings=lambda wildcards: as_yaml(study.prepare_settings(wildcards.draw)),
+        settings=lambda wildcards: as_text(study.prepare_settings(wildcards.draw)),
     shell:
         "printf %s {params.settings:q} | python -m discobeta prepare - &> {log}"
 
@@ -89,7 +89,7 @@ use rule prepare as prepare_prompts with:
     log:
         LOGS / "prepare_prompts" / "{draw}.log",
     params:
-        settings=lambda wildcards: as_yaml(study.prompt_settings(wildcards.draw)),
+        settings=lambda wildcards: as_text(study.prompt_settings(wildcards.draw)),
 
 
 rule reference:
@@ -106,6 +106,6 @@ rule reference:
     conda:
         ENVIRONMENT
     params:
-        settings=lambda wildcards: as_yaml(study.reference_settings(wildcards.draw)),
+        settings=lambda wildcards: as_text(study.reference_settings(wildcards.draw)),
     shell:
         "printf %s {params.settings:q} | python -m discobeta reference - &> {log}"

@@ -26,7 +26,7 @@ rule tables:
     conda:
         ENVIRONMENT
     params:
-        study=as_yaml(study.settings),
+        study=yaml.safe_dump(study.settings, sort_keys=False, allow_unicode=True),
     shell:
         "printf %s {params.study:q} | python -m discobeta tables --configfile - &> {log}"
 
@@ -51,6 +51,6 @@ rule figures:
     conda:
         ENVIRONMENT
     params:
-        study=as_yaml(study.settings),
+        study=yaml.safe_dump(study.settings, sort_keys=False, allow_unicode=True),
     shell:
         "printf %s {params.study:q} | python -m discobeta figures --configfile - &> {log}"
