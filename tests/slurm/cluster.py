@@ -1,9 +1,11 @@
-"""A real Slurm cluster of one node with two fake GPUs, for tests; Debian's packages, root, no systemd, no database.
+"""A real Slurm cluster of one node with two fake GPUs, for tests: Debian's packages, root, no systemd.
 
     python tests/slurm/cluster.py start DIR        python tests/slurm/cluster.py stop DIR
 
-State, logs and the munge key are in DIR. Job steps look for slurm.conf in /etc/slurm and nowhere else, so
-slurm.conf and gres.conf are put there, if there is no other. What `start` installed and wrote, `stop` removes.
+It has accounting, with one account (`project`) and two QOS (`normal` and `urgent`), and a partition (`urgent`)
+that preempts the jobs of the others. State, database, logs and the munge key are in DIR. Slurm's programs look for
+their files in /etc/slurm and nowhere else, so they are put there, if there are no others. What `start` installed
+and wrote, `stop` removes.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ETC = Path("/etc/slurm")
 OURS = "# the test cluster of "
 NAME = "discobeta-test"
 MARK = "test-cluster"  # a file in the folder: `start` made it, `stop` may remove it
-PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge"]
-PROGRAMS = ["slurmctld", "slurmd", "slurmstepd", "munged", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo"]
-DAEMONS = ["slurmctld", "slurmd", "munged"]  # in the order in which they are stopped
+PACKAGES = ["slurmctld", "slurmd", "slurmdbd", "slurm-client", "munge", "mariadb-server-core", "mariadb-client"]
+DAEMONS = ["slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged"]  # in the order in which they are stopped
+PROGRAMS = [*DAEMONS, "slurmstepd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo", "sacct", "sacctmgr"]
+PROGRAMS += ["mariadb-install-db", "my_print_defaults"]
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 # The node says that it has more than this machine has, so that jobs may ask for what they ask for on a real one.
@@ -48,10 +52,12 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=task=1
 JobAcctGatherParams=OverMemoryKill
-AccountingStorageType=accounting_storage/none
+{accounting}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 ReturnToService=1
 MinJobAge=7200
@@ -61,6 +67,25 @@ GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs=32 RealMemory=512000 Gres=gpu:a100:2 Feature=a100
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE
 PartitionName=gpu Nodes={host} MaxTime=INFINITE
+PartitionName=urgent Nodes={host} MaxTime=INFINITE PriorityTier=2
+"""
+ACCOUNTING = """\
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=localhost
+AccountingStoragePass={folder}/munge.socket
+AccountingStorageEnforce=associations,limits,qos"""
+NO_ACCOUNTING = "AccountingStorageType=accounting_storage/none"
+SLURMDBD_CONF = """\
+{ours}{folder}
+DbdHost=localhost
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+PidFile={folder}/slurmdbd.pid
+LogFile={folder}/slurmdbd.log
 """
 GRES_CONF = """\
 {ours}{folder}
@@ -68,6 +93,7 @@ AutoDetect=off
 Name=gpu Type=a100 File=/dev/null
 Name=gpu Type=a100 File=/dev/zero
 """
+CONFIGURATION = {"slurm.conf": SLURM_CONF, "gres.conf": GRES_CONF, "slurmdbd.conf": SLURMDBD_CONF}
 
 
 class CannotRun(Exception):
@@ -118,7 +144,7 @@ class Cluster:
         for pid in processes_of_jobs():  # one that has lost its parent escapes proctrack/linuxproc
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        for name in ("slurm.conf", "gres.conf"):
+        for name in CONFIGURATION:
             if owner(ETC / name) == str(self.folder):
                 (ETC / name).unlink()
         installed = self.folder / "installed"
@@ -126,39 +152,73 @@ class Cluster:
             quietly("apt-get", "purge", "--yes", "--quiet", *installed.read_text().split())
         shutil.rmtree(self.folder)
 
-    def _configure(self) -> None:
-        for name in ("state", "spool"):
-            (self.folder / name).mkdir()
-        self.folder.chmod(0o755)
-        key = self.folder / "munge.key"
-        key.touch(mode=0o600)
-        key.write_bytes(os.urandom(128))
+    @contextmanager
+    def without_accounting(self) -> Iterator[None]:
+        """The same node and jobs, under a controller that keeps no accounts."""
+        try:
+            self._restart_controller(NO_ACCOUNTING)
+            yield
+        finally:
+            self._restart_controller(ACCOUNTING)
+
+    def _restart_controller(self, accounting: str) -> None:
+        end(self.folder / "slurmctld.pid")
+        self._configure(accounting)
+        quietly("slurmctld")
+        self._wait_until_idle()
+
+    def _configure(self, accounting: str = ACCOUNTING) -> None:
         ETC.mkdir(exist_ok=True)
-        host = socket.gethostname().partition(".")[0]
-        for name, text in (("slurm.conf", SLURM_CONF), ("gres.conf", GRES_CONF)):
-            (ETC / name).write_text(text.format(ours=OURS, name=NAME, folder=self.folder, host=host))
+        names = {"ours": OURS, "name": NAME, "folder": self.folder, "host": socket.gethostname().partition(".")[0]}
+        for name, text in CONFIGURATION.items():
+            (ETC / name).touch(mode=0o600)  # slurmdbd wants it
+            (ETC / name).write_text(text.format(accounting=accounting.format(**names), **names))
 
     def _launch(self) -> None:
         here = self.folder
+        here.chmod(0o755)
+        for name in ("state", "spool"):
+            (here / name).mkdir()
+        key = here / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(128))
         # --force: munged objects to being root, and to a folder below a /tmp that others may write to
         munged = ["--force", "--num-threads=2", f"--socket={here}/munge.socket", f"--pid-file={here}/munged.pid"]
         munged += [f"--key-file={here}/munge.key", f"--seed-file={here}/munge.seed", f"--log-file={here}/munged.log"]
         quietly("munged", *munged)
+        self._launch_database()
         quietly("slurmctld", "-c")
         quietly("slurmd")
 
+    def _launch_database(self) -> None:
+        here = self.folder
+        mariadb = ["--no-defaults", "--user=root", f"--datadir={here}/database"]
+        quietly("mariadb-install-db", *mariadb, "--skip-test-db")
+        mariadb += [f"--socket={here}/mariadb.socket", "--skip-networking", f"--pid-file={here}/mariadbd.pid"]
+        mariadb += [f"--log-error={here}/mariadbd.log"]
+        silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.Popen([shutil.which("mariadbd", path=PATH), *mariadb], start_new_session=True, **silent)
+        quietly("slurmdbd", MYSQL_UNIX_PORT=f"{here}/mariadb.socket")
+        if not wait_for(lambda: output("sacctmgr", "--noheader", "show", "stats"), 30):
+            raise RuntimeError("slurmdbd does not answer\n" + self._logs())
+        for words in ("cluster " + NAME, "account project", "qos urgent", "user root account=project"):
+            quietly("sacctmgr", "--immediate", "add", *words.split())
+        quietly("sacctmgr", "--immediate", "modify", "user", "root", "set", "qos+=urgent")
+
     def _wait_until_idle(self) -> None:
         if not wait_for(lambda: output("sinfo", "--noheader", "--format=%T", "--partition=main") == "idle", 30):
-            logs = [(self.folder / f"{daemon}.log") for daemon in DAEMONS]
-            tails = [f"{log.name}:\n{log.read_text()[-1500:]}" for log in logs if log.exists()]
-            raise RuntimeError("the node did not become idle\n" + "\n".join(tails))
+            raise RuntimeError("the node did not become idle\n" + self._logs())
+
+    def _logs(self) -> str:
+        logs = [(self.folder / f"{daemon}.log") for daemon in DAEMONS]
+        return "\n".join(f"{log.name}:\n{log.read_text()[-1500:]}" for log in logs if log.exists())
 
 
 def refuse_where_it_cannot_run() -> None:
     """Raise CannotRun unless this is Debian or Ubuntu, we are root, and there is no Slurm that is not ours."""
     if os.geteuid() != 0:
         raise CannotRun("starting Slurm's daemons takes root")
-    for name in ("slurm.conf", "gres.conf"):
+    for name in CONFIGURATION:
         folder = owner(ETC / name)
         if folder == "":
             raise CannotRun(f"{ETC / name} is there and not of a test cluster: this machine belongs to a cluster")
@@ -262,10 +322,10 @@ def output(*command: str) -> str:
     return done.stdout.strip()
 
 
-def quietly(*command: str) -> None:
+def quietly(*command: str, **variables: str) -> None:
     """Run; what it says is in the exception, if it fails."""
     # RUNLEVEL: the services of installed packages are not started
-    environment = os.environ | {"PATH": PATH, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+    environment = os.environ | {"PATH": PATH, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"} | variables
     subprocess.run(command, check=True, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
 
 

@@ -20,8 +20,8 @@ RUNS = Path("results/smoke/runs")
 COMPUTED = ["runs/**/*.safetensors", "runs/**/log.jsonl", "runs/**/metrics.json", "runs/**/examples.parquet"]
 """Of a study's folder, the files that hold what was computed; the tables come besides, and no file of costs does."""
 
-# The cluster has no accounting. Jobs take seconds here, so their state is asked for soon.
-TESTING = ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "1"]
+# Jobs take seconds here, so their state is asked for soon.
+TESTING = ["--slurm-init-seconds-before-status-checks", "1"]
 
 
 class Clone:

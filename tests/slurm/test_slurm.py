@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import CannotRun, Cluster, name_of, owner, processes_of_jobs, wait_for
+from cluster import DAEMONS, CannotRun, Cluster, name_of, owner, processes_of_jobs, wait_for
 from harness import RUNS, Clone, Watcher, jobs, until
 
 pytest.importorskip("snakemake_executor_plugin_slurm")
@@ -58,7 +58,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def daemons() -> set[str]:
     names = {name_of(path.name) for path in Path("/proc").glob("[0-9]*")}
-    return names & {"slurmctld", "slurmd", "slurmstepd", "munged"}
+    return names & {"slurmstepd", *DAEMONS}
 
 
 @pytest.fixture(scope="session")
@@ -111,6 +111,8 @@ def disturbed(local: Clone, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         if name == "memory":
             clone.change_profile("mem_mb: 32000 * attempt", "mem_mb: 1500 * attempt")
             clone.change_profile("# gpu_model: ", "gpu_model: ")
+        if name == "sacct":
+            clone.change_profile("slurm-status-command: squeue", "slurm-status-command: sacct")
         found[name] = Training(clone)
         fault(found[name])
     yield found
@@ -120,6 +122,7 @@ def disturbed(local: Clone, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 FAULTS = {
     "fails": lambda training: os.kill(training.pid, signal.SIGKILL),
+    "sacct": lambda training: os.kill(training.pid, signal.SIGKILL),  # and Slurm is asked by sacct
     "cancelled": lambda training: slurm("scancel", training.job),
     "memory": lambda training: os.kill(training.pid, signal.SIGUSR1),  # in_every_job.py: it takes 2 GiB more
     "requeued": lambda training: slurm("scontrol", "requeue", training.job),
@@ -207,26 +210,27 @@ def test_jobs_ask_for_what_the_profile_says(submitted: tuple[Clone, Watcher]):
 
 
 def test_what_stands_in_the_profile_as_a_comment(fresh: Clone, local: Clone):
-    """Each `#` taken off: three reward models as one array job, a GPU by --gres, everything that a cluster may want.
-
-    Not the account: without accounting, there is none.
-    """
+    """Each `#` taken off: three reward models as one array job, a GPU by --gres, everything that a cluster may want."""
     fresh.change_profile("\n    gpu: 1\n", "\n")
     for line in (
         "    # gres: ",
         "  # slurm_partition: ",
+        "  # slurm_account: ",
+        "  # qos: ",
         "  # constraint: ",
         "  # slurm_extra: ",
         "# slurm-array-jobs: ",
     ):
         fresh.change_profile(line, line.replace("# ", ""))
+    fresh.change_profile("qos: normal", "qos: urgent")  # a job that asks for none has the normal one
     with Watcher() as watch:
         fresh.run(*SMALL, "stages=[rm]", "--", "tables")
     trained = fresh.jobs("train_rm")
     assert (len(trained), len({job["ArrayJobId"] for job in trained})) == (3, 1)
     assert Counter(job["rule"] for job in fresh.jobs()) == {"train_rm": 3, "evaluate": 3}
-    names = ("JOB_GRES", "Partition", "Features", "Nice")
-    assert {tuple(job[name] for name in names) for job in fresh.jobs()} == {("gpu:a100:1", "gpu", "a100", "100")}
+    names = ("JOB_GRES", "Partition", "Account", "QOS", "Features", "Nice")
+    asked = {tuple(job[name] for name in names) for job in fresh.jobs()}
+    assert asked == {("gpu:a100:1", "gpu", "project", "urgent", "a100", "100")}
     seen = {told["SLURM_JOB_ID"]: told["CUDA_VISIBLE_DEVICES"] for told in fresh.seen()}
     assert seen == {job["JobId"]: watch.devices[job["JobId"]] for job in fresh.jobs()}
     runs = {name: digest for name, digest in fresh.computed().items() if name.startswith("runs/")}
@@ -262,6 +266,14 @@ def test_a_job_that_fails_is_submitted_anew(disturbed: dict[str, Training], undi
     check(training.clone, undisturbed, "FAILED", "COMPLETED")
 
 
+def test_a_job_that_fails_is_submitted_anew_where_sacct_is_asked(
+    disturbed: dict[str, Training], undisturbed: dict[str, str]
+):
+    training = disturbed["sacct"]
+    training.ends()
+    check(training.clone, undisturbed, "FAILED", "COMPLETED")
+
+
 def test_a_job_that_is_cancelled_is_submitted_anew(disturbed: dict[str, Training], undisturbed: dict[str, str]):
     training = disturbed["cancelled"]
     training.ends()
@@ -290,6 +302,26 @@ def test_a_job_that_is_requeued_goes_on(disturbed: dict[str, Training], undistur
     training.ends()
     assert [job["Restarts"] for job in training.clone.jobs("train_rm")] == ["1"]
     check(training.clone, undisturbed, "COMPLETED")
+
+
+def test_a_job_that_is_preempted_goes_on(fresh: Clone, undisturbed: dict[str, str]):
+    """One of a partition that goes first takes both GPUs for a moment."""
+    training = Training(fresh)
+    urgent = ["--partition=urgent", "--gpus=2", "--mem=100M", "--output=/dev/null", "--chdir=/", "--wrap=sleep 2"]
+    slurm("sbatch", *urgent)
+    training.ends()
+    (other,) = [job for job in jobs() if job["Partition"] == "urgent"]
+    assert other["JobState"] == "COMPLETED"
+    assert [job["Restarts"] for job in fresh.jobs("train_rm")] == ["1"]
+    check(fresh, undisturbed, "COMPLETED")
+
+
+def test_a_job_that_fails_where_there_is_no_accounting(cluster: Cluster, fresh: Clone, undisturbed: dict[str, str]):
+    with cluster.without_accounting():
+        training = Training(fresh)
+        os.kill(training.pid, signal.SIGKILL)
+        training.ends()
+        check(fresh, undisturbed, "FAILED", "COMPLETED")
 
 
 def test_a_node_that_goes_down_and_comes_back(fresh: Clone, undisturbed: dict[str, str]):
@@ -428,7 +460,7 @@ def test_the_cluster_of_someone_else_is_left_alone(cluster: Cluster, tmp_path: P
     """Recognised by its configuration, or else by its daemons: here, ours, whose configuration is out of sight."""
     monkeypatch.setattr("cluster.ETC", tmp_path)
     other = Cluster(tmp_path / "other")
-    with pytest.raises(CannotRun, match=r"slurm(ctl)?d runs \(process \d+\), and is of no test cluster"):
+    with pytest.raises(CannotRun, match=r"slurm(ctl|db)?d runs \(process \d+\), and is of no test cluster"):
         other.start()
     (tmp_path / "slurm.conf").write_text("ClusterName=production\n")
     with pytest.raises(CannotRun, match="this machine belongs to a cluster"):
