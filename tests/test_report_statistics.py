@@ -1,10 +1,13 @@
 """Intervals over seeds, against hand-derived numbers and tabulated quantiles."""
 
+import itertools
 import math
+from math import comb
 
+import numpy as np
 import pytest
 
-from discobeta.report.statistics import mean_ci, student_t, wilson
+from discobeta.report.statistics import bootstrap, holm, mean_ci, sign_flip_p, student_t, wilson
 
 
 def test_two_seeds_have_the_quantile_of_one_degree_of_freedom():
@@ -44,3 +47,57 @@ def test_wilson_interval_of_no_success_ends_at_z2_over_n_plus_z2():
     # 3.8415 / 13.8415
     assert wilson(0, 10) == (pytest.approx(0, abs=1e-12), pytest.approx(0.27753, abs=1e-5))
     assert wilson(10, 10) == (pytest.approx(1 - 0.27753, abs=1e-5), pytest.approx(1, abs=1e-12))
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        ([1.0], 1),
+        ([1.0, 2.0], 2 / 4),
+        ([1.0, 2.0, 3.0], 2 / 8),
+        ([-1.0, -2.0, -3.0, -0.5, -0.25], 2 / 32),
+        ([0.1] * 6, 2 / 64),  # the first number of seeds that can be below 0.05
+        ([3.0, -1.0, 1.0], 6 / 8),  # |sum| is 3; 5, 3, 3, 1 and their negatives are possible
+        ([0.0, 0.0, 0.0], 1),
+        ([0.3, -0.1, -0.2], 1),  # the sum is zero but for rounding
+    ],
+)
+def test_sign_flips_are_counted_exactly(differences, p):
+    assert sign_flip_p(differences) == p
+    assert sign_flip_p([-d for d in differences]) == p
+
+
+def test_sign_flips_of_unequal_numbers_are_all_tried():
+    differences = np.random.default_rng(3).normal(0.4, 1, size=9)
+    sums = [abs(np.dot(signs, differences)) for signs in itertools.product([1, -1], repeat=9)]
+    assert sign_flip_p(differences) == np.mean(np.array(sums) >= abs(differences.sum()) - 1e-12)
+
+
+def test_sign_flips_of_many_numbers_are_drawn():
+    """16 of 21 equal differences are positive: twice the binomial tail. 5 standard errors of 2^20 draws."""
+    p = 2 * sum(comb(21, k) for k in range(6)) / 2**21
+    assert sign_flip_p([1.0] * 16 + [-1.0] * 5) == pytest.approx(p, abs=5 * math.sqrt(p / 2**20))
+    assert sign_flip_p([1.0] * 40) == pytest.approx(1 / (2**20 + 1))  # 2^-39; no draw can be as extreme
+
+
+def test_no_difference_has_no_p():
+    assert math.isnan(sign_flip_p([]))
+
+
+def test_holm_multiplies_the_smallest_by_all_and_the_largest_by_one():
+    # 0.005 * 4, 0.01 * 3, 0.03 * 2, and 0.04 * 1 is raised to what the one before it has
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.5]) == [1, 1]
+    with_a_gap = holm([0.01, math.nan, 0.02])
+    assert with_a_gap[::2] == pytest.approx([0.02, 0.02])
+    assert math.isnan(with_a_gap[1])
+
+
+def test_bootstrap_of_many_is_the_normal_interval_and_of_few_there_is_none():
+    values = np.random.default_rng(5).normal(3, 2, size=400)
+    half_width = 1.96 * values.std() / math.sqrt(400)
+    # 10,000 resamples place a 2.5 % quantile within 4 % of the half-width (5 standard errors)
+    low, high = bootstrap(values.tolist())
+    assert (low, high) == pytest.approx((values.mean() - half_width, values.mean() + half_width), abs=0.06 * half_width)
+    assert all(map(math.isnan, bootstrap([1, 2, 3, 4, 5])))
+    assert bootstrap([1.0] * 6) == (1, 1)

@@ -252,8 +252,8 @@ def test_figures_of_each_stage():
     figures = {stage: Study(settings()).figures_of(stage) for stage in ("rm", "dpo", "ppo")}
     assert figures == {
         "rm": ["learning-curves", "reliability"],
-        "dpo": ["learning-curves", "reliability"],
-        "ppo": ["learning-curves", "reward-by-noise"],  # no pairs, so no calibration
+        "dpo": ["learning-curves", "reliability", "interaction"],
+        "ppo": ["learning-curves", "reward-by-noise", "interaction"],  # no pairs, so no calibration
     }
     assert Study(fixed()).figures_of("ppo") == ["learning-curves"]  # nobody knows the noise
 

@@ -127,7 +127,7 @@ def test_the_figures_that_are_expected_are_those_that_are_drawn(tmp_path: Path):
     done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"])
     (files,) = re.findall(r"^(?:local)?rule figures:\n    input: .*\n    output: (.*)$", done.stdout, re.MULTILINE)
     names = {f"{name}-{stage}" for stage in ("rm", "dpo") for name in ("learning-curves", "reliability")}
-    names |= {"learning-curves-ppo", "reward-by-noise-ppo"}
+    names |= {"learning-curves-ppo", "reward-by-noise-ppo", "interaction-dpo", "interaction-ppo"}
     expected = {f"results/smoke/figures/{name}.{ending}" for name in names for ending in ("svg", "pdf", "png")}
     assert set(files.split(", ")) == expected
 
@@ -135,8 +135,8 @@ def test_the_figures_that_are_expected_are_those_that_are_drawn(tmp_path: Path):
 def test_every_table_and_figure_of_the_report_has_a_caption():
     captions = {path.stem for path in (ROOT / "workflow" / "report").glob("*.rst")}
     assert captions == {
-        "workflow", "stage", "neutrality", "cost", "metrics",
-        "learning-curves", "learning-curves-ppo", "reliability", "reward-by-noise",
+        "workflow", "stage", "effects", "comparisons", "neutrality", "cost", "metrics",
+        "learning-curves", "learning-curves-ppo", "reliability", "interaction", "reward-by-noise",
     }  # fmt: skip
 
 

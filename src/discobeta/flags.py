@@ -134,6 +134,9 @@ class Arm:
 
 ARMS = tuple(Arm.from_states(disco, beta) for disco, beta in itertools.product(State, State))
 
+CORNERS = tuple(arm for arm in ARMS if not arm.is_idle)
+"""The 2x2 design of the uses: baseline, dynamic beta, Disco, both."""
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -17,7 +17,7 @@ from typing import Any
 
 from discobeta.config import RunConfig, parse_overrides, read_yaml
 from discobeta.errors import UserError
-from discobeta.flags import ARMS, FLAGS, STAGES, Arm, State
+from discobeta.flags import ARMS, CORNERS, FLAGS, STAGES, Arm, State
 
 KEYS = [
     "study",
@@ -237,9 +237,12 @@ class Study:
 
     def figures_of(self, stage: str) -> list[str]:
         """The figures that the report makes of a stage, without the `-<stage>` that their files end in."""
-        if stage != "ppo":
-            return ["learning-curves", "reliability"]
-        return ["learning-curves", *(["reward-by-noise"] if self.world else [])]
+        if stage == "ppo":
+            names = ["learning-curves", *(["reward-by-noise", "interaction"] if self.world else [])]
+        else:
+            names = ["learning-curves", "reliability", "interaction"]
+        without = set() if set(CORNERS) <= set(self.arms_of(stage)) else {"interaction"}
+        return [name for name in names if name not in without]
 
     # --- what the runs share
 

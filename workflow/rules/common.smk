@@ -40,7 +40,7 @@ if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
 shell.prefix(f"export {EXPORTS}; ")
 
 ENVIRONMENT = f"../../envs/{config.get('environment', 'cpu')}.yaml"
-TABLE_NAMES = [*study.stages, "neutrality", "cost"]
+TABLE_NAMES = [*study.stages, "effects", "comparisons", "neutrality", "cost"]
 FIGURE_NAMES = [(name, stage) for stage in study.stages for name in study.figures_of(stage)]
 LOGS = study.directory / "logs"
 RUN = study.directory / "runs"
@@ -71,6 +71,7 @@ TRAINING = [
     "data/batches",
     "stages/__init__",
 ]
+REPORT = ["collect", "measures", "statistics"]
 MODULES = {
     "world_corpus": ["world", "seeds"],
     "world_pairs": ["world", "seeds", "generation"],
@@ -81,8 +82,8 @@ MODULES = {
     "dpo": ["stages/dpo", "reference", *TRAINING],
     "ppo": ["stages/ppo", "chain", "stages/rm", "reward", "generation", *TRAINING],
     "evaluate": ["evaluate", "metrics", "generation", "reward"],
-    "tables": ["report/collect", "report/neutrality", "report/render", "report/statistics", "report/tables"],
-    "figures": ["report/collect", "report/figures", "report/statistics", "metrics"],
+    "tables": [f"report/{name}" for name in [*REPORT, "effects", "neutrality", "render", "tables"]],
+    "figures": [*(f"report/{name}" for name in [*REPORT, "figures"]), "metrics"],
 }
 
 

@@ -1,4 +1,4 @@
-"""The figures of a study: learning curves, reliability diagrams, reward by noise, as PDF, SVG and PNG.
+"""The figures of a study: learning curves, reliability, interaction, reward by noise, as PDF, SVG and PNG.
 
 Idle arms compute what their twins compute, so arms are told apart by what they use; an idle arm is
 drawn as a thin dashed line, which lies on its twin's unless something is wrong.
@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from discobeta.files import replacing
-from discobeta.flags import Arm, State
+from discobeta.flags import CORNERS, Arm, State
 from discobeta.metrics import reliability
 from discobeta.report.collect import describe_missing, is_trained, provenance_line, read_if_there
+from discobeta.report.measures import COMPARED, METRICS, TESTED
 from discobeta.report.statistics import wilson
 from discobeta.study import Run, Study
 
@@ -66,7 +67,12 @@ IDLE = {"color": "black", "linewidth": 0.7, "linestyle": (0, (1.5, 4)), "zorder"
 
 def write(study: Study) -> None:
     """The figures of every stage (`study.figures_of`), into `study.directory`/figures."""
-    draw = {"learning-curves": learning_curves, "reliability": reliability_diagram, "reward-by-noise": reward_by_noise}
+    draw = {
+        "learning-curves": learning_curves,
+        "reliability": reliability_diagram,
+        "interaction": interaction,
+        "reward-by-noise": reward_by_noise,
+    }
     for stage in study.stages:
         for name in study.figures_of(stage):
             save(draw[name](study, stage), study.directory / "figures" / f"{name}-{stage}")
@@ -318,6 +324,54 @@ def draw_bins(upper: Axes, lower: Axes, runs: list[Run], colour: str, mark: str)
     lines = [f"ECE {np.mean(known):.3f}"] if known else []
     lines += [f"{len(probability):,} pairs", *([mark.strip(" ()")] if mark else [])]
     upper.text(0.05, 0.97, "\n".join(lines), transform=upper.transAxes, va="top", fontsize=6.5)
+
+
+# --- interaction
+
+
+def interaction(study: Study, stage: str) -> Figure:
+    """What dynamic beta changes without Disco and with it, as differences to the baseline of the same seed.
+
+    A panel for each metric that the hypotheses are about. Thin lines are the seeds that have all four arms, thick ones
+    their means; the open diamond is where both together would be if the two ideas added up.
+    """
+    runs = [run for run in study.runs() if run.stage == stage and run.arm in CORNERS and not run.proof]
+    measured = {run: read_if_there(run.directory / "metrics.json") for run in runs}
+    tested = [name for name in COMPARED[stage] if name in TESTED]
+    names = [name for name in tested if any(name in values for values in measured.values())] or tested[:1]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(COLUMN, 0.9 + 1.9 * len(names)), layout="constrained")
+        for axes, name in zip(figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0], names, strict=True):
+            points = [(run.seed, run.arm, values[name]) for run, values in measured.items() if name in values]
+            draw_interaction(axes, pd.DataFrame(points, columns=["seed", "arm", "value"]), len(study.seeds))
+            axes.set_ylabel(f"{METRICS[name].words} minus\nthe baseline's")
+        axes.set_xticks([0, 1], ["fixed β", "dynamic β (LeDPO)"])
+        axes.set_xlim(-0.25, 1.25)
+        figure.align_ylabels()
+        handles, texts = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, texts, loc="outside upper center", ncols=3, handlelength=1.8, columnspacing=1.2)
+        footer(figure, study, runs)
+    return figure
+
+
+def draw_interaction(axes: Axes, points: pd.DataFrame, n_seeds: int) -> None:
+    axes.axhline(0, color=FAINT, linewidth=0.6)
+    axes.grid(axis="x", visible=False)
+    values = points.pivot(index="seed", columns="arm", values="value").reindex(columns=CORNERS).dropna()
+    baseline, ledpo, disco, both = CORNERS
+    values = values.sub(values[baseline], axis=0)
+    mark = seeds_mark(len(values), n_seeds)
+    for label, fixed, dynamic in (("Without Disco", baseline, ledpo), ("With Disco" + mark, disco, both)):
+        colour = look(fixed)[1]
+        for _, seed in values.iterrows():
+            axes.plot([0, 1], [seed[fixed], seed[dynamic]], color=colour, linewidth=0.5, alpha=0.5)
+        mean = values[[fixed, dynamic]].mean()
+        axes.plot([0, 1], mean, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
+    added_up = values[disco].mean() + values[ledpo].mean()
+    diamond = {"marker": "D", "markersize": 5, "markerfacecolor": "white", "zorder": 5}
+    axes.plot(1, added_up, color=look(disco)[1], linestyle="none", label="if they added up", **diamond)
+    if values.empty:
+        say_missing(axes)
 
 
 # --- reward by noise

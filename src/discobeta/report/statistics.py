@@ -6,6 +6,11 @@ import math
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
+
+EXACT = 20  # differences: of more, not all signs are tried
+BOOTSTRAP_FROM = 6  # values
+
 
 def mean_ci(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """Mean and half-width of its confidence interval, mean(x) +- t * s / sqrt(n).
@@ -50,3 +55,50 @@ def wilson(successes: float, trials: int, z: float = 1.959964) -> tuple[float, f
     centre = (p + z * z / (2 * trials)) / shrink
     half_width = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials)) / shrink
     return centre - half_width, centre + half_width
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Two-sided p of the sign-flip test that paired differences are symmetric about zero (Fisher 1935).
+
+    The share of the 2^n ways to choose their signs whose |sum| is at least the observed one: exact, and never
+    below 2^(1-n). From more than 20 differences, 2^20 ways are drawn and the observed one is counted in. NaN of none.
+    """
+    if not len(differences):
+        return math.nan
+    observed = abs(math.fsum(differences)) * (1 - 1e-9)  # sums of the same numbers differ in their last bits
+    if len(differences) <= EXACT:
+        sums = np.zeros(1)
+        for value in differences:
+            sums = np.concatenate([sums + value, sums - value])
+        return float(np.mean(np.abs(sums) >= observed))
+    signs = np.random.default_rng(0)
+    sums = np.zeros(2**EXACT)
+    for value in differences:
+        sums += value * signs.choice([-1.0, 1.0], size=sums.shape)
+    return float((np.sum(np.abs(sums) >= observed) + 1) / (len(sums) + 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for being several (Holm 1979): the i-th smallest of m times m - i + 1, made monotone.
+
+    Rejecting what is below alpha then errs anywhere in the family with probability alpha at most. A NaN is no test.
+    """
+    tests = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
+    adjusted, least = [math.nan] * len(p_values), 0.0
+    for rank, (p, place) in enumerate(tests):
+        least = max(least, min(1.0, p * (len(tests) - rank)))
+        adjusted[place] = least
+    return adjusted
+
+
+def bootstrap(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean (Efron 1979), from 10,000 resamples.
+
+    NaN of fewer than 6 values, where it is much too narrow (of two it is at most the span between them).
+    """
+    if len(values) < BOOTSTRAP_FROM:
+        return math.nan, math.nan
+    values = np.asarray(values)
+    draws = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

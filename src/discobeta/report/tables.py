@@ -1,15 +1,15 @@
-"""The tables of a study: one per stage, neutrality, cost.
+"""The tables of a study: one per stage, effects and comparisons (effects.py), neutrality, cost.
 
 No value is set in bold. Seeds are shared across arms, so arms differ by less than the intervals of
 their means suggest, and by chance more often than a bold best value suggests: whether two arms
-differ is a question for paired differences, which these tables do not hold.
+differ is a question for paired differences, which the tables of effects and comparisons hold.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -26,54 +26,12 @@ from discobeta.report.collect import (
     provenance_line,
     read_if_there,
 )
+from discobeta.report.effects import comparisons_table, effects_table
+from discobeta.report.measures import METRICS, PANELS, Metric
 from discobeta.report.neutrality import EQUAL, OUTCOMES, files_of, verdict
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, number, yes_no
 from discobeta.report.statistics import mean_ci
 from discobeta.study import Run, Study
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a number of metrics.json is printed."""
-
-    name: str
-    header: str
-    decimals: int
-    better: str = ""  # ↑ if higher is better, ↓ if lower, nothing if it is neither
-
-    def column(self) -> Column:
-        header = f"{self.header}\u00a0{self.better}" if self.better else self.header
-        return Column(header, lambda row: estimate(row, self.name, self.decimals))
-
-
-PANELS = {
-    "predictions": [
-        Metric("accuracy", "Accuracy", 3, "↑"),
-        Metric("nll", "NLL", 4, "↓"),
-        Metric("excess_nll", "Excess\nNLL", 4, "↓"),
-        Metric("brier", "Brier", 4, "↓"),
-        Metric("ece", "ECE", 3, "↓"),
-    ],
-    "heads": [
-        Metric("sigma_spearman", "ρ(σ, true σ)", 3, "↑"),
-        Metric("mean_log_sigma", "Mean\nlog σ/σ₀", 3),
-        Metric("sd_log_sigma", "SD of\nlog σ/σ₀", 3),
-        Metric("mean_log_s", "Mean\nlog s", 3),
-        Metric("sd_log_s", "SD of\nlog s", 3),
-        Metric("log_s_noise", "r(log s,\nnoise)", 3),
-        Metric("log_s_familiarity", "r(log s,\nfamiliarity)", 3),
-    ],
-    "policy": [
-        Metric("kl_per_sequence", "KL to\nreference", 3),
-        Metric("reward_gain", "Reward\ngain (sd)", 3, "↑"),
-        Metric("true_reward", "True\nreward", 3, "↑"),
-        Metric("win_rate", "Win rate", 3, "↑"),
-        Metric("well_formed", "Well\nformed", 3, "↑"),
-        Metric("response_length", "Tokens per\nresponse", 1),
-        Metric("eos_rate", "Ended", 3, "↑"),
-    ],
-}
-"""Metrics by the question that they answer, in the order of the columns."""
 
 CAPTIONS = {
     "predictions": "how well held-out preferences are predicted",
@@ -92,7 +50,7 @@ JUDGES = (
     "of the latter. The arm's own reward model is the judge, and the arms with and without a used Disco Head have two "
     "different ones: compare gains within one of the two groups, and across them the true reward, where it is known."
 )
-METRICS = [metric.name for metrics in PANELS.values() for metric in metrics] + list(LANDMARKS)
+MEASURED = [*METRICS, *LANDMARKS]
 STAGE_NAMES = {
     "rm": "Reward models (rm)",
     "dpo": "Direct preference optimisation (dpo)",
@@ -103,7 +61,7 @@ FIRST_PANEL = {"rm": "predictions", "dpo": "predictions", "ppo": "policy"}
 
 
 def write(study: Study) -> None:
-    """metrics.csv, a table per stage, neutrality, cost, and the config that the digest is of."""
+    """metrics.csv, a table per stage, effects, comparisons, neutrality, cost, and the config of the digest."""
     directory = study.directory / "tables"
     metrics = collect(study)
     proofs = neutrality_frame(study)
@@ -111,6 +69,8 @@ def write(study: Study) -> None:
     write_text(directory / "metrics.csv", metrics.to_csv(index=False))
     for stage in study.stages:
         stage_table(study, stage, metrics, proofs).write(directory)
+    effects_table(study, metrics).write(directory)
+    comparisons_table(study, metrics).write(directory)
     neutrality_table(study, proofs).write(directory)
     cost_table(study).write(directory)
 
@@ -124,7 +84,7 @@ def stage_table(study: Study, stage: str, metrics: pd.DataFrame, proofs: pd.Data
     metrics, proofs = metrics[metrics.stage == stage], proofs[proofs.stage == stage]
     frame = pd.DataFrame([_cell_row(study, cell, runs, metrics, proofs) for cell in grid((stage,))])
     measured = set(metrics.metric)
-    frame = frame.drop(columns=[c for m in METRICS if m not in measured for c in (m, f"{m}_ci95", f"{m}_n")])
+    frame = frame.drop(columns=[c for m in MEASURED if m not in measured for c in (m, f"{m}_ci95", f"{m}_n")])
     which = [Column(flag, lambda row, flag=flag: yes_no(row[flag]), is_number=False) for flag in FLAGS] + [
         Column("Status", lambda row: row["status"].replace("same-as", "same as"), is_number=False),
         Column("Arm", lambda row: row["arm"] or NOTHING, is_number=False),
@@ -134,15 +94,15 @@ def stage_table(study: Study, stage: str, metrics: pd.DataFrame, proofs: pd.Data
     panels = [
         Panel(
             f"{STAGE_NAMES[stage]}: {CAPTIONS[name]}. {_interval_note(frame)}",
-            which + [metric.column() for metric in PANELS[name] if metric.name in measured],
+            which + [_column(metric) for metric in PANELS[name] if metric.name in measured],
             label=name,
         )
         for name in dict.fromkeys([first, *PANELS])
         if name == first or any(metric.name in measured for metric in PANELS[name])
     ]
     notes = [
-        "Seeds are shared across arms (data, initialisation, order): compare arms by paired differences, "
-        "not by whether two intervals overlap. No value is marked as best."
+        "Seeds are shared across arms (data, initialisation, order): compare arms by their paired differences (tables "
+        "effects and comparisons), not by whether two intervals overlap. No value is marked as best."
     ]
     if "reward_gain" in measured:
         notes.append(JUDGES)
@@ -178,7 +138,7 @@ def _cell_row(study: Study, cell: Cell, runs: list[Run], metrics: pd.DataFrame, 
     row |= {"status": status, "arm": cell.arm or "", "shown": shown or "", "reason": cell.reason}
     row |= {"n_seeds": len(runs) - len(missing), "n_expected": len(runs), "missing_seeds": " ".join(map(str, missing))}
     metrics = metrics[metrics.arm == shown]
-    for name in METRICS:
+    for name in MEASURED:
         values = metrics.value[metrics.metric == name].tolist()
         row[name], row[f"{name}_ci95"] = mean_ci(values)
         row[f"{name}_n"] = len(values)
@@ -195,6 +155,10 @@ def _proved(study: Study, proofs: pd.DataFrame) -> tuple[str, str | None]:
     equal = results.count(EQUAL)
     of_seeds = "" if equal == len(results) else f"; {equal} of {len(results)} seeds"
     return f"proved = {twin} ({study.proof_text(proofs.stage.iloc[0])}{of_seeds})", twin
+
+
+def _column(metric: Metric) -> Column:
+    return Column(metric.header, lambda row: estimate(row, metric.name, metric.decimals))
 
 
 def estimate(row: Row, name: str, decimals: int) -> str:

@@ -1,0 +1,213 @@
+"""What the two ideas do: differences between arms of the same seed, and what seeds say of them.
+
+The arms without idle heads are a 2x2 factorial design: Disco used or not, dynamic beta (LeDPO) used or not. With
+the mean y of a metric in them, written y_00 (baseline), y_10 (Disco), y_01 (LeDPO) and y_11 (both):
+
+    Disco          ((y_10 - y_00) + (y_11 - y_01)) / 2
+    LeDPO          ((y_01 - y_00) + (y_11 - y_10)) / 2
+    interaction    (y_11 - y_01) - (y_10 - y_00)
+
+Each is computed per seed, from runs that share data, initialisation and order, and then summarised over seeds.
+A reward model has no reference, so in rm there are two arms and one effect, y_1 - y_0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from discobeta.flags import CORNERS, Arm
+from discobeta.report.collect import provenance, provenance_line
+from discobeta.report.measures import COMPARED, METRICS, TESTED
+from discobeta.report.render import NOTHING, Column, Panel, Row, Table, number
+from discobeta.report.statistics import BOOTSTRAP_FROM, bootstrap, holm, mean_ci, sign_flip_p
+from discobeta.study import Study
+
+BASELINE, LEDPO, DISCO, BOTH = CORNERS
+
+FACTORIAL = {
+    "Disco": {DISCO: 0.5, BOTH: 0.5, BASELINE: -0.5, LEDPO: -0.5},
+    "LeDPO": {LEDPO: 0.5, BOTH: 0.5, BASELINE: -0.5, DISCO: -0.5},
+    "Disco × LeDPO": {BOTH: 1, BASELINE: 1, DISCO: -1, LEDPO: -1},
+}
+COMPARISONS = {
+    "Disco − baseline": {DISCO: 1, BASELINE: -1},
+    "LeDPO − baseline": {LEDPO: 1, BASELINE: -1},
+    "both − baseline": {BOTH: 1, BASELINE: -1},
+    "both − Disco": {BOTH: 1, DISCO: -1},
+    "both − LeDPO": {BOTH: 1, LEDPO: -1},
+}
+"""Contrast -> the weight of each arm."""
+
+JUDGED_BY_THE_ARM = ("reward_gain",)
+"""Metrics whose unit is that of the arm's reward model: compared where the arms have the same disco state only."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A weighted sum of arms, as it is in one stage."""
+
+    name: str
+    weights: dict[Arm, float]
+
+    def one_judge(self) -> bool:
+        return len({arm.disco for arm in self.weights}) == 1
+
+
+def contrasts(named: dict[str, dict[Arm, float]], study: Study, stage: str) -> list[Contrast]:
+    """Those that the arms of the study allow; arms that are one run in `stage` count as one."""
+    found: dict[tuple, Contrast] = {}
+    for name, weights in named.items():
+        merged: Counter = Counter()
+        for arm, weight in weights.items():
+            merged[arm.trained_as(stage)] += weight
+        merged = Counter({arm: weight for arm, weight in merged.items() if weight})
+        if merged and set(merged) <= set(study.arms_of(stage)):
+            found.setdefault(
+                tuple(sorted((arm.name, weight) for arm, weight in merged.items())), Contrast(name, merged)
+            )
+    return list(found.values())
+
+
+def effects_frame(study: Study, metrics: pd.DataFrame, named: dict[str, dict[Arm, float]]) -> pd.DataFrame:
+    """One row per stage, metric and contrast. `metrics` is `collect`'s."""
+    rows = [
+        {"stage": stage, "metric": metric, "contrast": contrast.name, **_summary(study, values, contrast)}
+        for stage in study.stages
+        for metric in COMPARED[stage]
+        if len(values := metrics[(metrics.stage == stage) & (metrics.metric == metric)])
+        for contrast in contrasts(named, study, stage)
+        if metric not in JUDGED_BY_THE_ARM or contrast.one_judge()
+    ]
+    columns = ["stage", "metric", "contrast", "difference", "ci95", "bootstrap_low", "bootstrap_high"]
+    columns += ["n_seeds", "n_expected", "missing_seeds", "differences"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _summary(study: Study, values: pd.DataFrame, contrast: Contrast) -> dict[str, Any]:
+    there = per_seed(values, contrast)
+    mean, half_width = mean_ci(there.tolist())
+    low, high = bootstrap(there.tolist())
+    missing = [seed for seed in study.seeds if seed not in there.index]
+    return {
+        "difference": mean,
+        "ci95": half_width,
+        "bootstrap_low": low,
+        "bootstrap_high": high,
+        "n_seeds": len(there),
+        "n_expected": len(study.seeds),
+        "missing_seeds": " ".join(map(str, missing)),
+        "differences": there.tolist(),
+    }
+
+
+def per_seed(values: pd.DataFrame, contrast: Contrast) -> pd.Series:
+    """Seed -> the contrast of one metric, for the seeds that have all of its arms."""
+    by_arm = values.pivot(index="seed", columns="arm", values="value")
+    by_arm = by_arm.reindex(columns=[arm.name for arm in contrast.weights]).dropna()
+    difference = by_arm @ pd.Series({arm.name: weight for arm, weight in contrast.weights.items()}, dtype=float)
+    rounding = 1e-12 * by_arm.abs().max(axis=1)  # what is left of the sum of equal numbers is no difference
+    return difference.where(difference.abs() > rounding, 0.0)
+
+
+def effects_table(study: Study, metrics: pd.DataFrame) -> Table:
+    """The factorial effects, tested by sign flips; Holm's correction is over the tests of a stage."""
+    frame = effects_frame(study, metrics, FACTORIAL)
+    tested = frame.metric.isin(TESTED)
+    frame["p"] = [
+        sign_flip_p(values) if test else math.nan for values, test in zip(frame.differences, tested, strict=True)
+    ]
+    frame["p_holm"] = frame.groupby("stage").p.transform(lambda p: holm(p.tolist())) if len(frame) else []
+    n = frame.n_seeds.max() if len(frame) else 0
+    columns = [
+        *_columns("Effect"),
+        Column("p", lambda row: p_value(row["p"])),
+        Column("p (Holm)", lambda row: p_value(row["p_holm"])),
+    ]
+    caption = "What the two ideas do: main effects and interaction of the 2×2 design, paired over seeds."
+    notes = [
+        "Disco and LeDPO: the mean difference that the idea makes, with and without the other. "
+        "Disco × LeDPO: what Disco changes with LeDPO minus what it changes without; zero if the two add up. In rm "
+        "there is Disco alone.",
+        f"p: two-sided sign-flip test of the differences per seed; of {n} seeds it cannot be below "
+        f"{p_value(2.0 ** (1 - n))}. Tested is what the hypotheses are about, NLL and true reward; Holm's correction "
+        "is over the tests of a stage.",
+    ]
+    return _table("effects", study, frame.drop(columns="differences"), caption, columns, notes)
+
+
+def comparisons_table(study: Study, metrics: pd.DataFrame) -> Table:
+    """One arm against another; sums of the factorial effects, so with intervals and without tests of their own."""
+    frame = effects_frame(study, metrics, COMPARISONS).drop(columns="differences")
+    caption = "One arm against another, paired over seeds."
+    notes = ["These are sums of the effects in the table of effects and therefore not tested once more."]
+    if "reward_gain" in set(frame.metric):
+        notes.append("Reward gains are compared where both arms have the same kind of reward model, with Disco or not.")
+    return _table("comparisons", study, frame, caption, _columns("Difference"), notes)
+
+
+def _columns(header: str) -> list[Column]:
+    return [
+        Column("Stage", lambda row: row["stage"], is_number=False),
+        Column("Metric", lambda row: " ".join(METRICS[row["metric"]].header.split("\n")), is_number=False),
+        Column(header, lambda row: row["contrast"], is_number=False),
+        Column("Seeds", lambda row: _count(row)),
+        Column("Mean ± 95 % CI", _estimate),
+        Column("Bootstrap\n95 % CI", _interval),
+    ]
+
+
+def _table(
+    name: str, study: Study, frame: pd.DataFrame, caption: str, columns: list[Column], notes: list[str]
+) -> Table:
+    if frame.empty:
+        notes = ["No two arms of this study differ in what they use and have been measured."]
+    else:
+        notes = [
+            *notes,
+            "Differences per seed are between runs that share data, initialisation and order; ± is the half-width of "
+            f"Student's interval of their mean. The bootstrap (percentiles) is left out below {BOOTSTRAP_FROM} seeds, "
+            "where it is much too narrow. A KL that differs means that other metrics of the policies are not compared "
+            "at equal KL.",
+        ]
+    if missing := _missing(frame):
+        notes.append(f"Missing: {missing}. A seed counts where all arms of a difference are there.")
+    return Table(
+        name, frame, [Panel(caption, columns)], [*notes, provenance_line(study)], provenance(study), ["stage", "metric"]
+    )
+
+
+def _missing(frame: pd.DataFrame) -> str:
+    seeds = frame[frame.missing_seeds != ""].groupby("stage", sort=False).missing_seeds.agg(" ".join)
+    return "; ".join(
+        f"{stage}: seeds {', '.join(sorted(set(texts.split()), key=int))}" for stage, texts in seeds.items()
+    )
+
+
+def _count(row: Row) -> str:
+    n, expected = row["n_seeds"], row["n_expected"]
+    return str(n) if n == expected else f"{n} of {expected}"
+
+
+def _estimate(row: Row) -> str:
+    decimals = METRICS[row["metric"]].decimals
+    text = number(row["difference"], decimals)
+    return text if math.isnan(row["ci95"]) else f"{text} ± {number(row['ci95'], decimals)}"
+
+
+def _interval(row: Row) -> str:
+    if math.isnan(row["bootstrap_low"]):
+        return NOTHING
+    decimals = METRICS[row["metric"]].decimals
+    return f"{number(row['bootstrap_low'], decimals)} to {number(row['bootstrap_high'], decimals)}"
+
+
+def p_value(p: float) -> str:
+    """Two digits that count, at least three decimals."""
+    if math.isnan(p):
+        return NOTHING
+    return f"{p:.3f}" if p >= 0.01 else f"{p:.2g}"

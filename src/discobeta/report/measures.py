@@ -1,0 +1,65 @@
+"""How the numbers of metrics.json are called and printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a number of metrics.json is printed."""
+
+    name: str
+    title: str  # with a line break where a narrow column may have one
+    decimals: int
+    better: str = ""  # ↑ if higher is better, ↓ if lower, nothing if it is neither
+
+    @property
+    def header(self) -> str:
+        return f"{self.title}\u00a0{self.better}" if self.better else self.title
+
+    @property
+    def words(self) -> str:
+        return self.title.replace("\n", " ")
+
+
+PANELS = {
+    "predictions": [
+        Metric("accuracy", "Accuracy", 3, "↑"),
+        Metric("nll", "NLL", 4, "↓"),
+        Metric("excess_nll", "Excess\nNLL", 4, "↓"),
+        Metric("brier", "Brier", 4, "↓"),
+        Metric("ece", "ECE", 3, "↓"),
+    ],
+    "heads": [
+        Metric("sigma_spearman", "ρ(σ, true σ)", 3, "↑"),
+        Metric("mean_log_sigma", "Mean\nlog σ/σ₀", 3),
+        Metric("sd_log_sigma", "SD of\nlog σ/σ₀", 3),
+        Metric("mean_log_s", "Mean\nlog s", 3),
+        Metric("sd_log_s", "SD of\nlog s", 3),
+        Metric("log_s_noise", "r(log s,\nnoise)", 3),
+        Metric("log_s_familiarity", "r(log s,\nfamiliarity)", 3),
+    ],
+    "policy": [
+        Metric("kl_per_sequence", "KL to\nreference", 3),
+        Metric("reward_gain", "Reward\ngain (sd)", 3, "↑"),
+        Metric("true_reward", "True\nreward", 3, "↑"),
+        Metric("win_rate", "Win rate", 3, "↑"),
+        Metric("well_formed", "Well\nformed", 3, "↑"),
+        Metric("response_length", "Tokens per\nresponse", 1),
+        Metric("eos_rate", "Ended", 3, "↑"),
+    ],
+}
+"""Metrics by the question that they answer, in the order of the columns."""
+
+METRICS = {metric.name: metric for metrics in PANELS.values() for metric in metrics}
+
+COMPARED = {
+    "rm": ["nll", "accuracy"],
+    "dpo": ["nll", "accuracy", "true_reward", "kl_per_sequence"],
+    "ppo": ["true_reward", "kl_per_sequence", "reward_gain"],
+}
+"""Stage -> the metrics by which arms are compared, seed by seed."""
+
+TESTED = ("nll", "true_reward")
+"""What the hypotheses of docs/predictions.md are about: only these are tested, and corrected for."""
