@@ -108,8 +108,9 @@ def _summary(study: Study, values: pd.DataFrame, contrast: Contrast) -> dict[str
 def per_seed(values: pd.DataFrame, contrast: Contrast) -> pd.Series:
     """Seed -> the contrast of one metric, for the seeds that have all of its arms."""
     by_arm = values.pivot(index="seed", columns="arm", values="value")
-    by_arm = by_arm.reindex(columns=[arm.name for arm in contrast.weights]).dropna()
-    difference = by_arm @ pd.Series({arm.name: weight for arm, weight in contrast.weights.items()}, dtype=float)
+    weights = pd.Series({arm.name: float(weight) for arm, weight in contrast.weights.items()})
+    by_arm = by_arm.reindex(columns=weights.index).dropna()
+    difference = by_arm.mul(weights).sum(axis=1)
     rounding = 1e-12 * by_arm.abs().max(axis=1)  # what is left of the sum of equal numbers is no difference
     return difference.where(difference.abs() > rounding, 0.0)
 
