@@ -198,6 +198,7 @@ class Cluster:
         mariadb += [f"--log-error={here}/mariadbd.log"]
         silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         subprocess.Popen([shutil.which("mariadbd", path=PATH), *mariadb], start_new_session=True, **silent)
+        wait_for((here / "mariadb.socket").exists, 30)
         quietly("slurmdbd", MYSQL_UNIX_PORT=f"{here}/mariadb.socket")
         if not wait_for(lambda: output("sacctmgr", "--noheader", "show", "stats"), 30):
             raise RuntimeError("slurmdbd does not answer\n" + self._logs())

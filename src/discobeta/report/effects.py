@@ -60,16 +60,14 @@ class Contrast:
 
 def contrasts(named: dict[str, dict[Arm, float]], study: Study, stage: str) -> list[Contrast]:
     """Those that the arms of the study allow; arms that are one run in `stage` count as one."""
-    found: dict[tuple, Contrast] = {}
+    found: dict[frozenset, Contrast] = {}
     for name, weights in named.items():
         merged: Counter = Counter()
         for arm, weight in weights.items():
             merged[arm.trained_as(stage)] += weight
         merged = Counter({arm: weight for arm, weight in merged.items() if weight})
         if merged and set(merged) <= set(study.arms_of(stage)):
-            found.setdefault(
-                tuple(sorted((arm.name, weight) for arm, weight in merged.items())), Contrast(name, merged)
-            )
+            found.setdefault(frozenset(merged.items()), Contrast(name, merged))
     return list(found.values())
 
 
@@ -124,6 +122,7 @@ def effects_table(study: Study, metrics: pd.DataFrame) -> Table:
     ]
     frame["p_holm"] = frame.groupby("stage").p.transform(lambda p: holm(p.tolist())) if len(frame) else []
     n = frame.n_seeds.max() if len(frame) else 0
+    least = f"; of {n} seeds it cannot be below {p_value(2.0 ** (1 - n))}" if n else ""
     columns = [
         *_columns("Effect"),
         Column("p", lambda row: p_value(row["p"])),
@@ -134,9 +133,8 @@ def effects_table(study: Study, metrics: pd.DataFrame) -> Table:
         "Disco and LeDPO: the mean difference that the idea makes, with and without the other. "
         "Disco × LeDPO: what Disco changes with LeDPO minus what it changes without; zero if the two add up. In rm "
         "there is Disco alone.",
-        f"p: two-sided sign-flip test of the differences per seed; of {n} seeds it cannot be below "
-        f"{p_value(2.0 ** (1 - n))}. Tested is what the hypotheses are about, NLL and true reward; Holm's correction "
-        "is over the tests of a stage.",
+        f"p: two-sided sign-flip test of the differences per seed{least}. Tested is what the hypotheses are about, NLL "
+        "and true reward; Holm's correction is over the tests of a stage.",
     ]
     return _table("effects", study, frame.drop(columns="differences"), caption, columns, notes)
 
