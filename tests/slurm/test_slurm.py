@@ -120,12 +120,39 @@ def disturbed(local: Clone, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         training.snakemake.kill()
 
 
+def interrupt(training: Training) -> None:
+    """Snakemake cancels its jobs and gives up its lock; the same command is given again."""
+    training.snakemake.send_signal(signal.SIGINT)
+    assert training.snakemake.wait(120) != 0
+    assert wait_for(lambda: state(training.job) == "CANCELLED", 30)
+    training.snakemake = training.clone.start(*ONE_RUN)
+
+
+def kill(training: Training) -> None:
+    training.snakemake.kill()
+    training.snakemake.wait(30)
+
+
+def kill_and_cancel(training: Training) -> None:
+    """Snakemake leaves its lock behind: the same command is refused, and goes on after --unlock."""
+    kill(training)
+    slurm("scancel", training.job)
+    assert wait_for(lambda: state(training.job) == "CANCELLED", 30)
+    assert training.clone.start(*ONE_RUN).wait(120) == 1
+    assert "--unlock" in training.clone.said()
+    training.clone.run("--unlock", *ONE_RUN)
+    training.snakemake = training.clone.start(*ONE_RUN)
+
+
 FAULTS = {
     "fails": lambda training: os.kill(training.pid, signal.SIGKILL),
     "sacct": lambda training: os.kill(training.pid, signal.SIGKILL),  # and Slurm is asked by sacct
     "cancelled": lambda training: slurm("scancel", training.job),
     "memory": lambda training: os.kill(training.pid, signal.SIGUSR1),  # in_every_job.py: it takes 2 GiB more
     "requeued": lambda training: slurm("scontrol", "requeue", training.job),
+    "interrupted": interrupt,
+    "killed": kill_and_cancel,
+    "left": kill,
 }
 
 
@@ -147,7 +174,7 @@ class Training:
         assert not (clone.folder / RUN / "provenance.json").exists()
 
     def ends(self) -> None:
-        """The call of Snakemake that started it succeeds."""
+        """The last call of Snakemake for it succeeds."""
         assert self.snakemake.wait(300) == 0, self.clone.said()[-3000:]
 
 
@@ -159,7 +186,9 @@ def test_results_are_those_of_the_local_executor(local: Clone, submitted: tuple[
     computed = clone.computed()
     assert sum(name.endswith("metrics.json") for name in computed) == 3 + 3 + 3
     assert sum(name.endswith("adapter_model.safetensors") for name in computed) == 3 + 3 + 3
-    assert sum(name.endswith(".csv") for name in computed) == 7  # rm, dpo, ppo, effects, comparisons, neutrality, metrics
+    assert (
+        sum(name.endswith(".csv") for name in computed) == 7
+    )  # rm, dpo, ppo, effects, comparisons, neutrality, metrics
     assert computed == local.computed()
 
 
@@ -304,6 +333,31 @@ def test_a_job_that_is_requeued_goes_on(disturbed: dict[str, Training], undistur
     check(training.clone, undisturbed, "COMPLETED")
 
 
+def test_snakemake_is_interrupted_and_started_again(disturbed: dict[str, Training], undisturbed: dict[str, str]):
+    training = disturbed["interrupted"]
+    training.ends()
+    check(training.clone, undisturbed, "CANCELLED", "COMPLETED")
+
+
+def test_snakemake_is_killed_and_its_job_cancelled(disturbed: dict[str, Training], undisturbed: dict[str, str]):
+    training = disturbed["killed"]
+    training.ends()
+    check(training.clone, undisturbed, "CANCELLED", "COMPLETED")
+
+
+def test_snakemake_is_killed_and_its_job_ends_by_itself(disturbed: dict[str, Training], undisturbed: dict[str, str]):
+    """What it trained counts: only the measuring is left to do."""
+    training = disturbed["left"]
+    assert wait_for(lambda: state(training.job) == "COMPLETED", 120)
+    training.clone.run("--unlock", *ONE_RUN)
+    training.clone.run(*ONE_RUN)
+    assert [(job["rule"], job["JobState"]) for job in training.clone.jobs()] == [
+        ("train_rm", "COMPLETED"),
+        ("evaluate", "COMPLETED"),
+    ]
+    assert training.clone.computed() == undisturbed
+
+
 def test_a_job_that_is_preempted_goes_on(fresh: Clone, undisturbed: dict[str, str]):
     """One of a partition that goes first takes both GPUs for a moment."""
     training = Training(fresh)
@@ -354,45 +408,6 @@ def test_a_node_that_is_drained_and_resumed(fresh: Clone, undisturbed: dict[str,
     assert fresh.computed() == undisturbed
 
 
-def test_snakemake_is_interrupted_and_started_again(fresh: Clone, undisturbed: dict[str, str]):
-    """It cancels its jobs and gives up its lock; the same command goes on."""
-    training = Training(fresh)
-    training.snakemake.send_signal(signal.SIGINT)
-    assert training.snakemake.wait(120) != 0
-    assert wait_for(lambda: state(training.job) == "CANCELLED", 30)
-    fresh.run(*ONE_RUN)
-    check(fresh, undisturbed, "CANCELLED", "COMPLETED")
-
-
-def test_snakemake_is_killed_and_its_job_cancelled(fresh: Clone, undisturbed: dict[str, str]):
-    """It leaves its lock behind: --unlock, then the same command goes on."""
-    training = Training(fresh)
-    training.snakemake.kill()
-    training.snakemake.wait(30)
-    slurm("scancel", training.job)
-    assert wait_for(lambda: state(training.job) == "CANCELLED", 30)
-    assert fresh.start(*ONE_RUN).wait(120) == 1
-    assert "--unlock" in fresh.said()
-    fresh.run("--unlock", *ONE_RUN)
-    fresh.run(*ONE_RUN)
-    check(fresh, undisturbed, "CANCELLED", "COMPLETED")
-
-
-def test_snakemake_is_killed_and_its_job_ends_by_itself(fresh: Clone, undisturbed: dict[str, str]):
-    """What it trained counts: only the measuring is left to do."""
-    training = Training(fresh)
-    training.snakemake.kill()
-    training.snakemake.wait(30)
-    assert wait_for(lambda: state(training.job) == "COMPLETED", 120)
-    fresh.run("--unlock", *ONE_RUN)
-    fresh.run(*ONE_RUN)
-    assert [(job["rule"], job["JobState"]) for job in fresh.jobs()] == [
-        ("train_rm", "COMPLETED"),
-        ("evaluate", "COMPLETED"),
-    ]
-    assert fresh.computed() == undisturbed
-
-
 # --- two live copies of one run
 
 
@@ -401,8 +416,7 @@ def second(fresh: Clone) -> Iterator[tuple[Training, subprocess.Popen]]:
     """Snakemake is killed, its job lives on, held up for now, and a restart has submitted the same run again."""
     training = Training(fresh)
     os.kill(training.pid, signal.SIGSTOP)
-    training.snakemake.kill()
-    training.snakemake.wait(30)
+    kill(training)
     fresh.run("--unlock", *ONE_RUN)
     snakemake = fresh.start(*ONE_RUN)
     until(lambda: len(fresh.seen()) == 2, 120, snakemake, fresh)
