@@ -143,7 +143,10 @@ def comparisons_table(study: Study, metrics: pd.DataFrame) -> Table:
     """One arm against another; sums of the factorial effects, so with intervals and without tests of their own."""
     frame = effects_frame(study, metrics, COMPARISONS).drop(columns="differences")
     caption = "One arm against another, paired over seeds."
-    notes = ["These are sums of the effects in the table of effects and therefore not tested once more."]
+    notes = [
+        "These are sums of the effects in the table of effects and therefore not tested once more; of twenty such "
+        "intervals one excludes zero by chance."
+    ]
     if "reward_gain" in set(frame.metric):
         notes.append("Reward gains are compared where both arms have the same kind of reward model, with Disco or not.")
     return _table("comparisons", study, frame, caption, _columns("Difference"), notes)
