@@ -237,12 +237,14 @@ class Study:
 
     def figures_of(self, stage: str) -> list[str]:
         """The figures that the report makes of a stage, without the `-<stage>` that their files end in."""
-        if stage == "ppo":
-            names = ["learning-curves", *(["reward-by-noise", "interaction"] if self.world else [])]
-        else:
-            names = ["learning-curves", "reliability", "interaction"]
-        without = set() if set(CORNERS) <= set(self.arms_of(stage)) else {"interaction"}
-        return [name for name in names if name not in without]
+        names = ["learning-curves"]
+        if stage != "ppo":
+            names.append("reliability")
+        elif self.world:
+            names.append("reward-by-noise")
+        if set(CORNERS) <= set(self.arms_of(stage)) and (stage != "ppo" or self.world):
+            names.append("interaction")
+        return names
 
     # --- what the runs share
 

@@ -106,18 +106,20 @@ def undisturbed(local: Clone, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def disturbed(local: Clone, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Training]]:
     """Runs to which something has happened in the middle. They end side by side: most of it is Snakemake's waiting."""
     found = {}
-    for name, fault in FAULTS.items():
-        clone = local.copy_without_runs(tmp_path_factory.mktemp(name) / "clone")
-        if name == "memory":
-            clone.change_profile("mem_mb: 32000 * attempt", "mem_mb: 1500 * attempt")
-            clone.change_profile("# gpu_model: ", "gpu_model: ")
-        if name == "sacct":
-            clone.change_profile("slurm-status-command: squeue", "slurm-status-command: sacct")
-        found[name] = Training(clone)
-        fault(found[name])
-    yield found
-    for training in found.values():
-        training.snakemake.kill()
+    try:
+        for name, fault in FAULTS.items():
+            clone = local.copy_without_runs(tmp_path_factory.mktemp(name) / "clone")
+            if name == "memory":
+                clone.change_profile("mem_mb: 32000 * attempt", "mem_mb: 1500 * attempt")
+                clone.change_profile("# gpu_model: ", "gpu_model: ")
+            if name == "sacct":
+                clone.change_profile("slurm-status-command: squeue", "slurm-status-command: sacct")
+            found[name] = Training(clone)
+            fault(found[name])
+        yield found
+    finally:
+        for training in found.values():
+            training.snakemake.kill()
 
 
 def interrupt(training: Training) -> None:
@@ -294,18 +296,13 @@ def test_a_job_that_fails_is_submitted_anew(disturbed: dict[str, Training], undi
     check(training.clone, undisturbed, "FAILED", "COMPLETED")
 
 
-def test_a_job_that_fails_is_submitted_anew_where_sacct_is_asked(
-    disturbed: dict[str, Training], undisturbed: dict[str, str]
-):
-    training = disturbed["sacct"]
-    training.ends()
-    check(training.clone, undisturbed, "FAILED", "COMPLETED")
-
-
-def test_a_job_that_is_cancelled_is_submitted_anew(disturbed: dict[str, Training], undisturbed: dict[str, str]):
-    training = disturbed["cancelled"]
-    training.ends()
-    check(training.clone, undisturbed, "CANCELLED", "COMPLETED")
+@pytest.mark.parametrize(
+    "fault, ended",
+    [("sacct", "FAILED"), ("cancelled", "CANCELLED"), ("interrupted", "CANCELLED"), ("killed", "CANCELLED")],
+)
+def test_a_job_that_ended_too_soon_is_submitted_anew(fault, ended, disturbed: dict[str, Training], undisturbed):
+    disturbed[fault].ends()
+    check(disturbed[fault].clone, undisturbed, ended, "COMPLETED")
 
 
 def test_a_job_that_exceeds_its_memory_gets_more(disturbed: dict[str, Training], undisturbed: dict[str, str]):
@@ -330,18 +327,6 @@ def test_a_job_that_is_requeued_goes_on(disturbed: dict[str, Training], undistur
     training.ends()
     assert [job["Restarts"] for job in training.clone.jobs("train_rm")] == ["1"]
     check(training.clone, undisturbed, "COMPLETED")
-
-
-def test_snakemake_is_interrupted_and_started_again(disturbed: dict[str, Training], undisturbed: dict[str, str]):
-    training = disturbed["interrupted"]
-    training.ends()
-    check(training.clone, undisturbed, "CANCELLED", "COMPLETED")
-
-
-def test_snakemake_is_killed_and_its_job_cancelled(disturbed: dict[str, Training], undisturbed: dict[str, str]):
-    training = disturbed["killed"]
-    training.ends()
-    check(training.clone, undisturbed, "CANCELLED", "COMPLETED")
 
 
 def test_snakemake_is_killed_and_its_job_ends_by_itself(disturbed: dict[str, Training], undisturbed: dict[str, str]):

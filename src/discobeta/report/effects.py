@@ -23,7 +23,7 @@ import pandas as pd
 from discobeta.flags import CORNERS, Arm
 from discobeta.report.collect import provenance, provenance_line
 from discobeta.report.measures import COMPARED, METRICS, TESTED
-from discobeta.report.render import NOTHING, Column, Panel, Row, Table, number
+from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number
 from discobeta.report.statistics import BOOTSTRAP_FROM, bootstrap, holm, mean_ci, sign_flip_p
 from discobeta.study import Study
 
@@ -155,9 +155,9 @@ def comparisons_table(study: Study, metrics: pd.DataFrame) -> Table:
 def _columns(header: str) -> list[Column]:
     return [
         Column("Stage", lambda row: row["stage"], is_number=False),
-        Column("Metric", lambda row: " ".join(METRICS[row["metric"]].header.split("\n")), is_number=False),
+        Column("Metric", lambda row: METRICS[row["metric"]].header.replace("\n", " "), is_number=False),
         Column(header, lambda row: row["contrast"], is_number=False),
-        Column("Seeds", lambda row: _count(row)),
+        Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
         Column("Mean ± 95 % CI", _estimate),
         Column("Bootstrap\n95 % CI", _interval),
     ]
@@ -188,11 +188,6 @@ def _missing(frame: pd.DataFrame) -> str:
     return "; ".join(
         f"{stage}: seeds {', '.join(sorted(set(texts.split()), key=int))}" for stage, texts in seeds.items()
     )
-
-
-def _count(row: Row) -> str:
-    n, expected = row["n_seeds"], row["n_expected"]
-    return str(n) if n == expected else f"{n} of {expected}"
 
 
 def _estimate(row: Row) -> str:

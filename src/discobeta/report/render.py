@@ -144,5 +144,10 @@ def number(value: float, decimals: int) -> str:
     return f"{value:z,.{decimals}f}".replace("-", "−")
 
 
+def count(n: int, expected: int) -> str:
+    """How many of those that should be there are."""
+    return NOTHING if expected == 0 else str(n) if n == expected else f"{n} of {expected}"
+
+
 def yes_no(value: bool) -> str:
     return "yes" if value else "no"

@@ -29,7 +29,7 @@ from discobeta.report.collect import (
 from discobeta.report.effects import comparisons_table, effects_table
 from discobeta.report.measures import METRICS, PANELS, Metric
 from discobeta.report.neutrality import EQUAL, OUTCOMES, files_of, verdict
-from discobeta.report.render import NOTHING, Column, Panel, Row, Table, number, yes_no
+from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number, yes_no
 from discobeta.report.statistics import mean_ci
 from discobeta.study import Run, Study
 
@@ -88,7 +88,7 @@ def stage_table(study: Study, stage: str, metrics: pd.DataFrame, proofs: pd.Data
     which = [Column(flag, lambda row, flag=flag: yes_no(row[flag]), is_number=False) for flag in FLAGS] + [
         Column("Status", lambda row: row["status"].replace("same-as", "same as"), is_number=False),
         Column("Arm", lambda row: row["arm"] or NOTHING, is_number=False),
-        Column("Seeds", lambda row: _count(row["n_seeds"], row["n_expected"])),
+        Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
     ]
     first = FIRST_PANEL[stage]
     panels = [
@@ -187,10 +187,6 @@ def _landmarks(metrics: pd.DataFrame) -> str:
         if len(per_seed):
             texts.append(f"{title} {number(per_seed.mean(), 3)}")
     return ", ".join(texts)
-
-
-def _count(n: int, expected: int) -> str:
-    return NOTHING if expected == 0 else str(n) if n == expected else f"{n} of {expected}"
 
 
 # --- idle = absent
@@ -292,7 +288,7 @@ def cost_table(study: Study) -> Table:
     columns = [
         Column("Stage", lambda row: row["stage"], is_number=False),
         Column("Work", lambda row: row["work"], is_number=False),
-        Column("Jobs", lambda row: _count(row["jobs"], row["jobs_expected"])),
+        Column("Jobs", lambda row: count(row["jobs"], row["jobs_expected"])),
         Column("Seconds\nper job", lambda row: number(row["seconds"], 1)),
         Column("× baseline", lambda row: number(row["times_baseline"], 2)),
         Column("Evaluation,\nseconds per job", lambda row: number(row["evaluation_seconds"], 1)),
