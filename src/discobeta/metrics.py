@@ -12,6 +12,17 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
+EVALUATION_COLUMNS = frozenset(
+    [
+        "row", "source", "nll", "mean_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected",
+        "variance_sum", "sigma_chosen", "sigma_rejected", "log_s", "oracle_probability",
+        "prompt", "response", "reference_response", "length", "ended", "log_ratio", "reward", "reference_reward",
+        "true_reward", "reference_true_reward", "well_formed", "reference_well_formed",
+    ]
+)  # fmt: skip
+"""What an evaluation calls its own columns, of pairs and of sampled responses: the names that a truth column may not
+have. Not among them is `probability`, which a truth may hold and which then stands as `oracle_probability`."""
+
 BINS = 10
 """Equal bins of confidence over [1/2, 1] in the calibration error and the reliability diagram."""
 
