@@ -29,7 +29,7 @@ def finish(
     *,
     weights: bytes = b"weights",
     log: tuple[dict, ...] = STEPS,
-    examples: dict[str, Sequence] = {"probability": (0.9, 0.4)},  # noqa: B006, never changed
+    examples: dict[str, Sequence] = {"probability": (0.9, 0.4), "mean_margin": (2.2, -0.4)},  # noqa: B006, never changed
     cost: dict | None = None,
     evaluation_seconds: float = 1.0,
 ) -> Path:

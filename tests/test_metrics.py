@@ -4,13 +4,20 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from discobeta import metrics
 
 
+def logits(probability):
+    """The margins that a logistic model gives with these probabilities."""
+    p = np.asarray(probability)
+    return np.log(p / (1 - p))
+
+
 def test_classification():
     # labels predicted with p = .9, .6, .2, .5: right, right, wrong, tie
-    found = metrics.classification(-np.log([0.9, 0.6, 0.2, 0.5]))
+    found = metrics.classification(-np.log([0.9, 0.6, 0.2, 0.5]), logits([0.9, 0.6, 0.2, 0.5]))
     assert found["accuracy"] == pytest.approx(2.5 / 4)
     assert found["nll"] == pytest.approx(-(math.log(0.9) + math.log(0.6) + math.log(0.2) + math.log(0.5)) / 4)
     assert found["brier"] == pytest.approx((0.01 + 0.16 + 0.64 + 0.25) / 4)
@@ -18,11 +25,36 @@ def test_classification():
     assert found["ece"] == pytest.approx((0.1 + 0.4 + 0.8 + 0.0) / 4)
 
 
+def test_a_margin_that_is_only_rounding_is_a_tie_in_the_log_and_in_the_evaluation():
+    margins = [0.0, 3e-6, -3e-6, 5e-5, 1e-4, -1e-4, 2.0, -2.0]
+    expected = [0.5, 0.5, 0.5, 0.5, 1, 0, 1, 0]
+    assert metrics.correctness(np.array(margins)).tolist() == expected
+    of_tensor = metrics.correctness(torch.tensor(margins, requires_grad=True))
+    assert of_tensor.dtype == torch.float32 and not of_tensor.requires_grad and of_tensor.tolist() == expected
+    no_data = metrics.correctness(torch.empty(8, device="meta"))  # would raise where its values are waited for
+    assert no_data.shape == (8,) and no_data.device.type == "meta"
+
+
+def test_the_tie_is_the_same_in_float32_and_in_float64():
+    for margin in (metrics.TIE, math.nextafter(metrics.TIE, 1), math.nextafter(metrics.TIE, 0)):
+        in_float32 = torch.tensor([margin])
+        assert metrics.correctness(in_float32).tolist() == metrics.correctness(in_float32.double().numpy()).tolist()
+
+
+def test_all_ties_are_half_right():
+    """In float32 exp(-log 2) is not 1/2, so that a probability would call all of them wrong."""
+    nll = (-torch.nn.functional.logsigmoid(torch.zeros(6))).double().numpy()
+    assert (np.exp(-nll) != 0.5).all()
+    found = metrics.classification(nll, np.zeros(6))
+    assert found["accuracy"] == 0.5 and found["ece"] == pytest.approx(0, abs=1e-7)
+
+
 def test_calibration_bins_pool_pairs_of_equal_confidence():
-    table = metrics.reliability([0.82, 0.84, 0.18, 1.0], bins=5)  # bins of width .1; .8-.9 holds three
+    p, margin = [0.82, 0.84, 0.18, 1.0], [1.5, 1.7, -1.5, 40.0]
+    table = metrics.reliability(p, margin, bins=5)  # bins of width .1; .8-.9 holds three
     assert table["count"].tolist() == [0, 0, 0, 3, 1]
     assert table["accuracy"][3] == pytest.approx(2 / 3) and table["confidence"][3] == pytest.approx(2.48 / 3)
-    assert metrics.expected_calibration_error([0.82, 0.84, 0.18, 1.0], bins=5) == pytest.approx(0.75 * (0.16))
+    assert metrics.expected_calibration_error(p, margin, bins=5) == pytest.approx(0.75 * (0.16))
 
 
 def test_a_calibrated_predictor_has_a_small_error_and_an_overconfident_one_has_not():
@@ -30,9 +62,10 @@ def test_a_calibrated_predictor_has_a_small_error_and_an_overconfident_one_has_n
     truth = random.uniform(0.5, 1, 20_000)
     won = random.uniform(size=20_000) < truth
     calibrated = np.where(won, truth, 1 - truth)
-    assert metrics.expected_calibration_error(calibrated) < 0.02  # sampling error, about 1/sqrt(2000) per bin
+    error = metrics.expected_calibration_error(calibrated, logits(calibrated))
+    assert error < 0.02  # sampling error, about 1/sqrt(2000) per bin
     overconfident = np.where(won, 0.99, 0.01)
-    assert metrics.expected_calibration_error(overconfident) == pytest.approx(0.24, abs=0.02)
+    assert metrics.expected_calibration_error(overconfident, logits(overconfident)) == pytest.approx(0.24, abs=0.02)
 
 
 def test_against_oracle():
@@ -40,6 +73,38 @@ def test_against_oracle():
     assert found["bayes_accuracy"] == pytest.approx((0.75 + 0.5) / 2)
     assert found["oracle_nll"] == pytest.approx((math.log(4) + math.log(2)) / 2)
     assert found["excess_nll"] == pytest.approx(1.5 - 1.5 * math.log(2))
+
+
+def test_an_oracle_that_is_sure_or_does_not_say():
+    """q = 1, 0, NaN, .5 and nll = 1, 2, 4, 3: the best predictor is right with 1, 1 and .5; -log q is 0, infinite,
+    not known and log 2, so that NLLs are compared over the first row and the last."""
+    found = metrics.against_oracle([1.0, 2.0, 4.0, 3.0], [1, 0, np.nan, 0.5])
+    assert found["bayes_accuracy"] == pytest.approx(2.5 / 3)
+    assert found["oracle_nll"] == pytest.approx(math.log(2) / 2)
+    assert found["excess_nll"] == pytest.approx(2 - math.log(2) / 2)
+    sure = metrics.against_oracle([1.0], [1.0])
+    assert sure == {"bayes_accuracy": 1, "oracle_nll": 0, "excess_nll": 1} and math.copysign(1, sure["oracle_nll"]) == 1
+    nothing = {"bayes_accuracy": None, "oracle_nll": None, "excess_nll": None}
+    assert metrics.against_oracle([1.0], [np.nan]) == nothing
+    assert metrics.against_oracle([1.0], [0.0]) == nothing | {"bayes_accuracy": 1}
+
+
+def test_correlations_are_over_the_rows_where_all_is_known():
+    nan, inf = np.nan, np.inf
+    assert metrics.spearman([1, nan, 2, 9, 3], [3, 7, 1, inf, 2]) == pytest.approx(-0.5)  # of (1, 2, 3) and (3, 1, 2)
+    assert metrics.spearman([1, nan], [nan, 2]) is None
+    z, u = np.array([1.0, 1, -1, -1, nan, 5]), np.array([1.0, -1, 1, -1, 3, inf])
+    assert metrics.partial_correlation(z + u, z - u, given=z) == pytest.approx(-1)
+    assert metrics.partial_correlation([nan] * 3, [1, 2, 3], given=[1, 2, 4]) is None
+
+
+def test_a_constant_has_no_partial_correlation_whatever_its_size():
+    random = np.random.default_rng(0)
+    x, z = random.normal(size=50), random.normal(size=50)
+    for constant in (0.0, 0.7, 1e12):  # a regression leaves about 1e-16 of it in each row
+        assert metrics.partial_correlation(x, np.full(50, constant), given=z) is None
+    assert metrics.partial_correlation(x * 1e-9, x * 1e-9, given=z) == pytest.approx(1)  # small, and not constant
+    assert metrics.partial_correlation(x * 1e200, x * 1e200, given=z) is None  # its squares are infinite
 
 
 def test_spearman_sees_order_only():
@@ -65,6 +130,7 @@ def test_what_is_measured_of_the_heads():
     examples = pd.DataFrame(
         {
             "nll": [0.1, 0.2, 0.3, 0.4],
+            "mean_margin": [4.0, 3.0, 2.0, 1.0],
             "variance_sum": [1.0] * 4,
             "sigma_chosen": [4.0, 3.0, 2.0, 1.0],
             "sigma_rejected": [8.0, 7.0, 6.0, 5.0],

@@ -85,7 +85,8 @@ def test_reliability_pools_seeds_and_folds_probabilities_onto_the_predicted_winn
     made = study(arms=["baseline"], **FAST)
     # confidences .925 (right), .925 (wrong) | .925 (right), .525 (right): bins of .05 from .5
     for run, probability in zip(made.runs(), [(0.925, 0.075), (0.925, 0.525)], strict=True):
-        finish(run, {"ece": 0.1 * run.seed}, examples={"probability": probability})
+        margin = [1 if p > 0.5 else -1 for p in probability]
+        finish(run, {"ece": 0.1 * run.seed}, examples={"probability": probability, "mean_margin": margin})
     figure = figures.reliability_diagram(made, "dpo")
     upper, lower = figure.axes
     curve = upper.containers[0].lines[0]

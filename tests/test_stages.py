@@ -133,6 +133,60 @@ def test_dynamic_beta_scales_beta_and_not_the_variance(fresh):
     assert comparison.log_s.abs().max() > 0.01 and comparison.log_sigma.abs().max() > 0.01
 
 
+def _logp(model, ids, prompt_length):
+    """log pi(response | prompt) of one sequence, from the whole model's logits."""
+    logps = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    return sum(logps[place - 1, ids[place]].item() for place in range(prompt_length, len(ids)))
+
+
+def _sequences(rows, index):
+    """(side, token ids, length of the prompt) of a pair."""
+    prompt = rows.prompt_ids[index].tolist()
+    for side, responses in (("chosen", rows.chosen_ids), ("rejected", rows.rejected_ids)):
+        yield side, prompt + responses[index].tolist(), len(prompt)
+
+
+@torch.no_grad()
+def test_dpo_says_both_rewards_and_log_probabilities(fresh, base):
+    """By hand from the logits of policy and base: pref_beta * s(x) * (log pi - log ref), with an s for each prompt."""
+    from transformers import AutoModelForCausalLM
+
+    stage, pairs = fresh("dpo", **USED)
+    comparison = moved(stage).eval().compare(pairs.batch(np.arange(4)))
+    said, reference = comparison.statistics(), AutoModelForCausalLM.from_pretrained(base).eval()
+    for index in range(4):
+        for side, ids, prompt_length in _sequences(pairs.rows, index):
+            logp, before = (_logp(model, ids, prompt_length) for model in (stage.model, reference))
+            beta = 0.5 * comparison.log_s[index].exp().item()  # pref_beta of the settings
+            assert said[f"logp_{side}"][index].item() == pytest.approx(logp, abs=1e-4)
+            assert said[f"reward_{side}"][index].item() == pytest.approx(beta * (logp - before), abs=1e-4)
+    assert comparison.log_s.abs().min() > 1e-3
+    torch.testing.assert_close(said["reward_chosen"] - said["reward_rejected"], said["margin"], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_rm_says_both_rewards(fresh):
+    """The scores that transformers gives the sequences one by one; there is no policy."""
+    stage, pairs = fresh("rm")
+    said = moved(stage).eval().compare(pairs.batch(np.arange(4))).statistics()
+    for index in range(4):
+        for side, ids, _ in _sequences(pairs.rows, index):
+            score_of_whole = stage.model(input_ids=torch.tensor([ids])).logits.item()
+            assert said[f"reward_{side}"][index].item() == pytest.approx(score_of_whole, abs=1e-5)
+    assert not any("logp" in name for name in said)
+
+
+@pytest.mark.parametrize(("stage", "names"), [("rm", {"reward"}), ("dpo", {"reward", "logp"})])
+def test_what_stands_behind_the_margin_is_logged_beside_it(run, stage, names):
+    directory = run(stage, **USED)
+    line = json.loads((directory / "log.jsonl").read_text().splitlines()[0])
+    assert {f"{name}_{side}" for name in names for side in ("chosen", "rejected")} == {
+        name for name in line if name.endswith(("_chosen", "_rejected"))
+    }
+    assert line["reward_chosen"] - line["reward_rejected"] == pytest.approx(line["margin"], abs=1e-6)
+    assert stage == "rm" or (line["logp_chosen"] < 0 and line["logp_rejected"] < 0)
+
+
 @pytest.mark.parametrize("finetuning", ["lora", "full"])
 @pytest.mark.parametrize("stage", ["rm", "dpo"])
 def test_save_and_load_give_the_same_outputs_bitwise(run, fresh, stage, finetuning, monkeypatch):

@@ -7,7 +7,9 @@ or paths), so that equal runs give equal bytes; what the evaluation took is in e
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,8 @@ def compare_all(stage: Stage, pairs: Pairs, batch_size: int, device: torch.devic
         comparison = stage.compare(pairs.batch(indices).to(device))
         put("nll", indices, comparison.loss)
         put("mean_margin", indices, comparison.mean_margin)
+        for name, values in comparison.sides().items():
+            put(name, indices, values)
         if comparison.log_sigma is not None:
             sigma = comparison.sigma
             put("variance_sum", indices, sigma.square().sum(0))
@@ -95,22 +99,71 @@ def compare_all(stage: Stage, pairs: Pairs, batch_size: int, device: torch.devic
 
 
 def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
-    """Accuracy, NLL, Brier score and calibration, overall and per topic; against the truth where known."""
-    found: dict[str, Any] = metrics.classification(examples["nll"])
+    """Accuracy, NLL, Brier score and calibration, overall and per topic; against the truth where known.
+
+    What the truth leaves undefined is said and left out.
+    """
+    found: dict[str, Any] = metrics.classification(examples["nll"], examples["mean_margin"])
     if "oracle_probability" in examples:
-        found |= metrics.against_oracle(examples["nll"], examples["oracle_probability"])
+        q = known_numbers(examples, "oracle_probability", "probability in [0, 1]", lambda q: (q >= 0) & (q <= 1))
+        if count := int((q == 0).sum()):
+            say(
+                f"truth column probability: {count} of {len(q)} rows came out against a probability of 0, whose "
+                "-log is infinite; oracle_nll and excess_nll are without them"
+            )
+        found |= metrics.against_oracle(examples["nll"], q)
     if "variance_sum" in examples:
         log_sigma = np.log(np.concatenate([examples["sigma_chosen"], examples["sigma_rejected"]]) / SIGMA0)
         found |= {"mean_log_sigma": float(log_sigma.mean()), "sd_log_sigma": float(log_sigma.std())}
-        if "chosen_sigma" in examples:
-            truth = np.concatenate([examples["chosen_sigma"], examples["rejected_sigma"]])
+        if {"chosen_sigma", "rejected_sigma"} & set(examples):
+            truth = np.concatenate([known_numbers(examples, f"{side}_sigma") for side in ("chosen", "rejected")])
             found["sigma_spearman"] = metrics.spearman(log_sigma, truth)
     found |= scale_metrics(examples)
     if "topic" in examples:
+        topics = examples["topic"].map(_topic_name)
         found["by_topic"] = {
-            str(topic): metrics.classification(part["nll"]) for topic, part in examples.groupby("topic", sort=True)
-        }
+            topic: metrics.classification(part["nll"], part["mean_margin"])
+            for topic, part in examples.groupby(topics, sort=True)
+        } or None
+        if gaps := int(topics.isna().sum()):
+            say(f"truth column topic: {gaps} of {len(topics)} rows hold none; by_topic is without them")
+    return defined(found)
+
+
+def known_numbers(
+    examples: pd.DataFrame,
+    name: str,
+    wanted: str = "number",
+    is_wanted: Callable[[np.ndarray], np.ndarray] = np.isfinite,
+) -> np.ndarray:
+    """(rows,) float64 of a truth column, NaN where a row holds nothing, text, or nothing `wanted`, which is said."""
+    values = np.full(len(examples), np.nan)
+    if name in examples:
+        values = pd.to_numeric(examples[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    values = np.where(np.isfinite(values) & is_wanted(values), values, np.nan)
+    if gaps := int(np.isnan(values).sum()):
+        rest = "left out" if gaps == len(values) else "measured without them"
+        column = name.removeprefix("oracle_")  # as the data call it
+        say(f"truth column {column}: {gaps} of {len(values)} rows hold no {wanted}; what needs one is {rest}")
+    return values
+
+
+def _topic_name(topic: Any) -> str | None:
+    """As text: 1 where gaps have made it 1.0; None of a row without one."""
+    if pd.isna(topic) or topic == "":
+        return None
+    return str(int(topic)) if isinstance(topic, float) and topic.is_integer() else str(topic)
+
+
+def defined(found: dict[str, Any]) -> dict[str, Any]:
+    """Without what has no value, which is said."""
+    if undefined := [name for name, value in found.items() if value is None]:
+        say(f"not in metrics.json: {', '.join(undefined)} (too few rows that say enough, or nothing in them varies)")
     return {name: value for name, value in found.items() if value is not None}
+
+
+def say(line: str) -> None:
+    print(f"discobeta: {line}", file=sys.stderr)
 
 
 def scale_metrics(examples: pd.DataFrame) -> dict[str, float | None]:
@@ -119,8 +172,9 @@ def scale_metrics(examples: pd.DataFrame) -> dict[str, float | None]:
         return {}
     log_s = examples["log_s"]
     found = {"mean_log_s": float(log_s.mean()), "sd_log_s": float(log_s.std(ddof=0))}
-    if {"noise", "familiarity"} <= set(examples):
-        noise, familiarity = np.log(examples["noise"]), examples["familiarity"]
+    if {"noise", "familiarity"} & set(examples):
+        noise = np.log(known_numbers(examples, "noise", "number above 0", lambda noise: noise > 0))
+        familiarity = known_numbers(examples, "familiarity")
         found["log_s_noise"] = metrics.partial_correlation(log_s, noise, given=familiarity)
         found["log_s_familiarity"] = metrics.partial_correlation(log_s, familiarity, given=noise)
     return found
@@ -195,7 +249,8 @@ def policy_metrics(answers: pd.DataFrame) -> dict[str, Any]:
 
     kl_per_sequence estimates KL(policy || reference) = E_policy[log policy/reference], in nats; it
     does so without bias only for samples at temperature 1 without top_p or top_k. reward_gain is in
-    units of the standard deviation of the reference's rewards.
+    units of the standard deviation of the reference's rewards. Says what cannot be: a negative divergence,
+    responses of which none ends.
     """
     found: dict[str, Any] = {
         "generations": len(answers),
@@ -203,6 +258,16 @@ def policy_metrics(answers: pd.DataFrame) -> dict[str, Any]:
         "response_length": float(answers["length"].mean()),
         "eos_rate": float(answers["ended"].mean()),
     }
+    if found["kl_per_sequence"] < -metrics.TIE:
+        say(
+            f"kl_per_sequence is {found['kl_per_sequence']:.4g}, and a divergence is never negative: {len(answers)} "
+            "sampled responses are too few, or not drawn at temperature 1 without top_p and top_k, which biases it"
+        )
+    if found["eos_rate"] == 0:
+        say(
+            f"eos_rate is 0: none of {len(answers)} sampled responses ends within {answers['length'].max()} tokens; "
+            "max_new_tokens is too small, or the policy never stops"
+        )
     if "reward" in answers:
         before, after = answers["reference_reward"], answers["reward"]
         found |= {"reward": float(after.mean()), "reference_reward": float(before.mean())}
@@ -218,4 +283,4 @@ def policy_metrics(answers: pd.DataFrame) -> dict[str, Any]:
             "well_formed": float(answers["well_formed"].mean()),
             "true_reward_by_topic": answers.groupby("topic")["true_reward"].mean().to_dict(),
         }
-    return {name: value for name, value in found.items() if value is not None}
+    return defined(found)

@@ -16,6 +16,7 @@ from discobeta.config import RunConfig
 from discobeta.flags import Arm
 from discobeta.heads import SIGMA0, Heads
 from discobeta.losses import log_scale_penalty, logistic_loss, probit_loss
+from discobeta.metrics import correctness
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Comparison:
     penalty: Tensor | None  # what keeps the used heads around their start
     log_sigma: Tensor | None  # (2, B): log(sigma/sigma0) of chosen and rejected; None if a reward is a number
     log_s: Tensor | None  # None if beta is one number
+    rewards: Tensor  # (2, B) mean rewards of chosen and rejected, whose difference is the margin, detached
+    logps: Tensor | None = None  # (2, B) log pi(y|x) of chosen and rejected, detached; None if there is no policy
 
     @property
     def objective(self) -> Tensor:
@@ -37,9 +40,19 @@ class Comparison:
         """(2, B) standard deviations of chosen and rejected."""
         return None if self.log_sigma is None else SIGMA0 * self.log_sigma.exp()
 
+    def sides(self) -> dict[str, Tensor]:
+        """What stands behind the margin, as (B,) of the chosen and of the rejected responses."""
+        both = {"reward": self.rewards} | ({} if self.logps is None else {"logp": self.logps})
+        return {
+            f"{name}_{side}": of_side
+            for name, values in both.items()
+            for side, of_side in zip(("chosen", "rejected"), values, strict=True)
+        }
+
     def statistics(self) -> dict[str, Tensor]:
         """Per-pair quantities whose means are logged; those of heads only if the head is used."""
-        values = {"loss": self.loss, "accuracy": (self.mean_margin > 0).float(), "margin": self.mean_margin}
+        values = {"loss": self.loss, "accuracy": correctness(self.mean_margin), "margin": self.mean_margin}
+        values |= self.sides()
         if self.penalty is not None:
             values["penalty"] = self.penalty
         if self.log_sigma is not None:
@@ -82,20 +95,23 @@ class Signals:
         """(B,) from the reference's states at the end of each prompt."""
         return None if self.beta_head is None else self.beta_head.log_s(prompt_features)
 
-    def compare(self, margin: Tensor, beta: float, log_sigma: Tensor | None, log_s: Tensor | None) -> Comparison:
+    def compare(self, rewards: Tensor, beta: float, log_sigma: Tensor | None, log_s: Tensor | None) -> Comparison:
         """-log P(chosen wins) of B pairs.
 
-        margin: (B,) reward difference per unit of beta (rm: of the scores, with beta = 1).
+        rewards: (2, B) of chosen and rejected per unit of beta (rm: the scores, with beta = 1); their
+        difference is the margin.
         log_sigma: (2B,) of the responses, the chosen ones first.
         Gaussian rewards have P = Phi(beta * margin / sqrt(sigma_w^2 + sigma_l^2)); rewards that are
         numbers have P = sigmoid(beta * margin). With log s, beta is beta * s(x), per prompt.
         """
-        scale = scaled(beta, log_s)
+        chosen, rejected = rewards
+        margin, scale = chosen - rejected, scaled(beta, log_s)
         log_sigma = None if log_sigma is None else log_sigma.view(2, -1)
         mean_margin = scale * margin.float()
         is_number = log_sigma is None
         loss = logistic_loss(margin, scale) if is_number else probit_loss(mean_margin, variance_sum(log_sigma))
-        return Comparison(mean_margin.detach(), loss, self._penalty(log_sigma, log_s), log_sigma, log_s)
+        penalty, rewards = self._penalty(log_sigma, log_s), (scale * rewards.float()).detach()
+        return Comparison(mean_margin.detach(), loss, penalty, log_sigma, log_s, rewards)
 
     def _penalty(self, log_sigma: Tensor | None, log_s: Tensor | None) -> Tensor | None:
         """(B,) what keeps the used heads around their start; None without one, or without training."""

@@ -306,23 +306,22 @@ def reliability_diagram(study: Study, stage: str) -> Figure:
 
 
 def draw_bins(upper: Axes, lower: Axes, runs: list[Run], colour: str, mark: str) -> None:
-    probability = np.concatenate(
-        [pd.read_parquet(run.directory / "examples.parquet", columns=["probability"]).probability for run in runs]
-    )
-    bins = pd.DataFrame(reliability(probability)).query("count > 0")
+    columns = ["probability", "mean_margin"]
+    pairs = pd.concat([pd.read_parquet(run.directory / "examples.parquet", columns=columns) for run in runs])
+    bins = pd.DataFrame(reliability(pairs["probability"], pairs["mean_margin"])).query("count > 0")
     low, high = np.transpose([wilson(p * n, n) for p, n in zip(bins["accuracy"], bins["count"], strict=True)])
     upper.errorbar(
         bins["confidence"], bins["accuracy"], np.stack([bins["accuracy"] - low, high - bins["accuracy"]]).clip(0),
         color=colour, marker="o", markersize=3, linewidth=1, elinewidth=0.8, zorder=3,
     )  # fmt: skip
     lower.bar(
-        bins["low"], bins["count"] / len(probability), bins["high"] - bins["low"],
+        bins["low"], bins["count"] / len(pairs), bins["high"] - bins["low"],
         align="edge", color=colour, alpha=0.6, edgecolor="white", linewidth=0.4,
     )  # fmt: skip
     errors = [read_if_there(run.directory / "metrics.json").get("ece") for run in runs]
     known = [error for error in errors if error is not None]
     lines = [f"ECE {np.mean(known):.3f}"] if known else []
-    lines += [f"{len(probability):,} pairs", *([mark.strip(" ()")] if mark else [])]
+    lines += [f"{len(pairs):,} pairs", *([mark.strip(" ()")] if mark else [])]
     upper.text(0.05, 0.97, "\n".join(lines), transform=upper.transAxes, va="top", fontsize=6.5)
 
 

@@ -39,6 +39,8 @@ class DirectPreference(Stage):
             hidden = hidden_states(self.model, batch)
             logps = response_logps(self.model, hidden, batch).view(2, -1)
             log_sigma = self.signals.log_sigma(lambda: pooled(hidden, batch, self.config.head_pooling))
-        chosen, rejected = logps - batch.columns["reference_logps"].T
+        log_ratios = logps - batch.columns["reference_logps"].T
         log_s = self.signals.log_s(batch.columns["prompt_features"])
-        return self.signals.compare(chosen - rejected, self.config.pref_beta, log_sigma, log_s)
+        comparison = self.signals.compare(log_ratios, self.config.pref_beta, log_sigma, log_s)
+        comparison.logps = logps.detach()
+        return comparison

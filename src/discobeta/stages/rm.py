@@ -62,8 +62,7 @@ class RewardModelling(Stage):
 
     def compare(self, batch: Batch) -> Comparison:
         means, log_sigma = self.rewards(batch)
-        chosen, rejected = means.view(2, -1)
-        return self.signals.compare(chosen - rejected, 1.0, log_sigma, None)
+        return self.signals.compare(means.view(2, -1), 1.0, log_sigma, None)
 
     @torch.no_grad()
     def save(self, directory: Path) -> None:

@@ -1,0 +1,161 @@
+"""What an evaluation says: its columns, what it leaves out and names, and what it warns of."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import preference_rows, write_rows
+
+from discobeta.evaluate import evaluate, policy_metrics, preference_metrics
+from discobeta.metrics import EVALUATION_COLUMNS
+
+USED = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_dynamic_beta": True}
+TRUTH = {"topic", "noise", "familiarity"}  # of the rows that conftest makes
+
+
+def test_all_columns_of_all_stages_are_names_that_a_truth_may_not_have(run, monkeypatch):
+    monkeypatch.setattr("discobeta.world.true_reward", lambda prompt, response: 1.0)
+    monkeypatch.setattr("discobeta.world.well_formed", lambda prompt, response: True)
+    sampling = {"num_eval_generations": 3, "max_new_tokens": 4, "ground_truth": "world"}
+    directories = [run("rm", name="rm", **USED), run("dpo", name="dpo", **USED, **sampling)]
+    chain = {"reward_model": str(directories[0]), "beta_head": str(directories[1])}
+    one_update = {"max_steps": 1, "logging_steps": 1, "ppo_buffer_size": 1}
+    directories.append(run("ppo", name="ppo", **USED, **sampling, **chain, **one_update))
+    written = set()
+    for directory in directories:
+        evaluate(directory)
+        written |= set(pd.read_parquet(directory / "examples.parquet"))
+        if (directory / "generations.jsonl").exists():
+            written |= set(json.loads((directory / "generations.jsonl").read_text().splitlines()[0]))
+    assert written - TRUTH - {"probability"} == EVALUATION_COLUMNS - {"oracle_probability"}
+
+
+def pairs_of(**columns):
+    """Four pairs of an arm that uses both heads, beside columns of a truth."""
+    known = {
+        "nll": [0.1, 0.2, 0.3, 0.4],
+        "mean_margin": [4.0, 3.0, 2.0, 1.0],
+        "variance_sum": [1.0] * 4,
+        "sigma_chosen": [4.0, 3.0, 2.0, 1.0],
+        "sigma_rejected": [8.0, 7.0, 6.0, 5.0],
+        "log_s": [0.0, 0.3, -0.1, 0.2],
+    }
+    return pd.DataFrame(known | columns)
+
+
+SCALE = {"noise": [1.0, 2.0, 1.0, 3.0], "familiarity": [0, 1, 1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "missing", "said"),
+    [
+        ({"oracle_probability": [np.nan] * 4}, ["bayes_accuracy", "excess_nll"], "probability: 4 of 4 rows"),
+        ({"oracle_probability": ["yes", "no", "", "?"]}, ["oracle_nll"], "no probability in [0, 1]"),
+        ({"oracle_probability": [0.0] * 4}, ["oracle_nll", "excess_nll"], "probability: 4 of 4 rows came out against"),
+        ({"oracle_probability": [0.0, 1.0, 1.5, -0.5]}, [], "probability: 2 of 4 rows hold no probability"),
+        ({"oracle_probability": [True, True, False, True]}, [], "probability: 1 of 4 rows came out against"),
+        (SCALE | {"noise": [0, 0, 0, 0]}, ["log_s_noise", "log_s_familiarity"], "noise: 4 of 4 rows hold no number"),
+        (SCALE | {"noise": [1.0, 0.0, np.inf, -1.0]}, ["log_s_noise"], "noise: 3 of 4 rows hold no number above 0"),
+        (SCALE | {"noise": ["low", "low", "high", ""]}, ["log_s_noise"], "noise: 4 of 4 rows hold no number above 0"),
+        (SCALE | {"noise": [2.0] * 4}, ["log_s_noise"], "not in metrics.json: log_s_noise"),
+        ({"noise": SCALE["noise"]}, ["log_s_noise", "log_s_familiarity"], "familiarity: 4 of 4 rows hold no number"),
+        (SCALE | {"familiarity": ["rare", "", "often", "?"]}, ["log_s_familiarity"], "familiarity: 4 of 4 rows"),
+        ({"chosen_sigma": [1.0] * 4, "rejected_sigma": [1.0] * 4}, ["sigma_spearman"], "metrics.json: sigma_spearman"),
+        ({"chosen_sigma": [np.nan] * 4, "rejected_sigma": [""] * 4}, ["sigma_spearman"], "rejected_sigma: 4 of 4"),
+        ({"topic": [""] * 4}, ["by_topic"], "topic: 4 of 4 rows hold none"),
+        ({"topic": [np.nan, 1.0, 1.0, 2.0]}, [], "topic: 1 of 4 rows hold none"),
+    ],
+)
+def test_what_a_truth_leaves_undefined_is_left_out_and_said(columns, missing, said, capsys):
+    found = preference_metrics(pairs_of(**columns))
+    json.dumps(found, allow_nan=False)
+    assert not set(missing) & set(found)
+    assert {"accuracy", "nll", "mean_log_s", "sd_log_sigma"} <= set(found)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(said in line for line in lines), lines
+    assert all(line.startswith("discobeta: ") for line in lines)
+
+
+def test_a_truth_with_gaps_is_measured_where_it_is_known(capsys):
+    examples = pairs_of(
+        oracle_probability=["0.5", "?", "", "0.25"],  # partly text, so that tokenisation has made it text
+        chosen_sigma=[5.0, np.nan, 7.0, 8.0],
+        topic=["a", "", "b", "b"],
+        noise=[1.0, 0.0, 2.0, 3.0],
+        familiarity=[0.0, 1.0, 1.0, np.nan],
+    )
+    found = preference_metrics(examples)
+    assert found["bayes_accuracy"] == pytest.approx((0.5 + 0.75) / 2)
+    assert found["oracle_nll"] == pytest.approx((math.log(2) + math.log(4)) / 2)
+    assert found["excess_nll"] == pytest.approx((0.1 + 0.4) / 2 - (math.log(2) + math.log(4)) / 2)
+    assert found["sigma_spearman"] == pytest.approx(-1)  # of the chosen ones, 4, 2, 1 against 5, 7, 8
+    assert {topic: part["examples"] for topic, part in found["by_topic"].items()} == {"a": 1, "b": 2}
+    assert "log_s_noise" not in found  # two rows hold both: a line through two points leaves nothing
+    said = capsys.readouterr().err
+    for column, gaps in (("probability", 2), ("chosen_sigma", 1), ("rejected_sigma", 4), ("topic", 1), ("noise", 1)):
+        assert f"truth column {column}: {gaps} of 4 rows" in said
+
+
+def test_topics_that_are_numbers_keep_their_names_beside_gaps():
+    assert set(preference_metrics(pairs_of(topic=[1, 2, 1, 2]))["by_topic"]) == {"1", "2"}
+    assert set(preference_metrics(pairs_of(topic=[1, 2, np.nan, 2.5]))["by_topic"]) == {"1", "2", "2.5"}
+
+
+def test_nothing_is_said_of_a_whole_truth(capsys):
+    preference_metrics(
+        pairs_of(
+            **SCALE, topic=list("aabb"), oracle_probability=[0.5, 0.9, 1.0, 0.2], chosen_sigma=[1.0, 2.0, 3.0, 4.0],
+            rejected_sigma=[1.0, 2.0, 3.0, 5.0],
+        )
+    )  # fmt: skip
+    preference_metrics(pairs_of())  # no truth is no gap either
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_a_run_whose_truth_is_full_of_holes_is_measured(run, tmp_path, stage, capsys):
+    truths = [
+        {"probability": 0, "noise": 0, "familiarity": "often", "topic": "a", "chosen_sigma": 1.0, "seen": True},
+        {"probability": 1, "noise": -1.5, "familiarity": 2, "topic": 3, "seen": "no"},
+        {"probability": "likely", "noise": "much", "chosen_sigma": float("nan")},
+        {"probability": 7.0, "noise": float("inf"), "familiarity": False},
+        {},
+        None,
+    ]
+    rows = preference_rows(12, 2)
+    for number, row in enumerate(rows):
+        row["truth"] = truths[number % len(truths)]
+    held_out = write_rows(tmp_path / "holes.jsonl", rows)
+    found = evaluate(run(stage, eval_dataset=str(held_out), **USED))
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == found
+    assert found["examples"] == 12 and found["bayes_accuracy"] == 1 and found["oracle_nll"] == 0
+    assert not {"log_s_noise", "log_s_familiarity", "sigma_spearman"} & set(found)
+    assert {topic: part["examples"] for topic, part in found["by_topic"].items()} == {"3": 2, "a": 2}
+    said = capsys.readouterr().err
+    assert "truth column probability: 8 of 12 rows hold no probability in [0, 1]" in said
+    assert "truth column probability: 2 of 12 rows came out against a probability of 0" in said
+    assert stage == "rm" or "truth column noise: 12 of 12 rows hold no number above 0" in said
+
+
+def answers_of(log_ratio, ended):
+    return pd.DataFrame({"log_ratio": log_ratio, "length": [5, 3], "ended": ended})
+
+
+def test_a_negative_divergence_is_warned_of(capsys):
+    found = policy_metrics(answers_of([-0.5, 0.25], [True, False]))
+    assert found["kl_per_sequence"] == -0.125
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "discobeta: kl_per_sequence is -0.125, and a divergence is never negative: 2 sampled responses"
+    )
+    policy_metrics(answers_of([0.5, 0.25], [True, False]))
+    policy_metrics(answers_of([-1e-6, 0.0], [True, False]))  # a policy that is the reference, but for rounding
+    assert capsys.readouterr().err == ""
+
+
+def test_responses_of_which_none_ends_are_warned_of(capsys):
+    assert policy_metrics(answers_of([0.5, 0.25], [False, False]))["eos_rate"] == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("discobeta: eos_rate is 0: none of 2 sampled responses ends within 5 tokens; max_new_tokens")
