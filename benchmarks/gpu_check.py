@@ -24,8 +24,8 @@ import yaml
 
 from discobeta.files import write_json, write_text
 from discobeta.flags import Arm
+from discobeta.record import source_state
 from discobeta.report.neutrality import EQUAL, compare
-from discobeta.runs import source_state
 from discobeta.study import Run, Study
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,6 +15,7 @@ import yaml
 
 from discobeta import lock
 from discobeta.loop import Log
+from discobeta.processes import namespace
 
 HOLD = """
 import sys, time
@@ -82,7 +83,7 @@ def test_of_many_processes_one_writes_at_a_time(tmp_path):
         "    mark = d / 'inside'\n    mark.touch(exist_ok=False)\n    time.sleep(0.1)\n    mark.unlink()\n"
     )
     (tmp_path / "run").mkdir()
-    dead = {"id": "x", "host": "here", "pid": 2**22 + 1, "namespace": lock._namespace(), "job": None}
+    dead = {"id": "x", "host": "here", "pid": 2**22 + 1, "namespace": namespace(), "job": None}
     (tmp_path / "run" / lock.NAME).write_text(json.dumps(dead))
     processes = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)]) for _ in range(6)]
     assert [process.wait() for process in processes] == [0] * 6

@@ -1,18 +1,22 @@
 """The reference pass is the live reference, and only ever this run's."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from discobeta import reference
+from discobeta import files, reference
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import load_or_tokenise
 from discobeta.errors import UserError
 from discobeta.policy import load_causal_lm, load_tokenizer
+
+
+def load(config, train, held_out):
+    found = reference.load_or_compute(config, {"train": train, "eval": held_out})
+    return found["train"], found["eval"]
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def prepared(settings, tmp_path):
 def test_cached_is_live(prepared):
     """Against transformers' own forward pass, one sequence at a time and unpadded (float32 rounding)."""
     config, train, held_out = prepared()
-    columns, _ = reference.load_or_compute(config, train, held_out)
+    columns, _ = load(config, train, held_out)
     model = load_causal_lm(config)
     with torch.no_grad():
         for index in (0, 7, 39):
@@ -45,9 +49,9 @@ def test_cached_is_live(prepared):
 
 def test_it_is_computed_once_and_read_bit_for_bit(prepared, monkeypatch):
     config, train, held_out = prepared()
-    first = reference.load_or_compute(config, train, held_out)
+    first = load(config, train, held_out)
     monkeypatch.setattr(reference, "compute", None)  # a second computation would fail
-    again = reference.load_or_compute(config, train, held_out)
+    again = load(config, train, held_out)
     for one, other in zip(first, again, strict=True):
         assert one.keys() == other.keys() == {"reference_logps", "prompt_features"}
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -81,40 +85,40 @@ def test_what_an_arm_changes_is_not_in_its_key(prepared, changes):
 )
 def test_another_truncation_dtype_or_data_is_detected(prepared, changes, named):
     config, train, held_out = prepared()
-    reference.load_or_compute(config, train, held_out)
+    load(config, train, held_out)
     other, train, held_out = prepared(**changes, max_unusable_rows=1.0)
     with pytest.raises(UserError, match=f"another {named}"):
-        reference.load_or_compute(other, train, held_out)
+        load(other, train, held_out)
 
 
 def test_another_base_is_detected(prepared, base, tmp_path):
     config, train, held_out = prepared()
-    reference.load_or_compute(config, train, held_out)
+    load(config, train, held_out)
     shutil.copytree(base, tmp_path / "other")
     model = load_causal_lm(config)
     model.get_input_embeddings().weight.data[3, 3] += 1e-6
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="another base"):
-        reference.load_or_compute(config.replace(model_name_or_path=str(tmp_path / "other")), train, held_out)
+        load(config.replace(model_name_or_path=str(tmp_path / "other")), train, held_out)
 
 
 def test_a_shuffled_cache_is_detected(prepared):
     config, train, held_out = prepared()
-    reference.load_or_compute(config, train, held_out)
+    load(config, train, held_out)
     path = reference.Path(config.reference_path) / "train.safetensors"
     columns = load_file(path)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     save_file({**columns, "reference_logps": columns["reference_logps"][order]}, path)
     with pytest.raises(UserError, match="changed after it was written"):
-        reference.load_or_compute(config, train, held_out)
+        load(config, train, held_out)
     # even if its checksum were mended: whole rows in another order do not fit the run's rows
     save_file({name: value[order] for name, value in columns.items()}, path)
     record = path.with_name("reference.json")
-    mended = json.loads(record.read_text())
+    mended = files.read_sealed(record)
     mended["sha256"]["train"] = reference.sha256(path)
-    record.write_text(json.dumps(mended))
+    files.write_sealed(record, mended)
     with pytest.raises(UserError, match="another order"):
-        reference.load_or_compute(config, train, held_out)
+        load(config, train, held_out)
 
 
 def test_nothing_is_left_of_a_pass_that_failed(prepared, monkeypatch):
@@ -126,7 +130,7 @@ def test_nothing_is_left_of_a_pass_that_failed(prepared, monkeypatch):
 
     monkeypatch.setattr(reference, "compute", fail_on_the_second)
     with pytest.raises(StopIteration):
-        reference.load_or_compute(config, train, held_out)
+        load(config, train, held_out)
     folder = reference.Path(config.reference_path)
     assert not folder.exists() and not list(folder.parent.glob(".reference*"))
 

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import discobeta
-from discobeta import runs
+from discobeta import record, runs
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import load_or_tokenise
@@ -202,7 +202,7 @@ def test_save_and_load_give_the_same_outputs_bitwise(run, fresh, stage, finetuni
     _, pairs = fresh(stage, **USED)
     batch = pairs.batch(np.arange(8))
     with torch.no_grad():
-        one, other = kept["stage"].eval().compare(batch), runs.load_stage(directory).compare(batch)
+        one, other = kept["stage"].eval().compare(batch), runs.load_stage(record.read(directory)).compare(batch)
     assert torch.equal(one.loss, other.loss) and torch.equal(one.log_sigma, other.log_sigma)
     assert stage == "rm" or torch.equal(one.log_s, other.log_s)
 

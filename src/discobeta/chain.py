@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from discobeta import runs
+from discobeta import identity, record
 from discobeta.config import RunConfig
 from discobeta.errors import UserError
-from discobeta.files import read_json
 from discobeta.flags import State
-from discobeta.policy import weights_hash
 
 
 def check(config: RunConfig) -> None:
@@ -32,7 +30,7 @@ def _check_reward_model(config: RunConfig, directory: Path) -> None:
         if is_gaussian:
             raise UserError(f"disco_pref: true needs an rm run that used its Disco Head; {directory} is none")
         return
-    rm = runs.read_run(directory)
+    rm = record.read(directory, trust_remote_code=config.trust_remote_code, weights=False).config
     if is_gaussian != (rm.arm.disco is State.USED):
         raise UserError(
             f"reward_model: {directory} is of arm {rm.arm.name}, and this run of {config.arm.name}: "
@@ -42,7 +40,8 @@ def _check_reward_model(config: RunConfig, directory: Path) -> None:
 
 def _check_beta_head(config: RunConfig, directory: Path) -> None:
     """It must be one that dpo made on the same base, and have been used there if it is used here."""
-    dpo = runs.read_run(directory)
+    found = record.read(directory, trust_remote_code=config.trust_remote_code)
+    dpo = found.config
     if dpo.stage != "dpo" or dpo.arm.beta is State.ABSENT:
         raise UserError(
             f"beta_head: {directory} is a {dpo.stage} run of arm {dpo.arm.name}, not a dpo run with a Beta Head"
@@ -56,7 +55,7 @@ def _check_beta_head(config: RunConfig, directory: Path) -> None:
         raise UserError(
             f"beta_head: the Beta Head of {directory} was idle there, so it has learned nothing to use here"
         )
-    if read_json(directory / "provenance.json")["base"] != weights_hash(config):
+    if found.facts.get("base") != identity.weights_hash(config):
         raise UserError(
             f"beta_head: {directory} was trained on another base than {config.model_name_or_path}, and its Beta Head "
             "reads other hidden states"

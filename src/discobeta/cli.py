@@ -13,16 +13,19 @@ import json
 import os
 import signal
 import sys
+import time
+import traceback
 import warnings
 from pathlib import Path
 
 from discobeta import __version__
 from discobeta.config import RunConfig
-from discobeta.errors import UserError
+from discobeta.errors import UserError, first_line, shorten
 from discobeta.flags import STAGES, grid
 
 
 def main(words: list[str] | None = None) -> int:
+    _mend_streams()
     # compute nodes often have no network: never let an import wait for one
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,19 +37,50 @@ def main(words: list[str] | None = None) -> int:
         status = arguments.command(arguments) or 0
         sys.stdout.flush()
         return status
-    except UserError as error:
-        print(f"discobeta: {error}", file=sys.stderr)
     except BrokenPipeError:  # `discobeta grid | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"discobeta: no space left on the device ({error.filename or 'while writing'})", file=sys.stderr)
     except KeyboardInterrupt:
         print("discobeta: interrupted; a run goes on from its last checkpoint", file=sys.stderr)
         return 130
+    except Exception as error:
+        _say(error)
     return 2
+
+
+def _say(error: Exception) -> None:
+    """One line for whatever went wrong. What is no UserError was not foreseen, and its traceback can be asked for."""
+    if os.environ.get("DISCOBETA_TRACEBACK"):
+        traceback.print_exception(error)
+    if not _is_main_process():  # the first process has the same to say, and ends this one
+        time.sleep(3)
+    if isinstance(error, UserError):
+        text = str(error)
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text = f"no space left on the device ({error.filename or 'while writing'})"
+    elif isinstance(error, OSError) and error.errno:
+        text = first_line(error)
+    else:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {shorten(' '.join(str(error).split()))}"
+        text = f"{what} ({Path(place.filename).name}:{place.lineno}; DISCOBETA_TRACEBACK=1 shows the way there)"
+    print(f"discobeta: {text}", file=sys.stderr)
+
+
+def _mend_streams() -> None:
+    """Let no print fail: closed streams lead nowhere, and what a terminal cannot show becomes a question mark.
+
+    A closed one must be opened again, or the next file that is opened would get its number and what libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
+        elif number and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add("evaluate", evaluate, "measure a finished run on its held-out rows")
     sub.add_argument("directory", type=Path, metavar="RUN_DIR")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the run's base")
 
     sub = add("compare", compare, "compare two run directories byte for byte; exit status 1 if they differ")
     sub.add_argument("directories", type=Path, nargs=2, metavar="RUN_DIR")
@@ -134,14 +169,15 @@ def train(arguments: argparse.Namespace) -> int | None:
         from discobeta import launch
 
         return launch.train(config, arguments.processes, evaluate=not arguments.no_evaluate)
+    from discobeta import record
     from discobeta.train import train as train_run
 
     train_run(config)
     directory = Path(config.output_dir)
     has_held_out = config.stage in ("rm", "dpo") and (config.eval_dataset or config.val_size)
     is_measurable = has_held_out or (config.stage == "ppo" and config.num_eval_generations)
-    if is_measurable and _is_main_process() and not arguments.no_evaluate and not (directory / "metrics.json").exists():
-        evaluate(argparse.Namespace(directory=directory))
+    if is_measurable and _is_main_process() and not arguments.no_evaluate and record.measurement_fault(directory):
+        evaluate(argparse.Namespace(directory=directory, trust_remote_code=config.trust_remote_code))
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -165,13 +201,13 @@ def reference(arguments: argparse.Namespace) -> None:
 
     use_deterministic_kernels(config)
     data = load_or_tokenise(config, load_tokenizer(config))
-    reference_pass.load_or_compute(config, data.train, data.held_out)
+    reference_pass.load_or_compute(config, data.parts())
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from discobeta.evaluate import evaluate as evaluate_run
 
-    measured = evaluate_run(arguments.directory)
+    measured = evaluate_run(arguments.directory, trust_remote_code=arguments.trust_remote_code)
     shown = {name: value for name, value in measured.items() if not isinstance(value, dict)}
     print("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 

@@ -13,13 +13,15 @@ import difflib
 import math
 import types
 import typing
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from discobeta.errors import UserError
+from discobeta.errors import UserError, first_line, shorten, shown
 from discobeta.flags import FLAGS, Arm, State
 
 IGNORED = frozenset(
@@ -214,7 +216,7 @@ class RunConfig:
     def from_mapping(cls, settings: dict[str, Any], where: str = "run config") -> tuple[RunConfig, list[str]]:
         """The checked config, and one line for each name that was accepted and means nothing here."""
         known = {entry.name: entry for entry in dataclasses.fields(cls)}
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         values, notes = {}, []
         for name, value in settings.items():
             if name in known:
@@ -282,24 +284,82 @@ class RunConfig:
             raise UserError("use_dynamic_beta: true in stage ppo needs beta_head: a dpo run that used its Beta Head")
 
 
+_hints = cache(typing.get_type_hints)  # which compiles every annotation anew
+
+LONGEST_FILE = 4_000_000
+"""Bytes of a YAML file: what is larger is no config."""
+
+MOST_VALUES = 100_000
+"""Of a YAML file, each counted as often as aliases repeat it."""
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A mapping from a YAML file; `-` is standard input."""
     import sys
 
     try:
-        text = sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8")
-        settings = yaml.load(text, _UniqueKeys)
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else Path(path).open("rb") as stream:
+            content = stream.read(LONGEST_FILE + 1)
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if len(content) > LONGEST_FILE:
+        raise UserError(f"{path} is no config: it is larger than {LONGEST_FILE:,} bytes")
+    try:
+        settings = parse_yaml(text)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path} {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold `key: value` lines, not {type(settings).__name__}")
     return settings
+
+
+def parse_yaml(text: str) -> Any:
+    """Texts, numbers, true, false and null, in lists and in mappings whose keys are texts.
+
+    Raises UserError ("is not valid YAML: …") for anything else, e.g. a key that stands twice.
+    """
+    try:
+        value = yaml.load(text, _PlainValues)
+        _count_values(value, {})
+    except yaml.YAMLError as error:
+        raise UserError(f"is not valid YAML: {shorten(' '.join(str(error).split()))}") from None
+    except RecursionError:
+        raise UserError("is not valid YAML: nested too deeply, or in itself") from None
+    except (ValueError, OverflowError, TypeError) as error:  # of a constructor: !!int abc, a number of 5,000 digits
+        raise UserError(f"is not valid YAML: {first_line(error)}") from None
+    return value
+
+
+def _count_values(value: Any, counted: dict[int, int]) -> int:
+    """How many values there are when every alias is written out; checks that all are plain."""
+    if isinstance(value, dict | list):
+        if (known := counted.get(id(value))) is not None:
+            return known
+        for name in value if isinstance(value, dict) else ():
+            if not isinstance(name, str):
+                raise UserError(f"is no config: the key {shown(name)} should be text (write it in quotes)")
+        parts = value.values() if isinstance(value, dict) else value
+        counted[id(value)] = total = 1 + sum(_count_values(part, counted) for part in parts)
+        if total > MOST_VALUES:
+            raise UserError(f"is no config: it holds more than {MOST_VALUES:,} values")
+        return total
+    if not isinstance(value, str | int | float | None):
+        raise UserError(f"is no config: {shown(value)} is neither text nor a number")
+    if isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+        raise UserError(f"is no config: {shown(value)} holds characters that no text has")
+    return 1
+
+
+def _is_unicode(text: str) -> bool:
+    """Half a surrogate pair ("\\ud83d") is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
@@ -308,11 +368,11 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
     for word in overrides:
         name, sign, value = word.partition("=")
         if not sign or not name:
-            raise UserError(f"--set {word}: write key=value")
+            raise UserError(f"--set {shorten(word, 80)}: write key=value")
         try:
-            settings[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--set {word}: the value is not valid YAML") from None
+            settings[name.strip()] = parse_yaml(value)
+        except UserError as error:
+            raise UserError(f"--set {shorten(word, 80)}: the value {error}") from None
     return settings
 
 
@@ -330,14 +390,15 @@ def _typed(name: str, value: Any, hint: Any, entry: dataclasses.Field, where: st
             if value is None or value == "null":
                 return None
         elif typing.get_origin(kind) is Literal:
-            choice = {False: "no"}.get(value, value) if "no" in typing.get_args(kind) else value
-            if choice in typing.get_args(kind):
+            choice = "no" if value is False and "no" in typing.get_args(kind) else value
+            if isinstance(choice, str) and choice in typing.get_args(kind):
                 return choice
         elif kind is bool and isinstance(value, bool):
             return value
-        elif kind in (int, float) and (number := _number(value)) is not None:
-            if kind is float or number == int(number):
-                return _bounded(name, kind(number), entry, where)
+        elif kind is float and (number := _number(value)) is not None:
+            return _bounded(name, float(number), entry, where)
+        elif kind is int and (number := _number(value)) is not None and number == int(number):
+            return _bounded(name, int(number), entry, where)
         elif kind is str and isinstance(value, str):
             return value
         elif kind is str and isinstance(value, list) and all(isinstance(word, str) for word in value):
@@ -348,34 +409,52 @@ def _typed(name: str, value: Any, hint: Any, entry: dataclasses.Field, where: st
         else {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}[kind.__name__]
         for kind in options
     ]  # fmt: skip
-    raise UserError(f"{where}: {name}: {value!r} should be {', or '.join(names)}")
+    raise UserError(f"{where}: {name}: {shown(value)} should be {', or '.join(names)}")
 
 
-def _number(value: Any) -> float | None:
-    """A finite number, also one that YAML reads as text: `1e-4` has no dot, so YAML 1.1 says str."""
+def _number(value: Any) -> int | float | None:
+    """A finite number, also one that YAML reads as text: `1e-4` has no dot, so YAML 1.1 says str.
+
+    A whole number stays one: as a float it would be rounded beyond 2^53.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+    for kind in (int, float) if isinstance(value, str) else (type(value),):
+        try:
+            number = kind(value)
+            return number if math.isfinite(number) else None
+        except (ValueError, OverflowError):
+            continue
+    return None
 
 
 def _bounded(name: str, value: float, entry: dataclasses.Field, where: str) -> float:
     least, most = entry.metadata["least"], entry.metadata["most"]
+    if isinstance(value, int):
+        most = LARGEST if most is None and value > LARGEST else most  # not said where nobody comes near it
     if (least is not None and value < least) or (most is not None and value > most):
         span = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise UserError(f"{where}: {name}: {value} should be {span}")
+        raise UserError(f"{where}: {name}: {shown(value)} should be {span}")
     return value
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader keeps the last of two equal keys in silence; a run config must not."""
+LARGEST = 2**63 - 1
+"""Of whole numbers: what the tables can hold."""
+
+
+class _PlainValues(yaml.SafeLoader):
+    """SafeLoader keeps the last of two equal keys in silence, which a config must not, and makes dates of texts."""
+
+    yaml_implicit_resolvers = {
+        start: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+        for start, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"line {node.start_mark.line + 1}: key {name!r} stands twice")
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise UserError(f"line {key.start_mark.line + 1}: key {shown(key.value)} stands twice")
+                seen.add(key.value)
         return super().construct_mapping(node, deep)

@@ -1,4 +1,13 @@
-"""The one exception that is a message to the user and not a bug."""
+"""The one exception that is a message to the user and not a bug, and how other exceptions become one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+LONGEST = 300
+"""Characters of a library's message, or of a value, that are shown."""
 
 
 class UserError(Exception):
@@ -6,3 +15,39 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Whatever a library raises in the block becomes `UserError("WHAT: first line of it")`.
+
+    For calls that read what a user has given: what a library raises there is one of dozens of classes.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the message, with the class where the message alone says too little."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OSError) and error.strerror:
+        return shorten(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
+    if not lines or isinstance(error, KeyError | RecursionError | AttributeError | TypeError | MemoryError):
+        return shorten(": ".join([type(error).__name__, *lines[:1]]))
+    return shorten(lines[0])
+
+
+def shown(value: Any) -> str:
+    """`repr`, cut where it is long, also of what has none (a number of 5,000 digits, a list in itself)."""
+    try:
+        return shorten(repr(value), 80)
+    except (ValueError, RecursionError):
+        return f"a very large {type(value).__name__}"
+
+
+def shorten(text: str, longest: int = LONGEST) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from discobeta import metrics, runs
+from discobeta import lock, metrics, record, runs
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
@@ -29,35 +29,48 @@ from discobeta.heads import SIGMA0
 from discobeta.policy import hidden_states, load_reference, load_tokenizer, response_logps, use_deterministic_kernels
 from discobeta.reward import load_reward_model, loading
 from discobeta.seeds import uniforms
-from discobeta.stages import Stage
+from discobeta.stages import Stage, stage_class
 
 
-def evaluate(directory: str | Path) -> dict[str, Any]:
+def evaluate(directory: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Measure the run in `directory` on its held-out rows. Writes the files and returns the metrics.
 
-    A ppo run without held-out rows answers prompts that it was trained on.
+    A ppo run without held-out rows answers prompts that it was trained on. Nothing is written outside of `directory`,
+    which is held meanwhile; trust_remote_code is the caller's word, and what the run's config says of it counts for
+    nothing. Raises UserError for a run that is unfinished or damaged, and if its base, its data or its reward model
+    is not what it was trained with.
     """
     directory = Path(directory)
+    record.read(directory, weights=False)  # before anything is made there
+    with lock.holding(directory):
+        return _evaluate(runs.read_of(directory, "rm", "dpo", "ppo", trust_remote_code=trust_remote_code))
+
+
+def _evaluate(found: record.Record) -> dict[str, Any]:
+    directory, config = found.directory, found.config
     started = time.monotonic()
-    config = runs.read_run(directory).replace(output_dir=str(directory))  # it may have been moved
     use_deterministic_kernels(config)
     tokenizer = load_tokenizer(config)
-    data = load_or_tokenise(config, tokenizer)
+    data = load_or_tokenise(config, tokenizer, write=False)
+    for key, now in data.keys().items():
+        found.check_fact(key, now, config.dataset or config.tokenized_path)
+    for key, now in stage_class(config.stage).read_of_others(config).items():
+        found.check_fact(key, now, getattr(config, key))
     if data.held_out is None and config.stage != "ppo":
         raise UserError(f"{directory} has no held-out rows: its config needs eval_dataset or val_size")
     if config.stage == "ppo" and not config.num_eval_generations:
         raise UserError(f"{directory}: a ppo run is measured by sampled responses, and num_eval_generations is 0")
-    stage = runs.load_stage(directory)
+    stage = runs.load_stage(found)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage.to(device)
     examples = answers = None
     measured: dict[str, Any] = {}
     if config.stage != "ppo":
-        _, columns = stage.columns(config, data.train, data.held_out)
-        examples = compare_all(stage, Pairs(data.held_out, columns), config.per_device_eval_batch_size, device)
+        columns = stage.columns(config, {"eval": data.held_out}, write=False)
+        examples = compare_all(stage, Pairs(data.held_out, columns["eval"]), config.per_device_eval_batch_size, device)
         measured |= preference_metrics(examples)
     if config.stage != "rm" and config.num_eval_generations:
-        answers = answer_prompts(stage, data, config, tokenizer, device)
+        answers = answer_prompts(stage, data, found, tokenizer, device)
         measured |= policy_metrics(answers)
         lines = (json.dumps(row, ensure_ascii=False) for row in answers.to_dict("records"))
         write_text(directory / "generations.jsonl", "".join(f"{line}\n" for line in lines))
@@ -66,7 +79,7 @@ def evaluate(directory: str | Path) -> dict[str, Any]:
     seconds = time.monotonic() - started
     on_gpu = device.type == "cuda"
     write_json(directory / "evaluation_cost.json", {"seconds": seconds, "gpu_seconds": seconds if on_gpu else 0.0})
-    write_json(directory / "metrics.json", measured)  # last: its presence says that the evaluation is whole
+    record.write_evaluation(directory, measured, data.keys())
     return measured
 
 
@@ -182,7 +195,7 @@ def scale_metrics(examples: pd.DataFrame) -> dict[str, float | None]:
 
 @torch.no_grad()
 def answer_prompts(
-    stage: Stage, data: TokenisedData, config: RunConfig, tokenizer: Any, device: torch.device
+    stage: Stage, data: TokenisedData, found: record.Record, tokenizer: Any, device: torch.device
 ) -> pd.DataFrame:
     """The policy's and the reference's sampled responses to prompts, with what is known of them.
 
@@ -190,6 +203,7 @@ def answer_prompts(
     arm, so arms are compared with the same samples of the reference and with common random numbers.
     A ppo run's responses have the scores of its reward model, in its own unit.
     """
+    config = found.config
     rows, asked = data.to_answer(config.num_eval_generations)
     prompts = [rows.prompt_ids[i] for i in asked]
     reference = load_reference(config).to(device)
@@ -216,6 +230,7 @@ def answer_prompts(
     )
     if config.stage == "ppo":
         judge = load_reward_model(config.reward_model, **loading(config))
+        found.check_fact("reward_model", judge.fingerprint, config.reward_model)
         judge.stage.to(device)
         for side, name in (("", "policy"), ("reference_", "reference")):
             scores, _ = judge.score_ids(prompts, sampled[name], config.per_device_eval_batch_size)

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from discobeta.errors import UserError
-from discobeta.files import read_json, replacing, write_json
+from discobeta.errors import telling
+from discobeta.files import read_mapping, replacing, write_json
 from discobeta.flags import Architecture
 from discobeta.seeds import global_stream
 
@@ -152,16 +152,15 @@ def load(directory: Path) -> Heads:
     """The heads of a run directory, bit for bit as they were saved."""
     from safetensors.torch import load_file
 
-    description = read_json(directory / "heads.json")
+    description = read_mapping(directory / "heads.json")
     disco = beta = None
-    if "disco" in description:
-        size = description["disco"]["hidden_size"]
-        disco = DiscoHead(size, torch.zeros(1, size) if description["disco"]["mean"] else None)
-    if "beta" in description:
-        beta = BetaHead(description["beta"]["hidden_size"])
+    with telling(f"{directory}/heads.json describes no heads"):
+        if "disco" in description:
+            size = description["disco"]["hidden_size"]
+            disco = DiscoHead(size, torch.zeros(1, size) if description["disco"]["mean"] else None)
+        if "beta" in description:
+            beta = BetaHead(description["beta"]["hidden_size"])
     heads = Heads(disco, beta)
-    try:
+    with telling(f"{directory}/heads.safetensors does not fit heads.json"):
         heads.load_state_dict(load_file(directory / "heads.safetensors"))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{directory}/heads.safetensors does not fit heads.json: {error}") from None
     return heads

@@ -17,8 +17,11 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from discobeta import files, processes
+from discobeta.errors import UserError
 
 BEAT = 5.0
 """Seconds between two touches of the file; a file that is still for four of them has no living holder."""
@@ -57,9 +60,12 @@ class Hold:
             if holder is None:  # gone, or put aside for an instant by `_take_away`, which puts back what is not dead
                 time.sleep(BEAT / 10)
                 holder = _read(self.path)
-            if holder == self.me:
+            if holder == {}:  # damaged: no process leaves it so (see `_create`), and we have just touched it
+                with suppress(OSError):
+                    files.write_text(self.path, json.dumps(self.me))
+            elif holder == self.me:
                 self.seen = now
-            elif holder is None or "id" in holder:  # somebody holds it, or has held it meanwhile
+            else:  # somebody holds it, or has held it meanwhile
                 self.give_way()
 
     def give_way(self) -> None:
@@ -80,8 +86,11 @@ def holding(directory: Path) -> Iterator[Hold]:
     """
     path, me = directory / NAME, _me()
     created = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    hold = Hold(path, me, _acquire(path, me))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        hold = Hold(path, me, _acquire(path, me))
+    except OSError as error:
+        raise files.writing_error(path, error) from error
     beating = threading.Thread(target=hold.beat, daemon=True)
     beating.start()
     try:
@@ -89,38 +98,58 @@ def holding(directory: Path) -> Iterator[Hold]:
     finally:
         hold.stop.set()
         beating.join()
-        if _read(path) == me:
-            path.unlink(missing_ok=True)
-        if created and not any(directory.iterdir()):
-            directory.rmdir()
+        with suppress(OSError):  # of a file system that has become read-only: what is held is then seen to be dead
+            if _read(path) == me:
+                path.unlink(missing_ok=True)
+            if created and not any(directory.iterdir()):
+                directory.rmdir()
 
 
 def _acquire(path: Path, me: dict) -> bool:
-    waited = False
+    waited = said = False
     while not _create(path, me):
         holder = _read(path)
         if holder is None:  # gone meanwhile
             continue
-        if _is_dead(holder) or not _changes(path):
+        if path.is_dir():
+            raise UserError(f"{path} is a directory, where a run says by whom it is being written; move it away")
+        if _is_dead(holder):
             _take_away(path, holder)
             continue
-        if not waited:
-            job = f", Slurm job {holder['job']}" if holder.get("job") else ""
-            print(
-                f"{path.parent} is being written by process {holder.get('pid')} on {holder.get('host')}{job}: waiting",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
-        waited = True
+        if not said:
+            print(f"{path.parent} {_said_of(holder)}: waiting", file=sys.stderr, flush=True)
+            said = True
+        if _changes(path):
+            waited = True
+        else:
+            _take_away(path, holder)
     return waited
 
 
+def _said_of(holder: dict) -> str:
+    if not holder:
+        return f"holds a {NAME} that names no process; if nobody touches it, it is taken away"
+    job = f", Slurm job {holder['job']}" if holder.get("job") else ""
+    return f"is being written by process {holder.get('pid')} on {holder.get('host')}{job}"
+
+
 def _create(path: Path, me: dict) -> bool:
+    """Whether the file is ours now. It appears with its content, so nobody ever reads a half of it."""
+    mine = files.beside(path, "partial")
     try:
-        with path.open("x") as stream:
-            stream.write(json.dumps(me))
+        mine.write_text(json.dumps(me), encoding="utf-8")
+        try:
+            os.link(mine, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system that has no links
+            with path.open("x", encoding="utf-8") as stream:
+                stream.write(json.dumps(me))
         return True
     except FileExistsError:
         return False
+    finally:
+        mine.unlink(missing_ok=True)
 
 
 def _me() -> dict[str, str | int | None]:
@@ -128,40 +157,27 @@ def _me() -> dict[str, str | int | None]:
         "id": uuid.uuid4().hex,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "namespace": _namespace(),
+        "namespace": processes.namespace(),
         "job": os.environ.get("SLURM_JOB_ID"),
     }
 
 
-def _namespace() -> str:
-    """Where process numbers mean what they mean here: this boot, this container."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
 def _read(path: Path) -> dict | None:
-    """The holder; None if there is none, empty if its name is not (yet) to be read."""
+    """The holder; None if there is none, empty if what stands there names none."""
     try:
-        return json.loads(path.read_text())
+        holder = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
+    return holder if isinstance(holder, dict) and isinstance(holder.get("id"), str) else {}
 
 
 def _is_dead(holder: dict) -> bool:
     """Whether the holder was a process of this very machine that is no more."""
-    if not holder.get("namespace") or holder["namespace"] != _namespace():
-        return False
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
+    here, number = processes.namespace(), holder.get("pid")
+    is_ours = bool(here) and holder.get("namespace") == here and type(number) is int and number > 0
+    return is_ours and not processes.is_alive(number)
 
 
 def _changes(path: Path) -> bool:
@@ -180,7 +196,7 @@ def _changes(path: Path) -> bool:
 def _take_away(path: Path, holder: dict) -> None:
     """Remove the file of a dead holder. Of several processes that try one succeeds; a file that a living
     one has put there meanwhile goes back to its place."""
-    aside = path.with_name(f"{NAME}.{uuid.uuid4().hex}")
+    aside = files.beside(path, "partial")
     try:
         os.rename(path, aside)
     except FileNotFoundError:

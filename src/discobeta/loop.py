@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import zipfile
 from collections import Counter
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs, Schedule
-from discobeta.errors import UserError
+from discobeta.errors import UserError, telling
 from discobeta.files import replacing, write_text, writing_error
 from discobeta.lock import Hold
 from discobeta.seeds import derive
@@ -86,9 +87,9 @@ class Log:
         self.path, self.stream = path, None
         if not enabled:
             return
-        lines = path.read_text().splitlines() if path.exists() and upto_step else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() and upto_step else []
         write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= upto_step))
-        self.stream = path.open("a", buffering=1)  # a line at a time
+        self.stream = path.open("a", buffering=1, encoding="utf-8")  # a line at a time
 
     def write(self, values: dict[str, float]) -> None:
         if self.stream:
@@ -105,8 +106,8 @@ class Log:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # the last line of a process that was killed while writing it
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # the last line of a process that was killed while writing it
         return math.inf
 
 
@@ -268,6 +269,15 @@ def _optimizer_group(name: str, weights: list[torch.nn.Parameter], config: RunCo
     return {"params": weights, "lr": rates[name], "weight_decay": 0.0 if name in HEADS else config.weight_decay}
 
 
+def is_whole(path: Path) -> bool:
+    """Whether every part of a file that torch.save has written has the checksum that stands beside it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # of a file that is no archive, or in which a bit has changed where lengths and names stand
+        return False
+
+
 class Checkpoints:
     """The latest state of an unfinished run: `checkpoints/step-<n>.pt`, whole or not there."""
 
@@ -306,7 +316,20 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def paths(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.pt"), key=lambda path: int(path.stem.partition("-")[2]))
+        numbered = {path: path.stem.partition("-")[2] for path in self.folder.glob("step-*.pt")}
+        return sorted(
+            (path for path, step in numbered.items() if step.isdecimal()), key=lambda path: int(numbered[path])
+        )
+
+    def latest(self, accelerator: Accelerator) -> Path | None:
+        """The last checkpoint. A damaged one is set aside, and said: it would stop every further attempt."""
+        for path in reversed(self.paths()):
+            if is_whole(path):
+                return path
+            if accelerator.is_main_process:
+                path.rename(path.with_name(f"{path.name}.damaged"))
+            accelerator.print(f"{path} is damaged: set aside")
+        return None
 
     def resume(self, config: RunConfig, accelerator: Accelerator) -> tuple[int, dict[str, float]]:
         """Load the latest checkpoint, if it is this run's. Returns its step and what was spent on it."""
@@ -314,14 +337,16 @@ class Checkpoints:
         if wish is False:
             return 0, {}
         named = Path(wish) if isinstance(wish, str) else None
-        path = named or (self.paths() or [None])[-1]
+        if named and not is_whole(named):
+            raise UserError(f"resume_from_checkpoint: {named} is no checkpoint, or is damaged")
+        with accelerator.main_process_first():
+            path = named or self.latest(accelerator)
         if path is None:
             return 0, {}
-        try:
+        with telling(f"cannot read checkpoint {path}"):
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from None
-        if state["identity"] != self.identity:
+            same = state["identity"] == self.identity
+        if not same:
             if named:
                 raise UserError(f"{path} is a checkpoint of other settings, data, base or code than this run's")
             accelerator.print(f"{path} is of other settings, data, base or code: starting at step 0")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
+from collections.abc import Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from discobeta.config import RunConfig
 from discobeta.data.batches import Batch
-from discobeta.errors import UserError
-from discobeta.files import read_json, replacing, sha256, write_json
+from discobeta.errors import UserError, shown, telling
+from discobeta.files import read_json, read_mapping, replacing, write_json
+from discobeta.identity import check_local, folder_of
 from discobeta.seeds import generator, global_stream
 
 if TYPE_CHECKING:
@@ -43,7 +44,11 @@ def load_causal_lm(config: RunConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with _loading(config, "model"):
-        model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **_hub(config), **_weights(config))
+        model, info = AutoModelForCausalLM.from_pretrained(
+            config.model_name_or_path, ignore_mismatched_sizes=True, output_loading_info=True,
+            **_hub(config), **_weights(config),
+        )  # fmt: skip
+    _check_weights(model, config.model_name_or_path, info)
     _check_head(model, config.model_name_or_path)
     return model
 
@@ -61,15 +66,16 @@ def load_scorer(config: RunConfig, *, must_have_score: bool = False) -> PreTrain
             config.model_name_or_path, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True,
             **_hub(config), **_weights(config),
         )  # fmt: skip
-    for name, *shapes in info["mismatched_keys"]:
-        found, wanted = (tuple(shape) for shape in shapes)
-        raise UserError(f"{config.model_name_or_path}: {name} is {found}; of a reward model it is {wanted}: one output")
+    name = config.model_name_or_path
     if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise UserError(f"{config.model_name_or_path}: {type(model).__name__} has no linear `score`")
+        raise UserError(f"{name}: {type(model).__name__} has no linear `score`")
+    if any(key.startswith("score") for key, *_ in info["mismatched_keys"]):
+        raise UserError(f"{name} has a `score` of another size than a reward model's, which has one output")
+    _check_weights(model, name, info, fresh="score.")
     model.score.float()
-    if any(name.startswith("score") for name in info["missing_keys"]):
+    if any(key.startswith("score.") for key in info["missing_keys"]):
         if must_have_score:
-            raise UserError(f"{config.model_name_or_path} is no reward model: it has no trained `score`")
+            raise UserError(f"{name} is no reward model: it has no trained `score`")
         deviation = 1 / math.sqrt(model.config.hidden_size + 1)
         model.score.weight.data.normal_(0, deviation, generator=generator(config.seed, "score"))
     return model
@@ -112,32 +118,102 @@ def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn
     The adapter may come from another kind of run: a reward model usually starts from that of an SFT
     run, whose trunk it shares and whose task it does not.
     """
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    path = config.adapter_name_or_path
-    try:
-        settings = PeftConfig.from_pretrained(path)
+    folder = start_adapter(config)
+    found = adapter_weights(folder)
+    with telling(f"cannot load adapter {folder}"):
+        settings = PeftConfig.from_pretrained(str(folder))
         settings.task_type, settings.inference_mode = task, False
         with global_stream(config.seed, "adapter"):
             peft_model = get_peft_model(model, settings)
-        fresh, found = get_peft_model_state_dict(peft_model), load_peft_weights(path, device="cpu")
-        unknown = sorted(set(found) - set(fresh))
-        set_peft_model_state_dict(peft_model, fresh | found)  # a score that it does not have stays fresh
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load adapter {path}: {_first_line(error)}") from None
-    if unknown:
-        raise UserError(f"adapter {path} does not fit this model, which has no {unknown[0]}")
+        fresh = get_peft_model_state_dict(peft_model)
+    may_be_fresh = {name for name in fresh if name.endswith(".score.weight")}
+    _check_adapter(folder, found, fresh.keys(), may_be_fresh)
+    with telling(f"cannot load adapter {folder}"):
+        set_peft_model_state_dict(peft_model, fresh | found)
     return peft_model
 
 
-def load_adapter(model: PreTrainedModel, path: str | Path) -> nn.Module:
+def load_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
     """The model with a finished adapter, frozen."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
-    try:
-        return PeftModel.from_pretrained(model, str(path))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load adapter {path}: {_first_line(error)}") from None
+    found = adapter_weights(folder)
+    with telling(f"cannot load adapter {folder}"):
+        peft_model = PeftModel.from_pretrained(model, str(folder))
+        places = get_peft_model_state_dict(peft_model).keys()
+    _check_adapter(folder, found, places)
+    return peft_model
+
+
+def start_adapter(config: RunConfig) -> Path:
+    """The folder of the adapter that the run starts from."""
+    return folder_of(config.adapter_name_or_path, "adapter_config.json", config, "adapter_name_or_path")
+
+
+PLAIN_LORA = frozenset(
+    [
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "modules_to_save",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "eva_config",
+        "runtime_config",
+    ]
+)
+"""What an adapter's config may say as it likes: the rest must be PEFT's default, or W + (alpha / r) B A is not what
+it computes."""
+
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
+"""Of init_lora_weights: others (PiSSA, OLoRA, LoftQ, CorDA) change the base's own weights too."""
+
+
+def adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """Name -> tensor of a plain LoRA adapter. Raises UserError for any other, and for one that is not whole."""
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+
+    settings, default = read_mapping(folder / "adapter_config.json"), LoraConfig().to_dict()
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"adapter {folder}: peft_type: {shown(settings.get('peft_type'))}: only LORA is supported")
+    for name, value in settings.items():
+        if name == "init_lora_weights" and value not in KEEPS_BASE:
+            raise UserError(f"adapter {folder} ({name}: {shown(value)}) belongs to a base with other weights")
+        if name not in (*PLAIN_LORA, "init_lora_weights") and value and value != default.get(name):
+            raise UserError(f"adapter {folder} is no plain LoRA ({name}: {shown(value)}), and no other is supported")
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        others = [other.name for other in sorted(folder.glob("adapter_model*"))]
+        raise UserError(f"adapter {folder} has no {path.name}" + (f", only {', '.join(others)}" if others else ""))
+    with telling(f"cannot read {path}"):
+        found = load_file(path)
+    for name, tensor in found.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"adapter {folder}: {name} holds numbers that are not finite (NaN or infinity)")
+    return found
+
+
+def _check_adapter(folder: Path, found: dict[str, Tensor], places: Set[str], may_be_fresh: Set[str] = frozenset()):
+    """Refuse an adapter that does not fill its places in the model, one for one."""
+    if missing := sorted(places - found.keys() - may_be_fresh):
+        raise UserError(f"adapter {folder} lacks {missing[0]}{_and_more(missing)}: its weights are not whole")
+    if unknown := sorted(found.keys() - places):
+        raise UserError(f"adapter {folder} does not fit this model, which has no {unknown[0]}{_and_more(unknown)}")
 
 
 def use_deterministic_kernels(config: RunConfig) -> None:
@@ -163,7 +239,7 @@ def load_reference(config: RunConfig) -> nn.Module:
     """What the policy starts from, frozen: the base, with `adapter_name_or_path` if there is one."""
     model = load_causal_lm(config)
     if config.adapter_name_or_path:
-        model = load_adapter(model, config.adapter_name_or_path)
+        model = load_adapter(model, start_adapter(config))
     return model.eval().requires_grad_(False)
 
 
@@ -284,45 +360,6 @@ def share_frozen_weights(*models: nn.Module) -> None:
                     setattr(module, name, same)
 
 
-def weights_hash(config: RunConfig) -> str:
-    """sha256 over the base's weight files and config.json, and the adapter's if it starts from one.
-
-    A file of the hub's cache is a link to a blob named by its own sha256, which is then not read.
-    """
-    folders = [_folder(config.model_name_or_path, "config.json", config)]
-    if config.adapter_name_or_path:
-        folders.append(_folder(config.adapter_name_or_path, "adapter_config.json", config))
-    return folders_hash(*folders)
-
-
-def folders_hash(*folders: Path) -> str:
-    """sha256 over the weight files of models and adapters, and the configs that say how to read them."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.iterdir()):
-            if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json"):
-                digest.update(f"{path.name} {_file_hash(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def _folder(name: str, member: str, config: RunConfig) -> Path:
-    """The folder of a model or adapter: a local one, or its snapshot in the hub's cache."""
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(name, member, cache_dir=config.cache_dir, revision=config.model_revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {name}: {_first_line(error)}") from None
-    return Path(found).parent
-
-
-def _file_hash(path: Path) -> str:
-    blob = path.resolve().name
-    if path.is_symlink() and len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
-        return blob
-    return sha256(path)
-
-
 def _hub(config: RunConfig) -> dict:
     return {
         "cache_dir": config.cache_dir,
@@ -340,36 +377,62 @@ def _weights(config: RunConfig) -> dict:
 
 @contextmanager
 def _loading(config: RunConfig, what: str):
+    """Whatever goes wrong while a model or a tokenizer is loaded is one line that names it."""
     name = config.model_name_or_path
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).is_dir():
-        raise UserError(f"model_name_or_path: there is no directory {name}")
+    check_local(name, "model_name_or_path")
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a fresh score is announced as a missing weight
+    logging.set_verbosity_error()  # what it would say of weights is checked here: `_check_weights`
     logging.disable_progress_bar()  # of reading weights, which would stand between ours
     try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"cannot load the {what} {name}: {_first_line(error)}") from None
-    except Exception as error:  # safetensors and tokenizers raise bare Exception subclasses of their own
-        if type(error).__name__ in ("SafetensorError", "Exception"):
-            raise UserError(f"cannot load the {what} {name}: {_first_line(error)}") from None
-        raise
+        with telling(f"cannot load the {what} {name}"):
+            yield
     finally:
         logging.set_verbosity(verbosity)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _check_weights(model: PreTrainedModel, name: str, info: dict, *, fresh: str = "") -> None:
+    """Refuse a model some of whose weights are not those of its files: absent, of another size, left over, or NaN.
+
+    info: transformers' loading info. fresh: prefix of weights that may be new. What is left over counts if the trunk
+    would compute with it (a layer more than config.json says); another head than the one in use does not.
+    """
+    missing = sorted(key for key in info["missing_keys"] if not (fresh and key.startswith(fresh)))
+    if missing:
+        raise UserError(f"{name} lacks the weight {missing[0]}{_and_more(missing)}: its files are not whole")
+    for key, *shapes in sorted(info["mismatched_keys"], key=str):
+        found, wanted = (tuple(shape) for shape in shapes)
+        raise UserError(f"{name}: the weight {key} is {found} in its files, and {wanted} by its config.json")
+    prefix, body = model.base_model_prefix, {child for child, _ in trunk(model).named_children()}
+    extra = sorted(
+        key for key in info["unexpected_keys"] if key.startswith(f"{prefix}.") or key.partition(".")[0] in body
+    )
+    if extra:
+        raise UserError(f"{name} has the weight {extra[0]}{_and_more(extra)}, for which its config.json has no place")
+    if bad := non_finite(model):
+        raise UserError(f"{name}: the weight {bad} holds numbers that are not finite (NaN or infinity)")
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+@torch.no_grad()
+def non_finite(model: nn.Module) -> str | None:
+    """The first weight that holds NaN or infinity. A sum is not finite if one of its terms is not, and is quicker."""
+    for name, weight in model.named_parameters():
+        if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+            return name
+    return None
 
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, name: str) -> None:
     """Refuse a model whose logits are not output_layer(trunk(x)), e.g. one that caps or scales them."""
     ids = torch.tensor([[1, 2, 3]])
-    expected = model(ids).logits
-    actual = model.get_output_embeddings()(trunk(model)(ids).last_hidden_state)
+    with telling(f"{name}: {type(model).__name__} cannot be used as a language model here"):
+        expected = model(ids).logits
+        actual = model.get_output_embeddings()(trunk(model)(ids).last_hidden_state)
     if not torch.allclose(expected.float(), actual.float(), rtol=1e-3, atol=1e-3):
         raise UserError(f"{name}: {type(model).__name__} changes its logits after the output layer; not supported")

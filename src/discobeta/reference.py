@@ -7,6 +7,7 @@ adapter or a loss changes. So one pass serves every dpo run on the same data.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,29 +19,35 @@ from tqdm import tqdm
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import Rows
-from discobeta.errors import UserError
-from discobeta.files import read_json, replacing, sha256, write_json
-from discobeta.policy import at, hidden_states, load_reference, response_logps, weights_hash
+from discobeta.errors import UserError, telling
+from discobeta.files import read_sealed, replacing, sha256, write_json, write_sealed
+from discobeta.identity import weights_hash
+from discobeta.policy import at, hidden_states, load_reference, response_logps
+from discobeta.record import check_replaceable, write_mark
 
 Columns = dict[str, Tensor]
 
 
-def load_or_compute(config: RunConfig, train: Rows, held_out: Rows | None) -> tuple[Columns, Columns]:
-    """Columns `reference_logps` (rows, 2) [chosen, rejected] and `prompt_features` (rows, hidden_size).
+def load_or_compute(config: RunConfig, parts: dict[str, Rows], *, write: bool = True) -> dict[str, Columns]:
+    """Columns `reference_logps` (rows, 2) [chosen, rejected] and `prompt_features` (rows, hidden_size) of each part.
 
-    float32, for the training and the held-out rows, from the folder `reference_path` (or
-    `output_dir/reference`), where they are computed first if there is none. A folder that was given
-    and is of something else is refused; one of the run's own is only a cache, and made anew.
+    float32, for the rows of `parts` (train, eval), from the folder `reference_path` (or `output_dir/reference`), where
+    they are computed first if there is none. A folder that was given and is of something else is refused; one of the
+    run's own is only a cache, and made anew. write: False leaves no folder behind.
     """
     folder = Path(config.reference_path or Path(config.output_dir) / "reference")
-    parts = {"train": train} | ({"eval": held_out} if held_out is not None else {})
     key = cache_key(config, parts)
-    record = folder / "reference.json"
-    if not record.exists() or (not config.reference_path and read_json(record)["key"] != key):
-        write(config, parts, key, folder)
-    _check(folder, key, parts)
-    found = {name: _read(folder, name, rows) for name, rows in parts.items()}
-    return found["train"], found.get("eval", {})
+    if (folder / "reference.json").exists():
+        made_from = _record(folder)
+        if config.reference_path or all(made_from["key"].get(item) == value for item, value in key.items()):
+            _check(folder, made_from, key, parts)
+            return {name: _read(folder, name, rows) for name, rows in parts.items()}
+    if not write:
+        model, device = _reference(config)
+        return {name: compute(model, Pairs(rows), config, device, name) for name, rows in parts.items()}
+    check_replaceable(folder, "reference_path" if config.reference_path else "output_dir")
+    compute_folder(config, parts, key, folder)
+    return {name: _read(folder, name, rows) for name, rows in parts.items()}
 
 
 def cache_key(config: RunConfig, parts: dict[str, Rows]) -> dict[str, str]:
@@ -55,13 +62,12 @@ def cache_key(config: RunConfig, parts: dict[str, Rows]) -> dict[str, str]:
     }
 
 
-def write(config: RunConfig, parts: dict[str, Rows], key: dict[str, str], folder: Path) -> None:
+def compute_folder(config: RunConfig, parts: dict[str, Rows], key: dict[str, str], folder: Path) -> None:
     """Compute the pass and leave it as one folder, whole or not at all."""
     from safetensors.torch import save_file
 
     started = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_reference(config).to(device)
+    model, device = _reference(config)
     with replacing(folder) as temporary:
         temporary.mkdir()
         digests = {}
@@ -70,10 +76,16 @@ def write(config: RunConfig, parts: dict[str, Rows], key: dict[str, str], folder
             columns["fingerprints"] = torch.from_numpy(rows.fingerprints())
             save_file(columns, temporary / f"{name}.safetensors")
             digests[name] = sha256(temporary / f"{name}.safetensors")
-        write_json(temporary / "reference.json", {"key": key, "sha256": digests})
+        write_sealed(temporary / "reference.json", {"key": key, "sha256": digests})
         seconds = time.monotonic() - started
         cost = {"seconds": seconds, "device": device.type, "pairs": sum(map(len, parts.values()))}
         write_json(temporary / "cost.json", cost | {"gpu_seconds": seconds if device.type == "cuda" else 0.0})
+        write_mark(temporary, "discobeta reference", os.listdir(temporary))
+
+
+def _reference(config: RunConfig) -> tuple[torch.nn.Module, torch.device]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_reference(config).to(device), device
 
 
 @torch.no_grad()
@@ -88,28 +100,38 @@ def compute(model: torch.nn.Module, pairs: Pairs, config: RunConfig, device: tor
             hidden = hidden_states(model, batch)
             logps[indices] = response_logps(model, hidden, batch).view(2, -1).T.cpu()
         features[indices] = at(hidden, batch.prompt_end)[: batch.pairs].cpu()
+    if not (logps.isfinite().all() and features.isfinite().all()):
+        raise UserError(f"the reference {config.model_name_or_path} says of some rows what is no finite number")
     return {"reference_logps": logps, "prompt_features": features}
 
 
-def _check(folder: Path, key: dict[str, str], parts: Iterable[str]) -> None:
+def _record(folder: Path) -> dict[str, dict[str, str]]:
+    """reference.json: what the pass was made from, and the sha256 of its files."""
+    found = read_sealed(folder / "reference.json")
+    if not all(isinstance(found.get(name), dict) for name in ("key", "sha256")):
+        raise UserError(f"{folder}/reference.json is not that of a reference pass")
+    return found
+
+
+def _check(folder: Path, made_from: dict[str, dict[str, str]], key: dict[str, str], parts: Iterable[str]) -> None:
     """Refuse a folder that was made from something else, or changed since."""
-    record = read_json(folder / "reference.json")
     for item, value in key.items():
-        if record["key"].get(item) != value:
-            was = record["key"].get(item, "nothing")
+        was = made_from["key"].get(item, "nothing")
+        if was != value:
             raise UserError(
                 f"{folder} is the reference pass of another {item} ({was[:12]}, this run has {value[:12]}); "
                 "give another reference_path, or remove that folder"
             )
     for name in parts:
-        if sha256(folder / f"{name}.safetensors") != record["sha256"][name]:
+        if sha256(folder / f"{name}.safetensors") != made_from["sha256"][name]:
             raise UserError(f"{folder}/{name}.safetensors was changed after it was written; remove {folder}")
 
 
 def _read(folder: Path, name: str, rows: Rows) -> Columns:
     from safetensors.torch import load_file
 
-    columns = load_file(folder / f"{name}.safetensors")
+    with telling(f"cannot read {folder}/{name}.safetensors"):
+        columns = load_file(folder / f"{name}.safetensors")
     if not torch.equal(columns.pop("fingerprints"), torch.from_numpy(rows.fingerprints())):
         raise UserError(f"{folder}/{name}.safetensors holds its rows in another order; remove {folder}")
     return columns

@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from discobeta import runs
+from discobeta import identity, runs
 from discobeta.config import RunConfig
 from discobeta.data.batches import longest_first, pack
 from discobeta.data.formats import Example
 from discobeta.data.sources import RowReport
 from discobeta.data.tokens import encode
-from discobeta.errors import UserError
+from discobeta.errors import UserError, telling
+from discobeta.files import read_mapping
 from discobeta.heads import SIGMA0, Heads
-from discobeta.policy import folders_hash, load_adapter, load_scorer, load_tokenizer
+from discobeta.policy import adapter_weights, load_adapter, load_scorer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,21 +77,24 @@ def load_reward_model(source: str | Path, **settings) -> RewardModel:
     - a PEFT adapter with a `score` (a directory or a hub id), on the base that it names,
     - a model for sequence classification with one output, `score` (a directory or a hub id).
 
-    settings: run keys that say how the latter two are loaded (bf16, flash_attn, cache_dir, cutoff_len, ...).
-    Raises UserError for anything else, and for one that has no score of its own.
+    settings: run keys that say how the latter two are loaded (bf16, flash_attn, cache_dir, cutoff_len, ...), and
+    trust_remote_code, which holds for all three; what a run's own config says of it counts for nothing.
+    Raises UserError for anything else, for one that has no score of its own, and for a run that is unfinished or
+    damaged, or whose base has changed.
     """
     from discobeta.stages.rm import RewardModelling
 
     folder = Path(source)
     if (folder / "config.yaml").exists():
-        stage = runs.stage_of(folder, "rm")
+        trusted = settings.get("trust_remote_code", False)
+        stage = runs.load_stage(runs.read_of(folder, "rm", trust_remote_code=trusted))
         weights = [part for part in (folder / "adapter", folder / "model") if part.exists()]
     else:
         config, adapter, weights = _foreign(str(source), settings)
         stage = RewardModelling(config, _with_score(config, adapter), Heads()).eval()
     stage.requires_grad_(False)
     tokenizer = load_tokenizer(stage.config)
-    return RewardModel(stage.model, tokenizer, stage.heads, stage.config, stage, folders_hash(*weights))
+    return RewardModel(stage.model, tokenizer, stage.heads, stage.config, stage, identity.folders_hash(*weights))
 
 
 def loading(config: RunConfig) -> dict:
@@ -102,20 +106,15 @@ def loading(config: RunConfig) -> dict:
 
 def _foreign(source: str, settings: dict) -> tuple[RunConfig, str | None, list[Path]]:
     """The config that loads a reward model of another make, its adapter if it is one, and where its weights are."""
-    from peft import PeftConfig
     from transformers.utils import cached_file
 
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local and not Path(source).is_dir():
-        raise UserError(f"reward_model: there is no directory {source}")
+    identity.check_local(source, "reward_model")
     base, weights = source, []
     for name in ("adapter_config.json", "config.json"):
-        try:
+        with telling(f"reward_model: cannot load {source}"):
             found = cached_file(
                 source, name, cache_dir=settings.get("cache_dir"), _raise_exceptions_for_missing_entries=False
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"reward_model: cannot load {source}: {str(error).splitlines()[0]}") from None
         if found is not None:
             weights.append(Path(found).parent)
             break
@@ -126,8 +125,8 @@ def _foreign(source: str, settings: dict) -> tuple[RunConfig, str | None, list[P
         )
     is_adapter = name == "adapter_config.json"
     if is_adapter:
-        base = PeftConfig.from_pretrained(str(weights[0])).base_model_name_or_path
-        if not base:
+        base = read_mapping(weights[0] / "adapter_config.json").get("base_model_name_or_path")
+        if not base or not isinstance(base, str):
             raise UserError(f"reward_model: {source}/adapter_config.json names no base model")
     config, _ = RunConfig.from_mapping({"stage": "rm", **settings, "model_name_or_path": base}, "reward_model")
     return config, str(weights[0]) if is_adapter else None, weights
@@ -135,10 +134,8 @@ def _foreign(source: str, settings: dict) -> tuple[RunConfig, str | None, list[P
 
 def _with_score(config: RunConfig, adapter: str | None) -> torch.nn.Module:
     """The model, which must bring a trained score along: a fresh one would be noise."""
-    from peft import load_peft_weights
-
     if adapter is None:
         return load_scorer(config, must_have_score=True)
-    if not any(name.endswith("score.weight") for name in load_peft_weights(adapter, device="cpu")):
+    if not any(name.endswith("score.weight") for name in adapter_weights(Path(adapter))):
         raise UserError(f"reward_model: the adapter {adapter} has no `score` (a reward model's last layer)")
-    return load_adapter(load_scorer(config), adapter)
+    return load_adapter(load_scorer(config), Path(adapter))

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from discobeta import lock, runs
+from discobeta import identity, lock, record
 from discobeta.config import RunConfig
 from discobeta.errors import UserError
 from discobeta.files import write_json
@@ -47,25 +47,32 @@ def train(config: RunConfig) -> None:
     )
     if accelerator.device.type == "cpu" and (granted := os.environ.get("CUDA_VISIBLE_DEVICES")):
         accelerator.print(f"GPU {granted} was granted, and torch sees none: this run computes on the CPU")
-    with accelerator.main_process_first():
-        is_free = runs.open_run(config)
-    if not is_free:
-        _say_finished(config)
+    if not _is_free(config, accelerator):
+        if accelerator.is_main_process:
+            _leave_finished(config)
         return
     # one process writes, and holds the directory for all
     holding = lock.holding(Path(config.output_dir)) if accelerator.is_main_process else nullcontext()
     with holding as hold:
         waited = broadcast_object_list([hold is not None and hold.waited])[0]
-        if waited and runs.is_finished(config):  # whoever held it has done our work
-            _say_finished(config)
-            return
-        _train(config, accelerator, hold)
+        if waited and record.is_finished(config):  # whoever held it has done our work
+            accelerator.print(_finished(config), file=sys.stderr)
+        elif _is_free(config, accelerator):  # asked again: it may have changed before the directory was ours
+            _train(config, accelerator, hold)
+        else:
+            accelerator.print(_finished(config), file=sys.stderr)
+
+
+def _is_free(config: RunConfig, accelerator: Accelerator) -> bool:
+    with accelerator.main_process_first():
+        return record.open_run(config)
 
 
 def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) -> None:
     from discobeta import loop, policy
     from discobeta.data.batches import Pairs
     from discobeta.data.formats import KINDS
+    from discobeta.data.sources import contents_hash
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.stages import stage_class
 
@@ -76,27 +83,32 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
     tokenizer = policy.load_tokenizer(config)
     with accelerator.main_process_first():
         data = load_or_tokenise(config, tokenizer)
-        columns, held_out_columns = kind.columns(config, data.train, data.held_out)
+        columns = kind.columns(config, data.parts())
     for line in data.lines():
         accelerator.print(line)
-    stage = kind.fresh(config, columns)
-    material = Pairs(data.train, columns)
-    held_out = None if data.held_out is None else Pairs(data.held_out, held_out_columns)
+    stage = kind.fresh(config, columns["train"])
+    material = Pairs(data.train, columns["train"])
+    held_out = None if data.held_out is None else Pairs(data.held_out, columns["eval"])
     if config.eval_strategy != "no" and held_out is None:
         raise UserError(f"eval_strategy: {config.eval_strategy}, and {config.tokenized_path} holds no held-out rows")
     if config.stage != "rm" and config.num_eval_generations:  # what cannot be measured is not trained
         rows, asked = data.to_answer(config.num_eval_generations)
         policy.check_context(stage.model, max(len(rows.prompt_ids[row]) for row in asked), config.max_new_tokens)
-    facts = {"base": policy.weights_hash(config), "data": data.train.key(), **stage.facts()}
+    facts = {
+        "base": identity.weights_hash(config),
+        "tokenizer": identity.tokenizer_hash(config),
+        **data.keys(),
+        **stage.facts(),
+    }
 
     if hold:
         hold.confirm()
-        runs.begin(config)
+        record.begin(config)
     accelerator.wait_for_everyone()  # nobody looks for a checkpoint that is about to be removed
     if accelerator.log_with:
         accelerator.init_trackers("discobeta", config.resolved(), _tracker_options(config))
-    startup = time.monotonic() - runs.STARTED
-    same = runs.identity(config, facts | {"processes": str(accelerator.num_processes)})
+    startup = time.monotonic() - record.STARTED
+    same = record.identity_of(config, facts | {"processes": str(accelerator.num_processes)})
     spent = loop.fit(stage, material, held_out, config, accelerator, hold, same)
     accelerator.wait_for_everyone()
     if hold:
@@ -107,8 +119,9 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
             from discobeta.report.figures import loss_curve
 
             loss_curve(directory / "log.jsonl", directory / "loss.png")
-        runs.write_provenance(directory, config, facts | {KINDS[config.stage]: len(material), "rows": data.report})
-        runs.remove_checkpoints(directory)
+        more = {"sources": contents_hash(config), KINDS[config.stage]: len(material), "rows": data.report}
+        record.write_provenance(directory, config, facts | more)
+        record.remove_checkpoints(directory)
     accelerator.end_training()
 
 
@@ -133,8 +146,24 @@ def _cost(spent: dict[str, float], startup: float, accelerator: Any) -> dict[str
     }
 
 
-def _say_finished(config: RunConfig) -> None:
-    print(f"{config.output_dir} holds this run, finished; overwrite_output_dir: true trains it again", file=sys.stderr)
+def _finished(config: RunConfig) -> str:
+    return f"{config.output_dir} holds this run, finished; overwrite_output_dir: true trains it again"
+
+
+def _leave_finished(config: RunConfig) -> None:
+    """Say that the run is there, if it still is what would be trained, and clear away what a kill has left in it."""
+    from discobeta.data.sources import contents_hash
+    from discobeta.stages import stage_class
+
+    found = record.read(config.output_dir, trust_remote_code=config.trust_remote_code)
+    found.check_base()
+    found.check_fact("sources", contents_hash(config), config.dataset or config.tokenized_path)
+    for key, now in stage_class(config.stage).read_of_others(config).items():
+        found.check_fact(key, now, getattr(config, key))
+    if record.has_leftovers(found.directory):
+        with lock.holding(found.directory):
+            record.remove_checkpoints(found.directory)
+    print(_finished(config), file=sys.stderr)
 
 
 def _say_same_as(config: RunConfig, say: Any) -> None:

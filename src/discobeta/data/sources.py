@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -156,6 +157,14 @@ def resolve(names: str, config: RunConfig, split: str) -> list[Source]:
         raise UserError("dataset: names no dataset")
     entries = _entries(Path(config.dataset_dir))
     return [_resolve(word, entries, config, split) for word in words]
+
+
+def contents_hash(config: RunConfig) -> str:
+    """sha256 over what the run's training and held-out rows come from: contents of files, addresses on the hub."""
+    named = ((config.dataset, config.split), (config.eval_dataset, config.eval_split))
+    sources = [source.identity() for names, split in named if names for source in resolve(names, config, split)]
+    contents = [{key: value for key, value in source.items() if key != "name"} for source in sources]
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def _resolve(name: str, entries: dict[str, Any], config: RunConfig, split: str) -> Source:

@@ -144,6 +144,14 @@ class TokenisedData:
     held_out: Rows | None
     report: dict[str, Any]
 
+    def parts(self) -> dict[str, Rows]:
+        """The rows that are there, as train and eval."""
+        return {"train": self.train} | ({} if self.held_out is None else {"eval": self.held_out})
+
+    def keys(self) -> dict[str, str]:
+        """What a run's provenance says of its rows."""
+        return {{"train": "data", "eval": "held_out"}[part]: rows.key() for part, rows in self.parts().items()}
+
     def lines(self) -> list[str]:
         """What the run's log says about the data."""
         reports = [RowReport.of(self.report[part]) for part in ("train", "eval") if part in self.report]
@@ -411,7 +419,9 @@ def _truth_columns(truths: list[dict[str, float | str | int]]) -> dict[str, np.n
 # --- the folder of tokenised rows
 
 
-def load_or_tokenise(config: RunConfig, tokenizer: Any, kind: Kind | None = None) -> TokenisedData:
+def load_or_tokenise(
+    config: RunConfig, tokenizer: Any, kind: Kind | None = None, *, write: bool = True
+) -> TokenisedData:
     """`tokenise`, through the folder config.tokenized_path when that is set: read if there, else written.
 
     The folder holds train.parquet, eval.parquet (if there are held-out rows) and tokens.json (what
@@ -426,6 +436,8 @@ def load_or_tokenise(config: RunConfig, tokenizer: Any, kind: Kind | None = None
         return load(folder, config, tokenizer, kind)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"tokenized_path: {folder} is there and holds no tokenised rows (no tokens.json)")
+    if not write:
+        return tokenise(config, tokenizer, kind)
     recipe = made_from(config, tokenizer, kind)
     data = tokenise(config, tokenizer, kind)
     try:

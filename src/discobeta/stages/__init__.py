@@ -91,13 +91,21 @@ class Stage(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def columns(cls, config: RunConfig, train: Rows, held_out: Rows | None) -> tuple[dict, dict]:
-        """Per-row tensors that the stage needs beside the tokens, of the training and held-out rows."""
-        raise NotImplementedError
+    def columns(cls, config: RunConfig, parts: dict[str, Rows], *, write: bool = True) -> dict[str, dict[str, Tensor]]:
+        """Per-row tensors that the stage needs beside the tokens, of each part (train, eval).
+
+        write: whether they may be left on disk for other runs.
+        """
+        return {name: {} for name in parts}
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
         """Refuse, before anything is loaded, what cannot be trained."""
+
+    @classmethod
+    def read_of_others(cls, config: RunConfig) -> dict[str, str]:
+        """Run key -> sha256 of what it names among other runs, as it is now; part of what `facts` said."""
+        return {}
 
     def facts(self) -> dict[str, str]:
         """What else than settings, data and base decides the outcome."""

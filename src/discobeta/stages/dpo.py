@@ -31,8 +31,8 @@ class DirectPreference(Stage):
         return {"prompt_features": columns["prompt_features"]}
 
     @classmethod
-    def columns(cls, config: RunConfig, train: Rows, held_out: Rows | None) -> tuple[dict, dict]:
-        return reference.load_or_compute(config, train, held_out)
+    def columns(cls, config: RunConfig, parts: dict[str, Rows], *, write: bool = True) -> dict[str, dict[str, Tensor]]:
+        return reference.load_or_compute(config, parts, write=write)
 
     def compare(self, batch: Batch) -> Comparison:
         with self.autocast():

@@ -23,9 +23,10 @@ from discobeta.config import RunConfig
 from discobeta.data.batches import Batch, EndlessSchedule, Pairs, longest_first, pack
 from discobeta.data.tokens import Rows
 from discobeta.errors import UserError
-from discobeta.files import sha256
+from discobeta.flags import State
 from discobeta.generation import generate, has_ended, stop_ids
 from discobeta.heads import WIDTH, Heads, full_precision
+from discobeta.identity import file_hash, folders_hash
 from discobeta.policy import (
     at,
     check_context,
@@ -135,10 +136,6 @@ class ProximalPolicy(Stage):
         return heads
 
     @classmethod
-    def columns(cls, config: RunConfig, train: Rows, held_out: Rows | None) -> tuple[dict, dict]:
-        return {}, {}
-
-    @classmethod
     def fresh(cls, config: RunConfig, columns: dict[str, Tensor]) -> Self:
         stage = super().fresh(config, columns)
         stage.tokenizer = load_tokenizer(config)
@@ -172,11 +169,19 @@ class ProximalPolicy(Stage):
         size = config.per_device_train_batch_size * processes
         return EndlessSchedule(len(train), size, passes, processes, config.seed)
 
-    def facts(self) -> dict[str, str]:
-        known = {"reward_model": self.reward_fingerprint}
-        if self.heads.beta is not None and self.config.beta_head:
-            known["beta_head"] = sha256(Path(self.config.beta_head) / "heads.safetensors")
+    @classmethod
+    def read_of_others(cls, config: RunConfig) -> dict[str, str]:
+        known, judge = {}, Path(config.reward_model)
+        if (judge / "config.yaml").exists():
+            known["reward_model"] = folders_hash(
+                *(part for part in (judge / "adapter", judge / "model") if part.exists())
+            )
+        if config.beta_head and config.arm.beta is not State.ABSENT:
+            known["beta_head"] = file_hash(Path(config.beta_head) / "heads.safetensors")
         return known
+
+    def facts(self) -> dict[str, str]:
+        return {**self.read_of_others(self.config), "reward_model": self.reward_fingerprint}
 
     def state(self) -> dict:
         return {"kl_coefficient": self.kl_coefficient, "score_scale": self.score_scale}

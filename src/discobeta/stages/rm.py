@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from discobeta.config import RunConfig
 from discobeta.data.batches import Batch
-from discobeta.data.tokens import Rows
 from discobeta.heads import full_precision
 from discobeta.policy import at, hidden_states, load_scorer, plain, pooled
 from discobeta.signals import Comparison
@@ -31,10 +30,6 @@ class RewardModelling(Stage):
     @classmethod
     def head_starts(cls, model: nn.Module, columns: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"score_weight": score(model).weight.detach()}
-
-    @classmethod
-    def columns(cls, config: RunConfig, train: Rows, held_out: Rows | None) -> tuple[dict, dict]:
-        return {}, {}
 
     def model_parameters(self) -> list[nn.Parameter]:
         without_score = [

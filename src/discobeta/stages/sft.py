@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -19,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from discobeta import files, runs
+from discobeta import files, identity, record
 from discobeta.config import RunConfig, read_yaml, write_yaml
-from discobeta.data.sources import read_examples
+from discobeta.data.sources import contents_hash, read_examples
 from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
-from discobeta.errors import UserError
+from discobeta.errors import UserError, first_line
 from discobeta.policy import ATTENTION, load_causal_lm, load_tokenizer
 from discobeta.seeds import derive, global_stream
 
@@ -47,10 +48,11 @@ def train(config: RunConfig) -> None:
     """
     from accelerate import PartialState
 
+    finished = f"{config.output_dir} holds this run, finished; overwrite_output_dir: true trains it again"
     if not is_free(config):
-        print(
-            f"{config.output_dir} holds this run, finished; overwrite_output_dir: true trains it again", file=sys.stderr
-        )
+        found = record.read(config.output_dir)
+        found.check_fact("sources", contents_hash(config), config.dataset or config.tokenized_path)
+        print(finished, file=sys.stderr)
         return
     processes = PartialState()
     tokenizer = build_tokenizer(config)
@@ -61,49 +63,60 @@ def train(config: RunConfig) -> None:
     model = build_model(config, tokenizer)
     # the other processes have nothing to leave behind
     target = files.replacing(config.output_dir) if processes.is_main_process else tempfile.TemporaryDirectory()
-    with target as folder, global_stream(config.seed, "sft"):
-        folder = Path(folder)
-        trainer, log = build_trainer(config, model, tokenizer, data, folder)
-        begun = time.monotonic()
-        trainer.train()
-        spent = time.monotonic() - begun
-        if processes.is_main_process:
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            write_yaml(config.resolved(), folder / "config.yaml")
-            files.write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log.rows))
-            files.write_json(folder / "cost.json", cost(trainer, spent, begun - runs.STARTED))
-            if config.plot_loss:
-                from discobeta.report.figures import loss_curve
+    try:
+        with target as folder, global_stream(config.seed, "sft"):
+            folder = Path(folder)
+            trainer, log = build_trainer(config, model, tokenizer, data, folder)
+            begun = time.monotonic()
+            trainer.train()
+            spent = time.monotonic() - begun
+            if processes.is_main_process:
+                trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                write_yaml(config.resolved(), folder / "config.yaml")
+                files.write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log.rows))
+                files.write_json(folder / "cost.json", cost(trainer, spent, begun - record.STARTED))
+                if config.plot_loss:
+                    from discobeta.report.figures import loss_curve
 
-                loss_curve(folder / "log.jsonl", folder / "loss.png")
-            facts = {"data": data.train.key(), "examples": len(data.train), "rows": data.report}
-            runs.write_provenance(folder, config, facts)
+                    loss_curve(folder / "log.jsonl", folder / "loss.png")
+                facts = {
+                    **data.keys(),
+                    "sources": contents_hash(config),
+                    "examples": len(data.train),
+                    "rows": data.report,
+                }
+                if config.model_name_or_path:
+                    facts["base"] = identity.weights_hash(config)
+                record.write_provenance(folder, config, facts)
+                record.write_mark(folder, "discobeta train, stage sft", os.listdir(folder))
+                if not is_free(config):  # asked again: another process may have been quicker
+                    raise _WrittenMeanwhile
+    except _WrittenMeanwhile:
+        print(finished, file=sys.stderr)
     processes.wait_for_everyone()
+
+
+class _WrittenMeanwhile(Exception):
+    """Another process has finished this very run: keep its, discard ours."""
 
 
 def is_free(config: RunConfig) -> bool:
     """Whether `output_dir` is to be written; False if it holds this very run, finished.
 
-    Refused are another run (unless overwrite_output_dir) and, always, a folder that is no run at
-    all: the folder is replaced as a whole, and what it holds may be somebody's work.
+    Refused are another run (unless overwrite_output_dir) and, always, a folder that holds what no run
+    of ours has written, or what this run reads: the folder is replaced as a whole.
     """
-    if not config.output_dir:
-        raise UserError("output_dir is missing: where the model is to be written")
-    output = Path(config.output_dir)
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    output = record.writable(config)
+    record.check_replaceable(output, "output_dir")
+    record.check_inputs(config, [output])
+    if config.overwrite_output_dir or not (output / "config.yaml").exists():
         return True
-    if not (output / "config.yaml").is_file():
-        raise UserError(f"output_dir: {output} is there and holds no run of discobeta; give another output_dir")
-    if config.overwrite_output_dir:
-        return True
-    here, wanted = read_yaml(output / "config.yaml"), config.resolved()
-    for name in sorted(wanted.keys() - runs.NOT_THE_RUN):
-        if here.get(name) != wanted[name]:
-            raise UserError(
-                f"output_dir: {output} holds another run ({name}: {here.get(name)!r} there, {wanted[name]!r} here); "
-                "give another output_dir, or overwrite_output_dir: true"
-            )
+    if different := record.difference(read_yaml(output / "config.yaml"), config.resolved()):
+        raise UserError(
+            f"output_dir: {output} holds another run ({different}); "
+            "give another output_dir, or overwrite_output_dir: true"
+        )
     return not (output / "provenance.json").exists()
 
 
@@ -351,7 +364,3 @@ def cost(trainer: SFTTrainer, seconds: float, startup_seconds: float) -> dict[st
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "processes": processes,
     }
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
