@@ -316,3 +316,168 @@ def test_a_world_without_its_base_is_refused(corpus, base, tmp_path):
     with pytest.raises(UserError, match="tokenizer"):
         write_pairs(corpus, base, tmp_path / "pairs")  # conftest's base: another vocabulary
     assert not (tmp_path / "pairs").exists()
+
+
+# --- whose files are they
+
+
+@pytest.mark.parametrize(
+    "name", ["sft.jsonl", "world.json", "tokenizer/notes.txt", "tokenizer/tokenizer.json", "tokenizer"]
+)
+def test_a_corpus_replaces_nobodys_file(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    before = folder_bytes(tmp_path)
+    with pytest.raises(UserError, match=f"{name}.* (was not written|is not valid JSON).*; give another --output"):
+        world.write_corpus(tmp_path, seed=1, sft_examples=10)
+    assert folder_bytes(tmp_path) == before
+
+
+def test_a_corpus_replaces_no_link_and_no_directory(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "tokenizer.json").write_text("mine")
+    for name in ("tokenizer", "sft.jsonl"):
+        output = tmp_path / f"output-{name}"
+        output.mkdir()
+        (output / name).symlink_to(theirs)
+        with pytest.raises(UserError, match=f"{name} was not written by"):
+            world.write_corpus(output, seed=1, sft_examples=10)
+        (output / name).unlink()
+        (output / name).mkdir()
+        (output / name / "mine.txt").write_text("mine")
+        with pytest.raises(UserError, match="was not written by"):
+            world.write_corpus(output, seed=1, sft_examples=10)
+        assert (output / name / "mine.txt").read_text() == "mine" and not (output / "world.json").exists()
+    assert (theirs / "tokenizer.json").read_text() == "mine"
+
+
+def test_a_corpus_of_ours_is_replaced_by_another(tmp_path):
+    for seed in (1, 2):
+        world.write_corpus(tmp_path / "one", seed=seed, sft_examples=10)
+    world.write_corpus(tmp_path / "two", seed=2, sft_examples=10)
+    for name in ("sft.jsonl", "world.json", "tokenizer/tokenizer.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    (tmp_path / "one" / "sft.jsonl").write_text("my own corpus")
+    with pytest.raises(UserError, match="sft.jsonl was not written by `discobeta world corpus`, or was changed since"):
+        world.write_corpus(tmp_path / "one", seed=2, sft_examples=10)
+    assert (tmp_path / "one" / "sft.jsonl").read_text() == "my own corpus"
+
+
+def test_what_a_workflow_or_a_kill_has_left_of_a_corpus_is_ours(tmp_path):
+    """Snakemake removes the outputs that it knows before it runs a job again; the tokenizer's other files stay."""
+    world.write_corpus(tmp_path / "whole", seed=2, sft_examples=10)
+    gone = ["sft.jsonl", "world.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+    for number in range(2 ** len(gone)):
+        output = tmp_path / str(number)
+        world.write_corpus(output, seed=1, sft_examples=10)
+        for place, name in enumerate(gone):
+            if number >> place & 1:
+                (output / name).unlink()
+        world.write_corpus(output, seed=2, sft_examples=10)
+        for name in gone:
+            assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_corpus_that_is_killed_at_any_write_is_made_again(tmp_path, monkeypatch):
+    from discobeta import files
+
+    world.write_corpus(tmp_path / "whole", seed=2, sft_examples=10)
+    replacing, left = files.replacing, [0]
+
+    class Killed(BaseException):
+        pass
+
+    def count_down(path):
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        return replacing(path)
+
+    for writes in range(4):  # the tokenizer's beginning, the mark, the texts, the record
+        output = tmp_path / str(writes)
+        world.write_corpus(output, seed=1, sft_examples=10)
+        left[0] = writes
+        monkeypatch.setattr(files, "replacing", count_down)
+        with pytest.raises(Killed):
+            world.write_corpus(output, seed=2, sft_examples=10)
+        monkeypatch.setattr(files, "replacing", replacing)
+        world.write_corpus(output, seed=2, sft_examples=10)
+        assert (output / "sft.jsonl").read_bytes() == (tmp_path / "whole" / "sft.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "eval.jsonl", "pairs.json"])
+def test_pairs_replace_nobodys_file(corpus, untrained, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name}.* (was not written|is not valid JSON).*; give another --output"):
+        write_pairs(corpus, untrained, tmp_path)
+    assert folder_bytes(tmp_path) == {name: b"mine"}
+
+
+def test_pairs_of_ours_are_replaced_whatever_is_left_of_them(corpus, untrained, tmp_path):
+    output = write_pairs(corpus, untrained, tmp_path / "pairs")
+    expected = folder_bytes(output)
+    for gone in (["train.jsonl", "eval.jsonl"], ["pairs.json"], []):
+        for name in gone:
+            (output / name).unlink()
+        assert folder_bytes(write_pairs(corpus, untrained, output)) == expected
+    (output / "eval.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="eval.jsonl was not written by `discobeta world pairs`, or was changed since"):
+        write_pairs(corpus, untrained, output)
+
+
+def test_corpus_and_pairs_may_share_a_folder(untrained, tmp_path):
+    for _ in range(2):
+        world.write_corpus(tmp_path, seed=1, sft_examples=10)
+        write_pairs(tmp_path, untrained, tmp_path)
+
+
+def test_pairs_say_what_they_were_made_from(corpus, untrained, pairs, tmp_path):
+    import hashlib
+
+    from discobeta import files
+
+    record = files.read_sealed(pairs / "pairs.json")
+    assert record["made_by"] == "discobeta world pairs"
+    for name in ("train.jsonl", "eval.jsonl"):
+        assert record["files"][name] == hashlib.sha256((pairs / name).read_bytes()).hexdigest()
+    assert record["world"] == hashlib.sha256((corpus / "world.json").read_bytes()).hexdigest()
+    other = write_pairs(corpus, untrained, tmp_path / "other", seed=4)
+    again = files.read_sealed(other / "pairs.json")
+    assert again["seed"] == 4 and (again["base"], again["tokenizer"]) == (record["base"], record["tokenizer"])
+
+
+def test_pairs_of_a_world_that_was_changed_are_refused(untrained, tmp_path):
+    world.write_corpus(tmp_path / "world", seed=1, sft_examples=10)
+    text = (tmp_path / "world" / "world.json").read_text()
+    for changed in (
+        text.replace('"noise": "heteroscedastic"', '"noise": "homoscedastic"'),
+        json.dumps({"noise": "heteroscedastic", "seed": 1}),
+        "null", "[]", "5", '"noise"', "{}", '{"seal": null}', '{"noise": 3}', "", "{",
+        "[" * 3000, "9" * 5000, text[:200],
+    ):  # fmt: skip
+        assert changed != text
+        (tmp_path / "world" / "world.json").write_text(changed)
+        with pytest.raises(UserError, match=r"^[^\n]*world\.json [^\n]*$"):
+            write_pairs(tmp_path / "world", untrained, tmp_path / "pairs")
+    (tmp_path / "world" / "world.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"world\.json "):
+        write_pairs(tmp_path / "world", untrained, tmp_path / "pairs")
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_pairs_of_a_base_that_is_not_whole_are_refused(corpus, untrained, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(untrained, tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="model.layers.0.mlp.up_proj.weight"):
+        write_pairs(corpus, tmp_path / "base", tmp_path / "pairs")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(UserError, match=r"^cannot load the model [^\n]*$"):
+        write_pairs(corpus, tmp_path / "base", tmp_path / "pairs")
+    assert not (tmp_path / "pairs").exists()

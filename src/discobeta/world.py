@@ -8,16 +8,18 @@ See docs/world.md for why it looks like this and what was measured.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from discobeta import files
+from discobeta import files, identity
 from discobeta.errors import UserError
 from discobeta.seeds import derive, generator, uniforms
 
@@ -46,6 +48,9 @@ EQUAL_NOISE = 1.12
 
 MAX_RESPONSE_TOKENS = 12
 """One more than the longest well-formed response and its <eos>: cutting there cuts no good response."""
+
+MAKERS = {"world.json": "discobeta world corpus", "pairs.json": "discobeta world pairs"}
+"""A folder's sealed record, which is written last, and the command that makes the folder."""
 
 PAIR_BATCH = 1024
 REDRAWS = 20
@@ -186,8 +191,9 @@ def write_corpus(output: Path, *, seed: int, sft_examples: int, noise: Noise = "
     """Write what a base is trained on: sft.jsonl, tokenizer/ and, last, world.json.
 
     sft.jsonl:  {"prompt", "completion"} per line; topics by FAMILIARITY_WEIGHTS, no held-out prompt.
-    world.json: the settings, which `write_pairs` reads, and the truth, for people to read.
-    The noise is a property of labels: it leaves the corpus as it is.
+    world.json: the settings, which `write_pairs` reads, and the truth, for people to read; sealed.
+    The noise is a property of labels: it leaves the corpus as it is. Raises UserError, before anything is changed,
+    if one of these files is there and was not written by this command (see `_claim`).
     """
     if noise not in get_args(Noise):
         raise UserError(f"noise: {noise!r} should be {' or '.join(get_args(Noise))}")
@@ -197,13 +203,16 @@ def write_corpus(output: Path, *, seed: int, sft_examples: int, noise: Noise = "
     rng = random.Random(derive(seed, "world", "corpus"))
     weights = [FAMILIARITY_WEIGHTS[topic.familiarity] for topic in TOPICS]
     prompts = [draw_prompt(rng, held_out=False, topic_weights=weights) for _ in range(sft_examples)]
-    examples = [{"prompt": prompt, "completion": draw_completion(rng, topic_of(prompt))} for prompt in prompts]
-    _write_lines(output / "sft.jsonl", examples)
+    corpus = _lines([{"prompt": prompt, "completion": draw_completion(rng, topic_of(prompt))} for prompt in prompts])
     with files.replacing(output / "tokenizer") as folder:
         build_tokenizer().save_pretrained(folder)
+        written = {"sft.jsonl": _digest(corpus)}
+        written |= {f"tokenizer/{path.name}": files.sha256(path) for path in sorted(folder.iterdir())}
+        _claim(output, "world.json", ("sft.jsonl", "tokenizer"), written)
+    files.write_text(output / "sft.jsonl", corpus)
     settings = {"seed": seed, "sft_examples": sft_examples, "noise": noise}
     truth = {"topics": [asdict(topic) for topic in TOPICS], "quality": QUALITY, "ambiguity": AMBIGUITY}
-    files.write_json(output / "world.json", settings | truth)
+    _write_record(output / "world.json", settings | truth | {"files": written})
 
 
 # --- preference pairs
@@ -215,21 +224,42 @@ def write_pairs(world: Path, base: Path, output: Path, *, seed: int, train: int,
     world: folder of `write_corpus`; base: the model trained on its corpus. Topics are uniform, the
     prompts of eval.jsonl are held-out combinations, sampling is at temperature 1. The rows hold
     prompt, chosen, rejected and `truth` (see `label`). Runs on the CPU, so that a seed gives the
-    same pairs with and without a GPU. Raises UserError if world and base do not fit together, or if
-    the base hardly varies its responses.
+    same pairs with and without a GPU. pairs.json, written last and sealed, says what they were made from.
+    Raises UserError if world and base do not fit together or were changed since they were written, if the base
+    hardly varies its responses, and, before anything is changed, if one of these files is there and was not
+    written by this command (see `_claim`).
     """
-    world, output = Path(world), Path(output)
-    noise = files.read_json(world / "world.json")["noise"]
+    from discobeta.data.tokens import tokenizer_hash
+
+    world, base, output = Path(world), Path(base), Path(output)
+    noise = _read_record(world / "world.json").get("noise")
+    if noise not in get_args(Noise):
+        raise UserError(f"{world / 'world.json'}: noise: {noise!r} should be {' or '.join(get_args(Noise))}")
     if train < 1 or evaluation < 1:
         raise UserError(f"train: {train}, eval: {evaluation}: both should be at least 1")
-    model, tokenizer = _load_base(Path(base))
-    for split, size in (("train", train), ("eval", evaluation)):
+    names = ("train.jsonl", "eval.jsonl")
+    _check_ours(output, "pairs.json", names)
+    model, tokenizer = _load_base(base)
+    made_from = {
+        "world": files.sha256(world / "world.json"),
+        "base": identity.folders_hash(base),
+        "tokenizer": tokenizer_hash(tokenizer),
+    }
+    texts = {}
+    for name, split, size in zip(names, ("train", "eval"), (train, evaluation), strict=True):
         rng = random.Random(derive(seed, "world", "prompts", split))
         prompts = [draw_prompt(rng, held_out=split == "eval") for _ in range(size)]
         pairs = sample_pairs(model, tokenizer, prompts, seed=seed, split=split)
         uniform = generator(seed, "world", "labels", split)
-        rows = [label(prompt, *pair, noise, uniform) for prompt, pair in zip(prompts, pairs, strict=True)]
-        _write_lines(output / f"{split}.jsonl", rows)
+        texts[name] = _lines(
+            [label(prompt, *pair, noise, uniform) for prompt, pair in zip(prompts, pairs, strict=True)]
+        )
+    written = {name: _digest(text) for name, text in texts.items()}
+    _claim(output, "pairs.json", names, written)
+    for name, text in texts.items():
+        files.write_text(output / name, text)
+    settings = {"seed": seed, "train": train, "evaluation": evaluation}
+    _write_record(output / "pairs.json", settings | made_from | {"files": written})
 
 
 def sample_pairs(
@@ -293,17 +323,83 @@ def label(prompt: str, first: str, second: str, noise: Noise, uniform: Any) -> d
 
 
 def _load_base(base: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from discobeta.config import RunConfig
+    from discobeta.policy import load_causal_lm, load_tokenizer
 
     if not (base / "config.json").is_file():
         raise UserError(
             f"base: {base} is not a model folder (no config.json); `discobeta train` with stage: sft makes one"
         )
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    if tokenizer.convert_tokens_to_ids(vocabulary()) != list(range(len(vocabulary()))):
+    config, _ = RunConfig.from_mapping({"stage": "sft", "finetuning_type": "full", "model_name_or_path": str(base)})
+    tokenizer, words = load_tokenizer(config), vocabulary()
+    if tokenizer.convert_tokens_to_ids(words) != list(range(len(words))):
         raise UserError(f"base: {base} does not have the world's tokenizer (tokenizer_name: <world>/tokenizer)")
-    return AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval(), tokenizer
+    model = load_causal_lm(config).eval()
+    if (size := model.get_input_embeddings().num_embeddings) < len(words):
+        raise UserError(f"base: {base} has {size} tokens, fewer than the world's {len(words)} words")
+    return model, tokenizer
 
 
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+# --- the folders: what is ours in them
+
+
+def _claim(output: Path, record: str, parts: Sequence[str], written: dict[str, str]) -> None:
+    """Say that the files whose sha256 are `written` are ours; they are about to be written.
+
+    A hidden file of the folder holds the sha256 of all that was ever written there. It comes first, so that after a
+    kill, and after a workflow has removed some of the files, what is left is known to be ours, whatever is missing.
+    """
+    ours = _check_ours(output, record, parts, written)
+    files.write_sealed(_mark(output, record), {"made_by": MAKERS[record], "sha256": sorted(ours | {*written.values()})})
+
+
+def _check_ours(output: Path, record: str, parts: Sequence[str], written: dict[str, str] | None = None) -> set[str]:
+    """The sha256 of all that was written into the folder. Raises UserError for a file in it that is not ours to
+    replace: neither one of those nor the same as `written`."""
+    instead = "give another --output, or move it away"
+    mark, ours = _mark(output, record), set()
+    for path in (mark, output / record):
+        if os.path.lexists(path):
+            try:
+                found = _read_record(path, MAKERS[record])
+                ours |= {*found.get("sha256", ()), *found.get("files", {}).values()}
+            except (UserError, TypeError, AttributeError) as error:
+                raise UserError(f"{error}; {instead}") from None
+    for path in _there(output, parts):
+        name = path.relative_to(output).as_posix()
+        is_plain = path.is_file() and not path.is_symlink()
+        if not is_plain or files.sha256(path) not in ours | {(written or {}).get(name)}:
+            raise UserError(f"{path} was not written by `{MAKERS[record]}`, or was changed since; {instead}")
+    return ours
+
+
+def _there(output: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """The files that are there; a directory stands for what is in it, unless a file is to come in its place."""
+    for path in (output / part for part in parts):
+        if path.is_dir() and not path.is_symlink() and not path.suffix:
+            yield from sorted(path.iterdir())
+        elif os.path.lexists(path):
+            yield path
+
+
+def _mark(output: Path, record: str) -> Path:
+    return output / f".{MAKERS[record].replace(' ', '-')}.json"
+
+
+def _write_record(path: Path, value: dict[str, Any]) -> None:
+    files.write_sealed(path, {"made_by": MAKERS[path.name], **value})
+
+
+def _read_record(path: Path, made_by: str | None = None) -> dict[str, Any]:
+    value, made_by = files.read_sealed(path), made_by or MAKERS[path.name]
+    if value.get("made_by") != made_by:
+        raise UserError(f"{path} was not written by `{made_by}`")
+    return value
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
