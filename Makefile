@@ -1,5 +1,6 @@
 # make ablation     the whole study on the embedded world, from nothing to tables (minutes on two cores)
 # make test         the tests                    make lint      style of code and workflow
+# make test-kernels the numeric tests, with each of the kernels (plain, AVX2, AVX-512) that this processor can run
 # make smoke        a study in small, for real   make dry-run   every shipped study, planned only
 # make slurm-test   the same on a real Slurm of one node, which is installed, started and removed (root, Debian)
 # make report       the HTML report of a study that has run
@@ -21,7 +22,7 @@ RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SNAKEMAKE := $(RUN) snakemake
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: ablation smoke test slurm-test lint dry-run report clean
+.PHONY: ablation smoke test test-kernels slurm-test lint dry-run report clean
 .NOTPARALLEL:
 
 ablation: $(READY)
@@ -36,12 +37,22 @@ report: $(READY)
 	$(SNAKEMAKE) --configfile $(CONFIG) --report report.html
 
 # One thread per test process: with more processes than cores, threads wait for each other.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(RUN) pytest
 test: $(READY)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(RUN) pytest --numprocesses auto
+	$(PYTEST) --numprocesses auto
+
+# torch takes the best kernels that the processor has, unless told to take lesser ones; each rounds in its own way.
+KERNELS := import torch; best = torch.backends.cpu.get_cpu_capability().lower(); of_x86 = ["default", "avx2", "avx512"]; \
+	print(*(of_x86[: of_x86.index(best) + 1] if best in of_x86 else ["default"]))
+test-kernels: $(READY)
+	@all=$$(env -u ATEN_CPU_CAPABILITY $(RUN) python -c '$(KERNELS)') && for kernels in $$all; do \
+		echo "=== $$kernels kernels"; \
+		ATEN_CPU_CAPABILITY=$$kernels $(PYTEST) --numprocesses auto -m numeric || exit; \
+	done
 
 # Tests that were skipped are listed with their reason: on a machine that cannot run a cluster, all are.
 slurm-test: $(READY)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(RUN) pytest --durations=0 tests/slurm
+	$(PYTEST) --durations=0 tests/slurm
 
 lint: $(READY)
 	$(RUN) ruff check .

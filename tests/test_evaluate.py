@@ -11,6 +11,8 @@ from conftest import preference_rows, write_rows
 from discobeta.evaluate import evaluate, policy_metrics, preference_metrics
 from discobeta.metrics import EVALUATION_COLUMNS
 
+pytestmark = pytest.mark.numeric
+
 USED = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_dynamic_beta": True}
 TRUTH = {"topic", "noise", "familiarity"}  # of the rows that conftest makes
 

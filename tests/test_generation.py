@@ -10,6 +10,8 @@ import pytest
 from discobeta.errors import UserError
 from discobeta.world import build_tokenizer
 
+pytestmark = pytest.mark.numeric
+
 PROMPTS = [[4, first, second, 5] for first in range(6, 13) for second in (7, 9, 14, 16)]
 
 

@@ -10,6 +10,8 @@ from discobeta.errors import UserError
 from discobeta.flags import Architecture
 from discobeta.heads import BetaHead, DiscoHead, bounded, build, load, save
 
+pytestmark = pytest.mark.numeric
+
 BOTH = Architecture(add_disco_head=True, add_beta_head=True)
 
 

@@ -11,6 +11,8 @@ from discobeta.evaluate import evaluate
 from discobeta.flags import STAGES, Arm, State, arms_of
 from discobeta.train import train
 
+pytestmark = pytest.mark.numeric
+
 IDLE = [(stage, arm.name) for stage in STAGES for arm in arms_of(stage) if arm.is_idle]
 COMPARED = (
     "adapter/adapter_model.safetensors",

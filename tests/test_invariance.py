@@ -14,6 +14,8 @@ from discobeta.reference import compute
 from discobeta.stages.dpo import DirectPreference
 from discobeta.stages.rm import RewardModelling
 
+pytestmark = pytest.mark.numeric
+
 INDICES = np.array([3, 0, 5, 8, 11, 2])
 USED = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_dynamic_beta": True}
 BOTH = Architecture(add_disco_head=True, add_beta_head=True)

@@ -38,6 +38,7 @@ def done(command):
     assert finished.returncode == 0, finished.stderr[-2000:]
 
 
+@pytest.mark.numeric
 def test_two_processes_compute_what_one_does(command, tmp_path):
     """The division that a study makes: half the batch per process, so every forward pass keeps its rows."""
     done(command("one", 1, per_device_train_batch_size=8, **USED))
@@ -52,6 +53,7 @@ def test_two_processes_compute_what_one_does(command, tmp_path):
     assert json.loads((tmp_path / "two" / "cost.json").read_text())["processes"] == 2
 
 
+@pytest.mark.numeric
 def test_an_idle_head_stays_idle_in_two_processes(command, tmp_path):
     done(command("absent", 2, per_device_train_batch_size=4))
     done(command("idle", 2, per_device_train_batch_size=4, add_disco_head=True, add_beta_head=True))

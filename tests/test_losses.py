@@ -9,6 +9,8 @@ import torch
 
 from discobeta.losses import earlier_probit_loss, log_scale_penalty, logistic_loss, probit_loss
 
+pytestmark = pytest.mark.numeric
+
 
 def slope_and_curvature(loss, at=0.0):
     x = torch.tensor([at], dtype=torch.float64, requires_grad=True)

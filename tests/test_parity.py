@@ -17,6 +17,8 @@ from discobeta.reference import compute
 from discobeta.stages.dpo import DirectPreference
 from discobeta.stages.rm import RewardModelling
 
+pytestmark = pytest.mark.numeric
+
 INDICES = np.arange(8)
 
 

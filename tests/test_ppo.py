@@ -27,6 +27,8 @@ from discobeta.policy import hidden_states, load_tokenizer, switch_off_dropout, 
 from discobeta.stages.ppo import ProximalPolicy
 from discobeta.train import train
 
+pytestmark = pytest.mark.numeric
+
 DISCO = {"add_disco_head": True, "disco_pref": True}
 LEDPO = {"add_beta_head": True, "use_dynamic_beta": True}
 FILES = ("adapter/adapter_model.safetensors", "log.jsonl")

@@ -14,6 +14,8 @@ from discobeta.losses import (
     whiten,
 )
 
+pytestmark = pytest.mark.numeric
+
 MASK = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
 
 

@@ -13,6 +13,8 @@ from discobeta.data.tokens import load_or_tokenise
 from discobeta.errors import UserError
 from discobeta.policy import load_causal_lm, load_tokenizer
 
+pytestmark = pytest.mark.numeric
+
 
 def load(config, train, held_out):
     found = reference.load_or_compute(config, {"train": train, "eval": held_out})

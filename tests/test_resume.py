@@ -13,6 +13,8 @@ import yaml
 
 from discobeta.errors import UserError
 
+pytestmark = pytest.mark.numeric
+
 FILES = ("adapter/adapter_model.safetensors", "heads.safetensors", "log.jsonl")
 USED = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_dynamic_beta": True}
 COMMON = {

@@ -144,6 +144,7 @@ def test_the_loss_is_the_mean_over_completion_tokens(config, corpus):
     assert read_log(folder)[0]["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
 
 
+@pytest.mark.numeric
 def test_a_base_learns_the_world_and_its_mean_state_knows_the_words(config, corpus):
     """After 280 steps, responses are well-formed, and their reward is linear in the mean state, not in that at <eos>.
 

@@ -18,9 +18,13 @@ from discobeta.data.batches import Pairs
 from discobeta.data.tokens import load_or_tokenise
 from discobeta.errors import UserError
 from discobeta.flags import Arm, arms_of
+from discobeta.heads import Heads
 from discobeta.policy import load_tokenizer
+from discobeta.signals import Signals
 from discobeta.stages import stage_class
 from discobeta.stages.rm import score
+
+pytestmark = pytest.mark.numeric
 
 USED = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_dynamic_beta": True}
 
@@ -162,6 +166,38 @@ def test_dpo_says_both_rewards_and_log_probabilities(fresh, base):
             assert said[f"reward_{side}"][index].item() == pytest.approx(beta * (logp - before), abs=1e-4)
     assert comparison.log_s.abs().min() > 1e-3
     torch.testing.assert_close(said["reward_chosen"] - said["reward_rejected"], said["margin"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_margin_that_is_only_rounding_is_a_tie():
+    """In units of what it is the difference of: the limit is 2^-20 of 20 nats (1.9e-5), of 4,000 nats (3.8e-3)."""
+    config, _ = RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": "m"})
+    signals = Signals(Arm.from_name("baseline"), Heads(), config)
+    logps = torch.tensor([-10.0, -10, -10, -2000, -2000, -2000]).expand(2, 6)
+    chosen = torch.tensor([1e-5, -1e-5, 3e-5, 3e-3, -5e-3, 0.0], requires_grad=True)
+    comparison = signals.compare(torch.stack([chosen, torch.zeros(6)]), 0.5, None, None, logps)
+    assert comparison.statistics()["accuracy"].tolist() == [0.5, 0.5, 1, 0.5, 0, 0.5]
+    assert comparison.mean_margin.tolist() == pytest.approx([0, 0, 1.5e-5, 0, -2.5e-3, 0])
+    comparison.loss.sum().backward()  # which sees every margin as it is: slope -beta/2 at 0
+    assert chosen.grad.tolist() == pytest.approx([-0.25] * 6, rel=1e-2)
+    scores = torch.tensor([[1.0, 1e-9], [1.0 - 1e-7, 0.0]])
+    assert signals.compare(scores, 1.0, None, None).statistics()["accuracy"].tolist() == [0.5, 1]
+
+
+@pytest.mark.parametrize("arm", ["baseline", "disco-used_beta-used"])
+def test_a_policy_that_is_its_reference_is_right_in_half(run, tmp_path, arm):
+    """Its passes hold other pairs than the reference's, which leaves rounding; 1e-30 is a step that does nothing."""
+    from discobeta.evaluate import evaluate
+
+    settings = {
+        "reference_path": str(tmp_path / "reference"),
+        "learning_rate": 1e-30,
+        "max_steps": 1,
+        "logging_steps": 1,
+    }
+    run("dpo", name="reference-pass", per_device_eval_batch_size=16, **settings)
+    directory = run("dpo", per_device_eval_batch_size=3, eval_strategy="steps", **settings, **Arm.from_name(arm).flags)
+    line, held_out = (json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines())
+    assert line["accuracy"] == held_out["eval_accuracy"] == evaluate(directory)["accuracy"] == 0.5
 
 
 @torch.no_grad()

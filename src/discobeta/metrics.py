@@ -26,14 +26,7 @@ EVALUATION_COLUMNS = frozenset(
 """What an evaluation calls its own columns, of pairs and of sampled responses: the names that a truth column may not
 have. Not among them is `probability`, which a truth may hold and which then stands as `oracle_probability`."""
 
-TIE = 2.0**-14
-"""A margin of this size or smaller (6.1e-5) is what rounding may leave of zero, and a tie. Between two passes whose
-batches differ, a float32 sum of log-probabilities was found to differ by up to 1.6e-7 of itself, with plain, AVX2 and
-AVX-512 kernels alike: by 2.9e-6 nats for pairs of 19 nats, by 2.4e-4 for pairs of 4,700, times pref_beta in the margin.
-So dpo's margins at step 0 are ties up to 3,800 nats a pair at pref_beta 0.1. Of real margins next to none is as small;
-the limit is a probability of 1/2 + 1.5e-5. A power of two, so that it is the same number in float32."""
-
-ROUNDING = 1e-9
+CONSTANT = 1e-9
 """A residual of a smaller norm, in units of the norm of what it is left of, is rounding, and has no correlation."""
 
 BINS = 10
@@ -41,11 +34,12 @@ BINS = 10
 
 
 def correctness(margin: Margin) -> Margin:
-    """(N,) 1 where margin > 0, 1/2 for a tie (|margin| <= TIE), 0 otherwise; of an array or a tensor, on its device.
+    """(N,) 1 where margin > 0, 1/2 for a tie, 0 otherwise; of an array or a tensor, on its device.
 
-    From the margin and not from p: in float32, exp(-log 2) is not 1/2.
+    From the margin and not from p, because in float32 exp(-log 2) is not 1/2. A margin that is only rounding
+    has become 0 where it arose (`signals.TIE`).
     """
-    return 0.5 * (margin > TIE) + 0.5 * (margin >= -TIE)
+    return 0.5 * (margin > 0) + 0.5 * (margin >= 0)
 
 
 def reliability(probability: ArrayLike, margin: ArrayLike, bins: int = BINS) -> dict[str, Array]:
@@ -127,7 +121,7 @@ def partial_correlation(x: ArrayLike, y: ArrayLike, given: ArrayLike) -> float |
 
     a, b = residual(x), residual(y)
     with np.errstate(over="ignore", invalid="ignore"):
-        if any(np.linalg.norm(rest) <= ROUNDING * np.linalg.norm(values) for rest, values in ((a, x), (b, y))):
+        if any(np.linalg.norm(rest) <= CONSTANT * np.linalg.norm(values) for rest, values in ((a, x), (b, y))):
             return None
         found = a @ b / np.sqrt((a @ a) * (b @ b))
     return float(found) if np.isfinite(found) else None  # values around 1e154, whose squares are infinite

@@ -41,6 +41,4 @@ class DirectPreference(Stage):
             log_sigma = self.signals.log_sigma(lambda: pooled(hidden, batch, self.config.head_pooling))
         log_ratios = logps - batch.columns["reference_logps"].T
         log_s = self.signals.log_s(batch.columns["prompt_features"])
-        comparison = self.signals.compare(log_ratios, self.config.pref_beta, log_sigma, log_s)
-        comparison.logps = logps.detach()
-        return comparison
+        return self.signals.compare(log_ratios, self.config.pref_beta, log_sigma, log_s, logps)
