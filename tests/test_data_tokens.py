@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from discobeta import files
 from discobeta.config import RunConfig
 from discobeta.data import tokens
 from discobeta.data.formats import Example
@@ -116,8 +118,90 @@ def test_a_template_whose_conversation_does_not_continue_its_prompt_is_an_error(
 
 def test_rows_that_the_template_refuses_are_counted():
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
-    example = Example([{"role": "system", "content": "d"}, USER], "c", "d")
-    assert why_not(example, word_tokenizer(template=refusing), 32) == "refused by the chat template"
+    examples = [Example([{"role": "system", "content": "d"}, USER], "c", "d", source="f:1"), Example([USER], "c", "d")]
+    report = RowReport("data", total=2)
+    assert len(encode(examples, word_tokenizer(template=refusing), 32, "pairs", report)) == 1
+    assert report.first == {"refused by the chat template": ["f:1"]}
+
+
+FAILING = {
+    "{{ 1 / 0 }}": "division by zero",
+    "{{ messages[0].content + 1 }}": "can only concatenate str",
+    "{{ messages.nothing.at_all }}": "has no attribute 'nothing'",
+    "{{ [].pop() }}": "is unsafe",
+    "{{ messages.__class__.__mro__ }}": "is unsafe",
+    "{% for i in range(1000000) %}{% endfor %}": "Range too big",
+    "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}": "RecursionError",
+    "{{ 'x' | no_such_filter }}": "No filter named",
+    "{% if %}": "Expected an expression",
+}
+
+
+@pytest.mark.parametrize("template", FAILING)
+def test_a_template_that_fails_on_every_row_is_one_line(template):
+    tokenizer = word_tokenizer(template=template)
+    tokenizer.name_or_path = "their/model"
+    with pytest.raises(UserError) as caught:
+        encode([Example([USER], "c", "d")] * 3, tokenizer, 32, "pairs", RowReport("data", total=3))
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("data: the chat template of 'their/model' renders none of the 3 conversations: ")
+    assert FAILING[template] in line
+
+
+@pytest.mark.parametrize("template", list(FAILING)[:-2])
+def test_a_template_that_fails_on_a_row_costs_that_row(template):
+    template = f"{{% if messages[0].content == 'b' %}}{TEMPLATE}{{% else %}}{template}{{% endif %}}"
+    examples = [Example([USER], "c", "d", source="f:1"), Example([{"role": "user", "content": "b"}], "c", "d")]
+    report = RowReport("data", total=2)
+    assert len(encode(examples, word_tokenizer(template=template), 32, "pairs", report)) == 1
+    assert report.first == {"refused by the chat template": ["f:1"]}
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set x = namespace(n=0) %}{% for i in range(99999) %}{% for j in range(99999) %}{% set x.n = j %}"
+        "{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+    ],
+)
+def test_a_template_that_does_not_end_is_ended(template, monkeypatch):
+    import signal
+    import time
+
+    monkeypatch.setattr(tokens, "LONGEST_RENDERING", 0.5)
+    tokenizer = word_tokenizer(template=template)
+    tokenizer.name_or_path = "their/model"
+    before, start = signal.getsignal(signal.SIGVTALRM), time.process_time()
+    with pytest.raises(UserError, match=r"^the chat template of 'their/model' has not rendered f:3 after 0.5 s$"):
+        encode([Example([USER], "c", "d", source="f:3")] * 50, tokenizer, 32, "pairs", RowReport("data", total=50))
+    assert time.process_time() - start < 5  # once, and not for each row
+    assert signal.getsignal(signal.SIGVTALRM) == before and signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_many_rows_may_take_longer_than_one(monkeypatch):
+    monkeypatch.setattr(tokens, "LONGEST_RENDERING", 0.4)
+    slow = "{% for i in range(99999) %}{% endfor %}" + TEMPLATE
+    examples = [Example([USER], "c", "d")] * 60
+    assert len(encode(examples, word_tokenizer(template=slow), 32, "pairs", RowReport("data", total=60))) == 60
+
+
+def test_templates_work_outside_the_main_thread():
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(ids, Example([USER], "c", "d"), word_tokenizer(template=TEMPLATE)).result()[0] == [U, A, M]
+
+
+def test_a_tokenizer_that_gives_no_text_or_fails(monkeypatch):
+    tokenizer = word_tokenizer(template=TEMPLATE)
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *_, **__: [1, 2])
+    with pytest.raises(UserError, match="renders none of the 1 conversations: TypeError: it gives a list and no text"):
+        ids(Example([USER], "c", "d"), tokenizer)
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: [][0])
+    with pytest.raises(UserError, match=r"^the tokenizer '' cannot encode: list index out of range$"):
+        ids(Example("a", "c", "d"), tokenizer)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused():
@@ -274,6 +358,17 @@ def test_truth_becomes_columns(make_config):
     np.testing.assert_array_equal(truth["odd"], [1, np.nan, np.nan])
 
 
+def test_integers_that_a_column_of_floats_would_round_are_refused(make_config):
+    exact = 2**53 + 1
+    truth = tokenise(make_config([pair("a", id=exact), pair("b", id=-(2**63))]), word_tokenizer()).train.truth
+    assert truth["id"].dtype.kind == "i" and truth["id"].tolist() == [exact, -(2**63)]
+    for other in ({}, {"id": 0.5}):
+        with pytest.raises(UserError, match=rf"^train.jsonl: truth: id: {exact} would be rounded.*: write it as text$"):
+            tokenise(make_config([pair("a", id=exact), pair("b", **other)]), word_tokenizer())
+    truth = tokenise(make_config([pair("a", id=2**60), pair("b")]), word_tokenizer()).train.truth
+    assert truth["id"][0] == 2.0**60
+
+
 @pytest.mark.parametrize(("val_size", "size"), [(0.25, 5), (7, 7), (0.001, 1)])
 def test_val_size_splits_once_and_for_all(make_config, val_size, size):
     data = tokenise(make_config(twenty(), val_size=val_size, seed=1), word_tokenizer())
@@ -385,29 +480,123 @@ def test_a_stricter_share_refuses_a_folder_that_was_made_with_a_looser_one(make_
         load_or_tokenise(make_config(rows, tokenized_path=str(folder), max_unusable_rows=0.4), word_tokenizer())
 
 
-def test_a_tampered_folder_is_refused(make_config, folder):
+def refusal(config, folder):
+    """The one line with which a folder is refused; nothing in it is changed."""
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for write in (True, False):
+        with pytest.raises(UserError) as caught:
+            load_or_tokenise(config, word_tokenizer(), write=write)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+def test_any_bit_that_flips_in_the_folder_is_noticed(make_config, folder):
+    """Every byte of tokens.json, and every 7th of the rows, in which token ids, truth and sources stand."""
+    config = make_config(twenty(topic="x", noise=0.5), tokenized_path=str(folder), val_size=2)
+    load_or_tokenise(config, word_tokenizer())
+    for name, every in (("tokens.json", 1), ("train.parquet", 7), ("eval.parquet", 7)):
+        path = folder / name
+        original = path.read_bytes()
+        for place in range(0, len(original), every):
+            flipped = bytearray(original)
+            flipped[place] ^= 1 << place % 8
+            path.write_bytes(flipped)
+            with pytest.raises(UserError) as caught:
+                tokens.load(folder, config, word_tokenizer())
+            message = str(caught.value)
+            assert str(path) in message and len(message.splitlines()) == 1, (place, message)
+            assert "delete the folder and it is made again" in message
+        path.write_bytes(original)
+    load_or_tokenise(config, word_tokenizer())
+
+
+def test_truth_that_was_changed_is_noticed(make_config, folder):
+    """The token ids are the same, so the rows' key is too."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    config = make_config(twenty(probability=0.75), tokenized_path=str(folder))
+    load_or_tokenise(config, word_tokenizer())
+    table = pq.read_table(folder / "train.parquet")
+    place = table.column_names.index("truth.probability")
+    changed = table.set_column(place, "truth.probability", pa.array([0.25] * 20))
+    pq.write_table(changed, folder / "train.parquet", compression="zstd")
+    assert refusal(config, folder).startswith(f"{folder}/train.parquet was changed after it was written; delete")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "5", "{}", '{"seal": 3}', "[" * 3000, "9" * 5000, "\ufeff{}"])
+def test_a_damaged_account_is_one_line(make_config, folder, text):
     config = make_config(twenty(), tokenized_path=str(folder))
     load_or_tokenise(config, word_tokenizer())
-    original = (folder / "train.parquet").read_bytes()
-    rows = tokens._read(folder / "train.parquet")
-    rows.chosen_ids.values[0] = B
-    tokens._write_rows(rows, folder / "train.parquet")
-    with pytest.raises(UserError, match="train.parquet was changed"):
-        load_or_tokenise(config, word_tokenizer())
-    (folder / "train.parquet").write_bytes(original[:100])
-    with pytest.raises(UserError, match="cannot read .*train.parquet"):
-        load_or_tokenise(config, word_tokenizer())
+    (folder / "tokens.json").write_text(text)
+    assert re.match(
+        rf"tokenized_path: {folder}/tokens.json .*; delete the folder and it is made", refusal(config, folder)
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"files": 3}, {"files": {"eval": "x"}}, {"made_from": []}, {"report": {"train": 1}}]
+)
+def test_an_account_of_another_shape_is_one_line(make_config, folder, change):
+    config = make_config(twenty(), tokenized_path=str(folder))
+    load_or_tokenise(config, word_tokenizer())
+    account = files.read_sealed(folder / "tokens.json")
+    files.write_sealed(folder / "tokens.json", account | change)
+    assert f"{folder}/" in refusal(config, folder)
+
+
+def test_a_folder_of_an_earlier_layout_says_what_to_do(make_config, folder):
+    config = make_config(twenty(), tokenized_path=str(folder))
+    load_or_tokenise(config, word_tokenizer())
+    account = json.loads((folder / "tokens.json").read_text())
+    account["made_from"]["layout"] = 1
+    del account["seal"]
+    (folder / "tokens.json").write_text(json.dumps(account))
+    assert refusal(config, folder).endswith("(it has no seal); delete the folder and it is made again")
+
+
+def test_rows_that_are_gone_or_no_file_are_one_line(make_config, folder):
+    import os
+
+    config = make_config(twenty(), tokenized_path=str(folder))
+    load_or_tokenise(config, word_tokenizer())
     (folder / "train.parquet").unlink()
-    with pytest.raises(UserError, match="cannot read .*train.parquet"):
-        load_or_tokenise(config, word_tokenizer())
-    (folder / "tokens.json").write_text("{}")
-    with pytest.raises(UserError, match="tokens.json is incomplete"):
-        load_or_tokenise(config, word_tokenizer())
+    assert refusal(config, folder).startswith(f"cannot read {folder}/train.parquet: No such file")
+    os.mkfifo(folder / "train.parquet")
+    assert refusal(config, folder) == f"{folder}/train.parquet is not a regular file"
     (folder / "tokens.json").unlink()
+    os.mkfifo(folder / "tokens.json")
+    assert refusal(config, folder).startswith(f"tokenized_path: {folder}/tokens.json is not a regular file")
+    (folder / "tokens.json").unlink()
+    (folder / "train.parquet").unlink()
     (folder / "mine.txt").write_text("not to be overwritten")
-    with pytest.raises(UserError, match="holds no tokenised rows"):
-        load_or_tokenise(config, word_tokenizer())
+    assert "holds no tokenised rows" in refusal(config, folder)
     assert names(folder) == ["mine.txt"]
+
+
+def test_nothing_is_written_if_it_must_not_be(make_config, folder):
+    config = make_config(twenty(), tokenized_path=str(folder))
+    made = load_or_tokenise(config, word_tokenizer(), write=False)
+    assert len(made.train) == 20 and not folder.parent.exists()
+    load_or_tokenise(config, word_tokenizer())
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert load_or_tokenise(config, word_tokenizer(), write=False).train.key() == made.train.key()
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_data_that_change_while_they_are_read_are_refused(make_config, folder, tmp_path, monkeypatch):
+    config, read = make_config(twenty(), tokenized_path=str(folder)), tokens.tokenise
+
+    def tokenise_and_change(*words):
+        data = read(*words)
+        (tmp_path / "train.jsonl").write_text(json.dumps(pair("b")))
+        return data
+
+    monkeypatch.setattr(tokens, "tokenise", tokenise_and_change)
+    with pytest.raises(UserError, match=r"dataset: train.jsonl was changed while it was being read"):
+        load_or_tokenise(config, word_tokenizer())
+    assert not folder.exists()
 
 
 def test_a_full_disk_leaves_nothing(make_config, folder, monkeypatch):

@@ -17,13 +17,14 @@ counted by reason; it never becomes an Example that is only partly there.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from discobeta.errors import UserError
+from discobeta.errors import UserError, shorten
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": ...}"""
@@ -45,13 +46,19 @@ ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant"
 TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "system_tag", "observation_tag", "function_tag")
 COLUMNS = ("prompt", "query", "response", "history", "system", "messages", "chosen", "rejected")
 
+LONGEST_TRUTH = 1000
+"""Characters of a text in `truth`, which is a name or a note."""
+
 
 class Reason(StrEnum):
     """Why a row cannot be used."""
 
     NOT_UTF8 = "not UTF-8"
     NOT_JSON = "not JSON"
+    KEY_TWICE = "a key stands twice"
     WRONG_TYPES = "wrong types"
+    UNREADABLE = "a value that cannot be read"
+    TRUTH_TOO_LARGE = "truth that cannot be kept"
     MISSING_COLUMN = "missing column"
     UNKNOWN_ROLE = "unknown role"
     NOT_ASSISTANT = "last turn is not the assistant's"
@@ -126,7 +133,7 @@ def find_layout(rows: Iterable[dict[str, Any]], entry: dict[str, Any], kind: Kin
     for row in rows:
         columns.update(dict.fromkeys(row))
         ranked_output = ranked_output or isinstance(row.get(output), list)
-    there = f"{where} has the columns {', '.join(map(str, columns)) or '(none)'}"
+    there = f"{where} has the columns {shorten(', '.join(map(str, columns))) or '(none)'}"
 
     def column(role: str, default: str) -> str | None:
         name = named.get(role) or default
@@ -183,7 +190,7 @@ def read_example(row: Any, layout: Layout, kind: Kind, source: str = "") -> Exam
         raise Unusable(Reason.SAME_RESPONSES)
     truth = _truth(row.get("truth"))
     turns = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
-    _check_encodable([*turns, *responses, *map(str, truth.values())])
+    _check_encodable([*turns, *responses, *truth, *map(str, truth.values())])
     return Example(prompt, *responses, truth=truth, source=source)
 
 
@@ -301,11 +308,17 @@ def _turn(role: str, content: str) -> Message:
 def _value(row: dict[str, Any], column: str) -> Any:
     if column not in row:
         raise Unusable(Reason.MISSING_COLUMN)
-    return row[column]
+    return _readable(row[column])
+
+
+def _readable(value: Any) -> Any:
+    if isinstance(value, Unusable):  # a cell that could not be read
+        raise value
+    return value
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
+    if not isinstance(_readable(value), str):
         raise Unusable(Reason.WRONG_TYPES)
     return value
 
@@ -326,12 +339,21 @@ def _check_encodable(texts: list[str]) -> None:
 
 
 def _truth(value: Any) -> dict[str, float | str | int]:
-    """What is known about the row's true rewards; passed through, never read here."""
-    if value is None:
+    """What is known about the row's true rewards; passed through, never read here. NaN is a gap, as null is."""
+    if _readable(value) is None:
         return {}
     if not isinstance(value, dict):
         raise Unusable(Reason.WRONG_TYPES)
-    known = {name: item for name, item in value.items() if item is not None}
-    if not all(isinstance(item, float | str) or isinstance(item, int) and abs(item) < 2**63 for item in known.values()):
+    known = {name: item for name, item in value.items() if item is not None and item == item}
+    if not all(isinstance(item, float | str | int) for item in known.values()):
         raise Unusable(Reason.WRONG_TYPES)
+    if not all(_can_be_kept(item) for item in known.values()):
+        raise Unusable(Reason.TRUTH_TOO_LARGE)
     return known
+
+
+def _can_be_kept(item: float | str | int) -> bool:
+    """In a column of 64-bit numbers, or of texts that are all as long as the longest."""
+    if isinstance(item, str):
+        return len(item) <= LONGEST_TRUTH and "\0" not in item
+    return math.isfinite(item) if isinstance(item, float) else -(2**63) <= item < 2**63

@@ -11,8 +11,11 @@ import difflib
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
+import stat
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -22,7 +25,7 @@ from typing import Any
 
 from discobeta.config import RunConfig, read_yaml
 from discobeta.data.formats import COLUMNS, TAGS, Example, Kind, Reason, Unusable, find_layout, read_example
-from discobeta.errors import UserError
+from discobeta.errors import UserError, shown, telling
 from discobeta.files import read_json, sha256
 
 FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
@@ -118,7 +121,7 @@ class Source:
 
     def rows(self, config: RunConfig) -> list[Row]:
         """The first rows, as many as the entry and max_samples allow."""
-        limit = min((n for n in (self.limit, config.max_samples) if n), default=None)
+        limit = min(n for n in (self.limit, config.max_samples, sys.maxsize) if n)
         if self.path:
             return list(islice(_file_rows(self.path), limit))
         return _hub_rows(self, config, limit)
@@ -133,7 +136,7 @@ def read_examples(names: str, config: RunConfig, *, split: str, kind: Kind) -> t
     """
     report, examples = RowReport(names), []
     for source in resolve(names, config, split):
-        rows, own = source.rows(config), RowReport(source.name)
+        rows, own, before = source.rows(config), RowReport(source.name), len(examples)
         readable = [row for _, row in rows if isinstance(row, dict)]
         layout = find_layout(readable, source.entry, kind, source.name) if readable else None
         for where, row in rows:
@@ -146,8 +149,22 @@ def read_examples(names: str, config: RunConfig, *, split: str, kind: Kind) -> t
                 own.count_unusable(unusable.reason, where)
                 report.count_unusable(unusable.reason, where)
         own.check(1.0)
+        _check_truth_names(examples[before:], str(source.path or source.hub))
     report.check(config.max_unusable_rows)
     return examples, report
+
+
+def _check_truth_names(examples: list[Example], where: str) -> None:
+    names = {name: None for example in examples for name in example.truth}
+    if not names:
+        return
+    from discobeta.metrics import EVALUATION_COLUMNS
+
+    for name in names:
+        if name in EVALUATION_COLUMNS:
+            raise UserError(f"{where}: truth: {name!r} is the name of a column that the evaluation writes: rename it")
+        if not name.strip() or not name.isprintable():
+            raise UserError(f"{where}: truth: {shown(name)} is no name for a column: rename it")
 
 
 def resolve(names: str, config: RunConfig, split: str) -> list[Source]:
@@ -174,10 +191,12 @@ def _resolve(name: str, entries: dict[str, Any], config: RunConfig, split: str) 
     for path in places:
         if os.path.isfile(path):
             return Source(name, path=_known_file(path))
-    near = difflib.get_close_matches(name, entries, n=1)
+    near = difflib.get_close_matches(name, filter(_is_text, entries), n=1)
     hint = f"; did you mean the entry {near[0]!r}?" if near else ""
-    if any(map(os.path.isdir, places)):
-        raise UserError(f"dataset {name!r} is a directory; name a {', '.join(FILES)} file in it{hint}")
+    for path in places:
+        if os.path.isdir(path):
+            raise UserError(f"dataset {name!r} is a directory; name a {', '.join(FILES)} file in it{hint}")
+        check_regular(path)
     if name.endswith(FILES) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         looked = " or ".join(dict.fromkeys(map(str, places)))
         raise UserError(f"dataset: no such file: {looked}{hint}")
@@ -186,9 +205,30 @@ def _resolve(name: str, entries: dict[str, Any], config: RunConfig, split: str) 
     return Source(name, hub=name, split=split)
 
 
+def _is_text(value: Any) -> bool:
+    """Half a surrogate pair, which JSON can spell, can be written into no file."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is there and is no file with an end: a directory, a pipe, a device."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: not even a name
+        return
+    except OSError as error:
+        raise UserError(f"cannot read {shown(str(path))}: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is not a regular file")
+
+
 def _entries(folder: Path) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for path in (folder / "dataset_info.json", folder / "datasets.yaml"):
+        check_regular(path)
         if os.path.isfile(path):
             found = read_json(path) if path.suffix == ".json" else read_yaml(path)
             if not isinstance(found, dict):
@@ -205,6 +245,7 @@ def _from_entry(name: str, entry: Any, config: RunConfig, split: str) -> Source:
         address = {"subset": entry.get("subset"), "folder": entry.get("folder"), "split": entry.get("split") or split}
         return Source(name, hub=hub, **address, limit=limit, entry=entry)
     path = Path(config.dataset_dir) / entry["file_name"]
+    check_regular(path)
     if not os.path.isfile(path):
         raise UserError(f"{where}: no such file: {path}")
     return Source(name, path=_known_file(path), limit=limit, entry=entry)
@@ -214,8 +255,8 @@ def _check_entry(entry: Any, where: str) -> None:
     if not isinstance(entry, dict):
         raise UserError(f"{where}: its entry must be a mapping with file_name or hf_hub_url")
     for key in TEXTS:
-        if not isinstance(entry.get(key), str | None):
-            raise UserError(f"{where}: {key}: {entry[key]!r} should be text")
+        if entry.get(key) is not None and not _is_text(entry[key]):
+            raise UserError(f"{where}: {key}: {shown(entry[key])} should be text")
     if script := entry.get("script_url"):
         instead = SCRIPTS.get(script)
         hint = f"use dataset: {instead}" if instead else "use the hub id of the data that the script loads"
@@ -226,41 +267,47 @@ def _check_entry(entry: Any, where: str) -> None:
             raise UserError(f"{where}: {key} must be a mapping")
         for word in part:
             if word not in known and not (key is None and word in ELSEWHERE):
-                raise UserError(f"{where}: {word!r} is not supported; known: {', '.join(known)}")
-            if key and not isinstance(part[word], str | None):
-                raise UserError(f"{where}: {key}: {word}: {part[word]!r} should be text")
+                raise UserError(f"{where}: {shown(word)} is not supported; known: {', '.join(known)}")
+            if key and part[word] is not None and not _is_text(part[word]):
+                raise UserError(f"{where}: {key}: {word}: {shown(part[word])} should be text")
     if entry.get("formatting") not in (None, "alpaca", "sharegpt"):
-        raise UserError(f"{where}: formatting: {entry['formatting']!r} should be alpaca or sharegpt")
+        raise UserError(f"{where}: formatting: {shown(entry['formatting'])} should be alpaca or sharegpt")
     limit = entry.get("num_samples")
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise UserError(f"{where}: num_samples: {limit!r} should be a whole number of rows")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise UserError(f"{where}: num_samples: {shown(limit)} should be a whole number of rows")
     if not (entry.get("hf_hub_url") or entry.get("file_name")):
         raise UserError(f"{where}: its entry needs file_name or hf_hub_url")
 
 
 def _known_file(path: Path) -> Path:
+    if not _is_text(path.name):
+        raise UserError(f"dataset: the name of the file {path} is not UTF-8")
     if not path.name.endswith(FILES):
         raise UserError(f"dataset {path}: unknown kind of file; known: {', '.join(FILES)}")
     return path
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
-    """The rows of a local file, each with "file:line" (parquet: "file:row"), counted from 1."""
+    """The rows of a local file, each with "file:line" (parquet: "file:row"), counted from 1.
+
+    Raises UserError for whatever the readers raise.
+    """
     try:
-        if path.suffix == ".parquet":
-            yield from _parquet_rows(path)
-            return
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-            file.seek(0)
-            if path.name.endswith((".json", ".json.gz")) and start.startswith(b"["):
-                yield from _array_rows(file.read(), path)
-            else:
-                yield from _line_rows(file, path)
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise UserError(f"{path} is not a whole gzip file") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        with telling(f"cannot read {path}"):
+            if path.suffix == ".parquet":
+                yield from _parquet_rows(path)
+                return
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+                file.seek(0)
+                if path.name.endswith((".json", ".json.gz")) and start.startswith(b"["):
+                    yield from _array_rows(file.read(), path)
+                else:
+                    yield from _line_rows(file, path)
+    except UserError as error:
+        if isinstance(error.__cause__, gzip.BadGzipFile | EOFError | zlib.error):
+            raise UserError(f"{path} is not a whole gzip file") from None
+        raise
 
 
 def _line_rows(file: Any, path: Path) -> Iterator[Row]:
@@ -272,12 +319,30 @@ def _line_rows(file: Any, path: Path) -> Iterator[Row]:
 
 def _parsed(line: bytes) -> dict[str, Any] | Unusable:
     try:
-        row = json.loads(line.decode())
+        row = DECODER.decode(line.decode())
     except UnicodeDecodeError:
         return Unusable(Reason.NOT_UTF8)
     except (ValueError, RecursionError):
         return Unusable(Reason.NOT_JSON)
-    return row if isinstance(row, dict) else Unusable(Reason.WRONG_TYPES)
+    return _row(row)
+
+
+def _row(value: Any) -> dict[str, Any] | Unusable:
+    return value if isinstance(value, dict | Unusable) else Unusable(Reason.WRONG_TYPES)
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unusable:
+    """A JSON object. One in which a key stands twice says two things, of which Python would keep the last."""
+    mapping = dict(pairs)
+    return mapping if len(mapping) == len(pairs) else Unusable(Reason.KEY_TWICE)
+
+
+def _integer(digits: str) -> int | float:
+    """Python reads integers of up to 4,300 digits; what is longer is beyond all numbers that can be kept."""
+    return int(digits) if len(digits) <= 4300 else math.inf
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_mapping, parse_int=_integer)
 
 
 def _array_rows(content: bytes, path: Path) -> Iterator[Row]:
@@ -287,14 +352,14 @@ def _array_rows(content: bytes, path: Path) -> Iterator[Row]:
     become halves of surrogate pairs, which `read_example` refuses.
     """
     text = content.decode("utf-8-sig", errors="surrogateescape")
-    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
+    decode, blank = DECODER.raw_decode, re.compile(r"[ \t\r\n]*")
     place, line, counted = text.index("[") + 1, 1, 0
     try:
         place = blank.match(text, place).end()
         while text[place] != "]":
             line, counted = line + text.count("\n", counted, place), place
             row, place = decode(text, place)
-            yield f"{path.name}:{line}", row if isinstance(row, dict) else Unusable(Reason.WRONG_TYPES)
+            yield f"{path.name}:{line}", _row(row)
             place = blank.match(text, place).end()
             if text[place] == ",":
                 place = blank.match(text, place + 1).end()
@@ -310,42 +375,47 @@ def _array_rows(content: bytes, path: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
+    with telling(f"{path} is not a readable parquet file"), pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"{path} has two columns {twice!r}")
+        for batch in file.iter_batches(batch_size=1000):
+            for values in zip(*map(_cells, batch.columns), strict=True):
+                number += 1
+                yield f"{path.name}:{number}", dict(zip(names, values, strict=True))
+
+
+def _cells(column: Any) -> list[Any]:
+    """The values of a parquet column. One that Python cannot hold (bytes that are not UTF-8, a date of the year
+    300,000) costs its cell, and so no row if nobody reads that column."""
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for row in _batch_rows(batch):
-                    number += 1
-                    yield f"{path.name}:{number}", row
-    except (pa.ArrowInvalid, pa.ArrowException) as error:
-        raise UserError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from None
+        return column.to_pylist()
+    except Exception:  # Arrow raises what the Python type's constructor does: look cell by cell
+        return [_cell(value) for value in column]
 
 
-def _batch_rows(batch: Any) -> list[dict[str, Any] | Unusable]:
+def _cell(value: Any) -> Any:
     try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:  # somewhere in the batch: look row by row
-        if batch.num_rows == 1:
-            return [Unusable(Reason.NOT_UTF8)]
-        return [row for place in range(batch.num_rows) for row in _batch_rows(batch.slice(place, 1))]
+        return value.as_py()
+    except UnicodeDecodeError:
+        return Unusable(Reason.NOT_UTF8)
+    except Exception:
+        return Unusable(Reason.UNREADABLE)
 
 
-def _hub_rows(source: Source, config: RunConfig, limit: int | None) -> list[Row]:
+def _hub_rows(source: Source, config: RunConfig, limit: int) -> list[Row]:
     import datasets
 
-    try:
+    with telling(  # the hub, its cache and its parsers raise whatever they like
+        f"dataset {source.name!r} is no local file, and cannot be loaded from the hub or its cache "
+        f"as {source.hub!r}, split {source.split!r}"
+    ):
         dataset = datasets.load_dataset(
             source.hub, source.subset, data_dir=source.folder, split=source.split, cache_dir=config.cache_dir
         )
-    except Exception as error:  # the hub, its cache and its parsers raise whatever they like
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"dataset {source.name!r} is no local file, and cannot be loaded from the hub or its cache "
-            f"as {source.hub!r}, split {source.split!r}: {reason}"
-        ) from None
-    if limit is not None and limit < len(dataset):
-        dataset = dataset.select(range(limit))
-    return [(f"{source.hub}:{index}", row) for index, row in enumerate(dataset.to_list())]
+        if limit < len(dataset):
+            dataset = dataset.select(range(limit))
+        return [(f"{source.hub}:{index}", row) for index, row in enumerate(dataset.to_list())]

@@ -8,8 +8,13 @@ cutoff_len leaves. Rows live in flat arrays, so a hundred thousand of them load 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +24,14 @@ import numpy as np
 from discobeta import files, seeds
 from discobeta.config import RunConfig
 from discobeta.data.formats import KINDS, Example, Kind, Message, Prompt, Reason, Unusable
-from discobeta.data.sources import RowReport, read_examples, resolve
-from discobeta.errors import UserError
+from discobeta.data.sources import RowReport, check_regular, read_examples, resolve
+from discobeta.errors import UserError, first_line, telling
 
-LAYOUT = 1
+LAYOUT = 2
 """Of the folder. Raised when tokenisation or the files change, so that old folders are refused."""
+AGAIN = "delete the folder and it is made again"
+LONGEST_RENDERING = 5.0
+"""Seconds of computing that a chat template may take for one row: templates can loop. A usual one takes 1 ms."""
 CHUNK = 1000
 QUIET_BELOW = 5000
 """Rows; fewer take a moment and get no progress bar."""
@@ -235,6 +243,7 @@ def encode(examples: list[Example], tokenizer: Any, cutoff_len: int, kind: Kind,
 
     Rows that come to nothing (a prompt that leaves no response token, responses that are equal once
     cut) and responses that were cut, and so have no end-of-sequence token, are counted in `report`.
+    Raises UserError for a tokenizer or a chat template that fails on every row, or does not end on one.
     """
     from tqdm import tqdm
 
@@ -243,12 +252,13 @@ def encode(examples: list[Example], tokenizer: Any, cutoff_len: int, kind: Kind,
     leading = _leading_tokens(tokenizer, next((text for e in examples for text in (e.chosen, e.prompt) if text), "a"))
     quiet = True if len(examples) < QUIET_BELOW else None  # None: quiet unless on a terminal
     columns: list[list[np.ndarray]] = [[] for _ in range({"pairs": 3, "supervised": 2, "prompts": 1}[kind])]
-    kept = []
+    kept, refusal = [], None
     with tqdm(total=len(examples), desc="tokenising", unit="rows", disable=quiet) as progress:
         for start in range(0, len(examples), CHUNK):
             chunk = examples[start : start + CHUNK]
             for example, outcome in zip(chunk, _encode_chunk(chunk, tokenizer, leading, cutoff_len), strict=True):
                 if isinstance(outcome, Unusable):
+                    refusal = refusal or (outcome.reason is Reason.TEMPLATE_REFUSED and outcome)
                     report.count_unusable(outcome.reason, example.source)
                     continue
                 ids, cut = outcome
@@ -257,10 +267,15 @@ def encode(examples: list[Example], tokenizer: Any, cutoff_len: int, kind: Kind,
                 for column, sequence in zip(columns, ids, strict=True):
                     column.append(np.array(sequence, np.int32))
             progress.update(len(chunk))
+    if refusal and report.reasons[Reason.TEMPLATE_REFUSED] == len(examples):
+        raise UserError(
+            f"{report.dataset}: the chat template of {tokenizer.name_or_path!r} renders none of the {len(examples)} "
+            f"conversations: {first_line(refusal.__cause__)}"
+        )
     return Rows(
         *map(Ragged.of, columns),
         source=[example.source for example in kept],
-        truth=_truth_columns([example.truth for example in kept]),
+        truth=_truth_columns([example.truth for example in kept], report.dataset),
     )
 
 
@@ -272,7 +287,8 @@ def _encode_chunk(
     chunk: list[Example], tokenizer: Any, leading: list[int], cutoff_len: int
 ) -> Iterator[Encoded | Unusable]:
     """For each example its token ids, or why it has none. One call of the tokenizer for all."""
-    rendered = [_render_or_refuse(example, tokenizer) for example in chunk]
+    with _ending(f"the chat template of {tokenizer.name_or_path!r}") as watched:
+        rendered = [_render_or_refuse(example, tokenizer) for example in watched(chunk)]
     texts = [text for item in rendered if isinstance(item, Rendered) for text in (item.prompt, *item.responses)]
     ids = iter(_bare_ids(tokenizer, texts) if texts else [])
     for example, item in zip(chunk, rendered, strict=True):
@@ -365,14 +381,51 @@ def _render_or_refuse(example: Example, tokenizer: Any) -> Rendered | Unusable:
 def _apply_template(
     tokenizer: Any, messages: list[Message], thinking: bool, *, add_generation_prompt: bool = False
 ) -> str:
-    from jinja2 import TemplateError
-
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=thinking
         )
-    except TemplateError:
-        raise Unusable(Reason.TEMPLATE_REFUSED) from None
+        if not isinstance(text, str):
+            raise TypeError(f"it gives a {type(text).__name__} and no text")
+    except Exception as error:  # a template is a program that came with the tokenizer
+        raise Unusable(Reason.TEMPLATE_REFUSED) from error
+    return text
+
+
+class _DoesNotEnd(BaseException):
+    """Not an Exception, so that nothing in a template's own machinery catches it."""
+
+
+@contextmanager
+def _ending(what: str) -> Iterator[Any]:
+    """A pass over examples each of which may take `LONGEST_RENDERING` seconds, or UserError.
+
+    Of computing, not of time: a suspended process has not looped. Signals reach the main thread only, so there is no
+    limit in another one.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGVTALRM"):
+        yield iter
+        return
+    place = ""
+
+    def watched(examples: list[Example]) -> Iterator[Example]:
+        nonlocal place
+        for example in examples:
+            place = example.source
+            signal.setitimer(signal.ITIMER_VIRTUAL, LONGEST_RENDERING)
+            yield example
+
+    def give_up(number: int, frame: Any) -> None:
+        raise _DoesNotEnd
+
+    before = signal.signal(signal.SIGVTALRM, give_up)
+    try:
+        yield watched
+    except _DoesNotEnd:
+        raise UserError(f"{what} has not rendered {place or 'a row'} after {LONGEST_RENDERING:g} s") from None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def transcript(messages: list[Message]) -> str:
@@ -383,27 +436,33 @@ def transcript(messages: list[Message]) -> str:
 
 
 def _bare_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    with telling(f"the tokenizer {tokenizer.name_or_path!r} cannot encode"):
+        return tokenizer(
+            texts,
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
 
 
 def _leading_tokens(tokenizer: Any, text: Prompt) -> list[int]:
     """What the tokenizer puts in front of any text by itself: [BOS] or nothing, as a rule."""
     text = text if isinstance(text, str) else transcript(text)
-    bare, whole = _bare_ids(tokenizer, [text])[0], tokenizer(text, verbose=False)["input_ids"]
+    bare = _bare_ids(tokenizer, [text])[0]
+    with telling(f"the tokenizer {tokenizer.name_or_path!r} cannot encode"):
+        whole = tokenizer(text, verbose=False)["input_ids"]
     starts = [start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare]
     return whole[: starts[0]] if starts else []
 
 
-def _truth_columns(truths: list[dict[str, float | str | int]]) -> dict[str, np.ndarray]:
-    """Row dicts as columns: int64 or float64 (NaN where absent) if all are numbers, else text ("")."""
+def _truth_columns(truths: list[dict[str, float | str | int]], where: str) -> dict[str, np.ndarray]:
+    """Row dicts as columns: int64 or float64 (NaN where absent) if all are numbers, else text ("").
+
+    Raises UserError for an integer that float64 would round, in a column that gaps or fractions make one of floats.
+    """
     columns = {}
     for name in sorted({name for truth in truths for name in truth}):
         values = [truth.get(name) for truth in truths]
@@ -412,6 +471,12 @@ def _truth_columns(truths: list[dict[str, float | str | int]]) -> dict[str, np.n
         elif all(isinstance(value, int) for value in values):
             columns[name] = np.array(values, np.int64)
         else:
+            rounded = next((value for value in values if isinstance(value, int) and int(float(value)) != value), None)
+            if rounded is not None:
+                raise UserError(
+                    f"{where}: truth: {name}: {rounded} would be rounded, as the column has gaps or fractions: "
+                    "write it as text"
+                )
             columns[name] = np.array([np.nan if value is None else value for value in values], np.float64)
     return columns
 
@@ -424,33 +489,43 @@ def load_or_tokenise(
 ) -> TokenisedData:
     """`tokenise`, through the folder config.tokenized_path when that is set: read if there, else written.
 
-    The folder holds train.parquet, eval.parquet (if there are held-out rows) and tokens.json (what
-    they were made from). Raises UserError, naming what differs, for a folder that was made from
-    something else. Without `dataset` the folder is taken for what it says it is.
+    The folder holds train.parquet, eval.parquet (if there are held-out rows) and tokens.json (what they were made
+    from, and their sha256; sealed). Raises UserError, naming what differs, for a folder that was made from something
+    else, and for one that was changed since. Without `dataset` the folder is taken for what it says it is.
+    write: False leaves the disk alone; rows that are not there are made in memory.
     """
     kind = kind or KINDS[config.stage]
     if not config.tokenized_path:
         return tokenise(config, tokenizer, kind)
     folder = Path(config.tokenized_path)
-    if (folder / "tokens.json").exists():
+    if os.path.lexists(folder / "tokens.json"):
         return load(folder, config, tokenizer, kind)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if os.path.lexists(folder) and not _is_empty(folder):
         raise UserError(f"tokenized_path: {folder} is there and holds no tokenised rows (no tokens.json)")
     if not write:
         return tokenise(config, tokenizer, kind)
     recipe = made_from(config, tokenizer, kind)
     data = tokenise(config, tokenizer, kind)
+    if made_from(config, tokenizer, kind) != recipe:
+        raise UserError(f"dataset: {config.dataset} was changed while it was being read")
     try:
         with files.replacing(folder) as temporary:
             temporary.mkdir()
             _write(data, recipe, temporary)
-            if (folder / "tokens.json").exists():
+            if os.path.lexists(folder / "tokens.json"):
                 raise _WrittenMeanwhile  # or it comes between here and the renaming, which then fails
+            with suppress(FileNotFoundError):
+                folder.rmdir()  # it is empty, or this fails: what came meanwhile is not replaced
     except (_WrittenMeanwhile, UserError):
-        if not (folder / "tokens.json").exists():
+        if not os.path.lexists(folder / "tokens.json"):
             raise
         return load(folder, config, tokenizer, kind)
     return data
+
+
+def _is_empty(folder: Path) -> bool:
+    with telling(f"tokenized_path: cannot read {folder}"):
+        return folder.is_dir() and not any(folder.iterdir())
 
 
 class _WrittenMeanwhile(Exception):
@@ -488,21 +563,21 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def load(folder: Path, config: RunConfig, tokenizer: Any, kind: Kind = "pairs") -> TokenisedData:
-    """The rows of a folder, after checking that they are what this run would make."""
-    saved = files.read_json(folder / "tokens.json")
+    """The rows of a folder, after checking that they are what this run would make, and what was written."""
+    try:
+        check_regular(folder / "tokens.json")
+        saved = files.read_sealed(folder / "tokens.json")
+    except UserError as error:
+        raise UserError(f"tokenized_path: {error}; {AGAIN}") from None
     try:
         _check_recipe(saved["made_from"], made_from(config, tokenizer, kind), folder)
-        report, keys = saved["report"], saved["keys"]
+        report, digests = saved["report"], saved["files"]
         for part in report.keys() & {"train", "eval"}:
             RowReport.of(report[part]).check(config.max_unusable_rows)
-        rows = {part: _read(folder / f"{part}.parquet") for part in keys}
-        train = rows["train"]
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder}/tokens.json is incomplete; delete the folder and it is made again") from None
-    for part, key in keys.items():
-        if rows[part].key() != key:
-            raise UserError(f"{folder}/{part}.parquet was changed after it was written; delete the folder")
-    return TokenisedData(train, rows.get("eval"), report)
+        rows = {part: _read(folder / f"{part}.parquet", digests[part]) for part in digests}
+        return TokenisedData(rows["train"], rows.get("eval"), report)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UserError(f"{folder}/tokens.json is incomplete; {AGAIN}") from None
 
 
 def _check_recipe(saved: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
@@ -533,15 +608,14 @@ def _difference(name: str, saved: Any, asked: Any) -> str:
 
 
 def _write(data: TokenisedData, recipe: dict[str, Any], folder: Path) -> None:
-    parts = {"train": data.train} | ({} if data.held_out is None else {"eval": data.held_out})
-    for part, rows in parts.items():
+    for part, rows in data.parts().items():
         _write_rows(rows, folder / f"{part}.parquet")
-    files.write_json(
+    files.write_sealed(
         folder / "tokens.json",
         {
             "made_from": recipe,
-            "counts": {part: len(rows) for part, rows in parts.items()},
-            "keys": {part: rows.key() for part, rows in parts.items()},
+            "counts": {part: len(rows) for part, rows in data.parts().items()},
+            "files": {part: files.sha256(folder / f"{part}.parquet") for part in data.parts()},
             "report": data.report,
         },
     )
@@ -560,21 +634,26 @@ def _write_rows(rows: Rows, path: Path) -> None:
     pq.write_table(pa.table(columns), path, compression="zstd")
 
 
-def _read(path: Path) -> Rows:
-    import pyarrow as pa
+def _read(path: Path, digest: str) -> Rows:
+    """The rows of a file whose sha256 is `digest`. It is read once, so what is checked is what is used."""
     import pyarrow.parquet as pq
 
+    check_regular(path)
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}; delete the folder") from None
-    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
-    truth = {name: column for name, column in columns.items() if name.startswith("truth.")}
-    return Rows(
-        **{name: _ragged(column) for name, column in columns.items() if name not in truth and name != "source"},
-        source=columns["source"].to_pylist(),
-        truth={name.removeprefix("truth."): _truth_array(column) for name, column in truth.items()},
-    )
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {AGAIN}") from None
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise UserError(f"{path} was changed after it was written; {AGAIN}")
+    with telling(f"cannot read {path}"):
+        table = pq.read_table(io.BytesIO(content))
+        columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+        truth = {name: column for name, column in columns.items() if name.startswith("truth.")}
+        return Rows(
+            **{name: _ragged(column) for name, column in columns.items() if name not in truth and name != "source"},
+            source=columns["source"].to_pylist(),
+            truth={name.removeprefix("truth."): _truth_array(column) for name, column in truth.items()},
+        )
 
 
 def _ragged(column: Any) -> Ragged:
