@@ -4,7 +4,7 @@ import math
 
 import pandas as pd
 import pytest
-from report_study import finish, study
+from report_study import finish, results, study
 
 from discobeta.report import figures, tables
 
@@ -23,13 +23,15 @@ def finished(stage="dpo", metric="nll", values=NLL, *, but=(), arms=None, **sett
     """A study whose runs of `stage` have these values; `but` names (arm, seed) that are left out."""
     made = study(arms=arms or ARMS, seeds=sorted(values), **settings)
     for run in made.runs():
+        if stage == "ppo" and run.stage != "ppo":
+            finish(made, run, None)  # what a ppo run has read
         if run.stage == stage and not run.proof and run.arm.name in ARMS and (run.arm.name, run.seed) not in but:
-            finish(run, {metric: values[run.seed][ARMS.index(run.arm.name)]})
+            finish(made, run, {metric: values[run.seed][ARMS.index(run.arm.name)]})
     return made
 
 
 def csv(made, name):
-    tables.write(made)
+    tables.write(results(made))
     return pd.read_csv(made.directory / "tables" / f"{name}.csv", keep_default_na=False, na_values=[""])
 
 
@@ -83,7 +85,7 @@ def test_holm_is_over_what_is_tested_in_the_stage():
     made = study(arms=ARMS, seeds=list(range(8)), stages=["dpo"])
     for run in made.runs():
         value = values[ARMS.index(run.arm.name)] + 0.01 * run.seed
-        finish(run, {"nll": value, "accuracy": value, "true_reward": value, "kl_per_sequence": value})
+        finish(made, run, {"nll": value, "accuracy": value, "true_reward": value, "kl_per_sequence": value})
     frame = csv(made, "effects").set_index(["metric", "contrast"])
     assert len(frame) == 12
     for metric in ("nll", "true_reward"):
@@ -135,7 +137,7 @@ def test_proved_idle_arms_change_nothing():
 
 def test_interaction_figure_shows_seeds_means_and_the_sum():
     made = finished(stages=["dpo"])
-    (axes,) = figures.interaction(made, "dpo").axes
+    (axes,) = figures.interaction(results(made), "dpo").axes
     drawn = {tuple(round(float(y), 6) for y in line.get_ydata()) for line in axes.lines}
     # without Disco: LeDPO - baseline; with: Disco - baseline and both - baseline. Per seed, then the means.
     assert {(0, -0.04), (0, -0.02), (0, -0.03)} <= drawn
@@ -149,5 +151,5 @@ def test_interaction_figure_is_made_where_it_can_be():
     assert "interaction" not in study(arms=ARMS[:3]).figures_of("dpo")
     assert "interaction" not in study(arms=ARMS).figures_of("rm")
     made = study(arms=ARMS, stages=["dpo"])
-    (axes,) = figures.interaction(made, "dpo").axes
+    (axes,) = figures.interaction(results(made), "dpo").axes
     assert "missing" in [text.get_text() for text in axes.texts]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from report_study import finish, study
+from report_study import finish, results, study, write_run
 
 from discobeta.report import figures
 
@@ -37,8 +37,8 @@ def labels(figure):
 def test_learning_curves_are_means_over_seeds_and_paired_differences_to_the_baseline():
     made = study(arms=["baseline", "disco-used_beta-absent"], **FAST)
     for run in made.runs():
-        finish(run, None, log=log_of(run.seed, worse=-0.02 * run.seed if run.arm.name != "baseline" else 0))
-    figure = figures.learning_curves(made, "dpo")
+        finish(made, run, None, log=log_of(run.seed, worse=-0.02 * run.seed if run.arm.name != "baseline" else 0))
+    figure = figures.learning_curves(results(made), "dpo")
     top, middle, bottom = figure.axes
     baseline = next(line for line in lines(top) if line.get_color() == "#4d4d4d" and line.get_linewidth() > 1)
     assert baseline.get_ydata() == pytest.approx([0.65, 0.45])
@@ -53,8 +53,8 @@ def test_a_missing_seed_is_marked_and_not_compared_with_another_seed():
     made = study(arms=["baseline", "disco-used_beta-absent"], **FAST)
     for run in made.runs():
         if (run.arm.name, run.seed) != ("baseline", 2):
-            finish(run, None, log=log_of(run.seed))
-    figure = figures.learning_curves(made, "dpo")
+            finish(made, run, None, log=log_of(run.seed))
+    figure = figures.learning_curves(results(made), "dpo")
     assert "Baseline (1 of 2 seeds)" in labels(figure)
     (difference,) = lines(figure.axes[1])
     assert difference.get_ydata() == pytest.approx([0, 0])  # seed 1 only; over both it would be 0.05
@@ -64,8 +64,8 @@ def test_a_missing_seed_is_marked_and_not_compared_with_another_seed():
 def test_idle_arms_are_thin_dashes_on_their_twins():
     made = study(arms=["baseline", "disco-idle_beta-absent"], **FAST)
     for run in made.runs():
-        finish(run, None, log=log_of(run.seed))
-    figure = figures.learning_curves(made, "dpo")
+        finish(made, run, None, log=log_of(run.seed))
+    figure = figures.learning_curves(results(made), "dpo")
     (dashes,) = [line for line in lines(figure.axes[0]) if line.get_color() == "black"]
     assert dashes.get_linewidth() < 1
     assert dashes.get_ydata() == pytest.approx([0.65, 0.45])
@@ -75,8 +75,10 @@ def test_idle_arms_are_thin_dashes_on_their_twins():
 def test_runs_without_held_out_rows_in_their_log_show_training():
     made = study(arms=["baseline"], **FAST)
     for run in made.runs():
-        finish(run, None, log=({"step": 1, "loss": 0.7, "accuracy": 0.5}, {"step": 2, "loss": 0.5, "accuracy": 0.7}))
-    figure = figures.learning_curves(made, "dpo")
+        finish(
+            made, run, None, log=({"step": 1, "loss": 0.7, "accuracy": 0.5}, {"step": 2, "loss": 0.5, "accuracy": 0.7})
+        )
+    figure = figures.learning_curves(results(made), "dpo")
     assert figure.axes[0].get_ylabel().startswith("Training loss")
     assert lines(figure.axes[0])[0].get_ydata() == pytest.approx([0.7, 0.5])
 
@@ -86,8 +88,8 @@ def test_reliability_pools_seeds_and_folds_probabilities_onto_the_predicted_winn
     # confidences .925 (right), .925 (wrong) | .925 (right), .525 (right): bins of .05 from .5
     for run, probability in zip(made.runs(), [(0.925, 0.075), (0.925, 0.525)], strict=True):
         margin = [1 if p > 0.5 else -1 for p in probability]
-        finish(run, {"ece": 0.1 * run.seed}, examples={"probability": probability, "mean_margin": margin})
-    figure = figures.reliability_diagram(made, "dpo")
+        finish(made, run, {"ece": 0.1 * run.seed}, examples={"probability": probability, "mean_margin": margin})
+    figure = figures.reliability_diagram(results(made), "dpo")
     upper, lower = figure.axes
     curve = upper.containers[0].lines[0]
     assert curve.get_xdata() == pytest.approx([0.525, 0.925])
@@ -101,8 +103,8 @@ def test_an_arm_without_predictions_is_shown_as_missing():
     made = study(arms=["baseline", "disco-used_beta-absent"], **FAST)
     for run in made.runs():
         if run.arm.name == "baseline" and run.seed == 1:
-            finish(run, {"ece": 0.1})
-    figure = figures.reliability_diagram(made, "dpo")
+            finish(made, run, {"ece": 0.1})
+    figure = figures.reliability_diagram(results(made), "dpo")
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert "missing" in texts
     assert any("1 of 2 seeds" in text for text in texts)
@@ -126,8 +128,8 @@ def rollouts_of(seed: int, better: float = 0.0):
 def test_learning_curves_of_ppo_are_reward_kl_and_length_over_updates():
     made = study(arms=["baseline", "disco-idle_beta-absent", "disco-used_beta-absent"], stages=PPO)
     for run in made.runs():
-        finish(run, None, log=rollouts_of(run.seed, better=1 if run.arm.name == "disco-used_beta-absent" else 0))
-    figure = figures.learning_curves(made, "ppo")
+        finish(made, run, None, log=rollouts_of(run.seed, better=1 if run.arm.name == "disco-used_beta-absent" else 0))
+    figure = figures.learning_curves(results(made), "ppo")
     reward, disco_reward, kl, length = figure.axes  # the two reward models score in different units
     assert [line.get_color() for line in lines(reward)] == ["#4d4d4d", "black"]
     assert [line.get_color() for line in lines(kl)] == ["#4d4d4d", "#0072B2", "black"]
@@ -152,7 +154,7 @@ def test_learning_curves_of_ppo_are_reward_kl_and_length_over_updates():
 )
 def test_arms_of_one_kind_of_reward_model_share_one_panel(arms):
     made = study(arms=arms, stages=PPO)
-    figure = figures.learning_curves(made, "ppo")
+    figure = figures.learning_curves(results(made), "ppo")
     assert [axes.get_ylabel().split()[0] for axes in figure.axes] == ["Score", "KL", "Tokens"]
     assert figure.axes[0].texts[0].get_text() == "missing"
 
@@ -166,9 +168,11 @@ def gains(seed: int, better: float = 0.0) -> dict:
 def test_reward_by_noise_is_paired_with_the_reference_and_spans_the_seeds():
     made = study(arms=["baseline", "disco-idle_beta-absent", "disco-used_beta-absent"], stages=PPO, **WORLD)
     for run in made.runs():
-        if run.stage == "ppo" and (run.arm.name, run.seed) != ("disco-used_beta-absent", 2):
-            finish(run, {"reward": 1}, examples=gains(run.seed, better=1 if run.arm.name != "baseline" else 0))
-    figure = figures.reward_by_noise(made, "ppo")
+        if run.stage != "ppo":
+            finish(made, run, None)  # what a ppo run has read
+        elif (run.arm.name, run.seed) != ("disco-used_beta-absent", 2):
+            finish(made, run, {"reward": 1}, examples=gains(run.seed, better=1 if run.arm.name != "baseline" else 0))
+    figure = figures.reward_by_noise(results(made), "ppo")
     (axes,) = figure.axes
     baseline, disco = axes.containers  # the idle arm computes what its twin does
     assert baseline.lines[0].get_ydata() == pytest.approx([2.25, 0.75, -0.75])  # 2, 0.5, -1 and half of 0.5
@@ -186,14 +190,14 @@ def test_reward_by_noise_is_paired_with_the_reference_and_spans_the_seeds():
 def test_reward_by_noise_without_sampled_responses_says_missing():
     made = study(arms=["baseline"], stages=PPO, **WORLD)
     for run in made.runs():
-        finish(run, {"reward": 1})
-    (axes,) = figures.reward_by_noise(made, "ppo").axes
+        finish(made, run, {"reward": 1})
+    (axes,) = figures.reward_by_noise(results(made), "ppo").axes
     assert "missing" in [text.get_text() for text in axes.texts]
 
 
 def test_figures_of_a_study_with_ppo():
     made = study(arms=["baseline"], **WORLD)
-    figures.write(made)
+    figures.write(results(made))
     names = {path.stem for path in (made.directory / "figures").iterdir()}
     assert names == {f"{name}-{stage}" for stage in ("rm", "dpo") for name in ("learning-curves", "reliability")} | {
         "learning-curves-ppo",
@@ -207,19 +211,19 @@ def test_figures_of_a_study_with_ppo():
 def test_figures_are_files_that_do_not_change_when_they_are_drawn_again():
     made = study(arms=["baseline"], **FAST)
     for run in made.runs():
-        finish(run, {"ece": 0.1}, log=log_of(run.seed))
+        finish(made, run, {"ece": 0.1}, log=log_of(run.seed))
     folder = made.directory / "figures"
-    figures.write(made)
+    figures.write(results(made))
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert sorted(first) == sorted(
         f"{name}-dpo.{ending}" for name in ("learning-curves", "reliability") for ending in ("pdf", "svg", "png")
     )
-    figures.write(made)
+    figures.write(results(made))
     assert first == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_loss_curve_of_one_run(tmp_path):
-    run = finish(tmp_path / "run", None, log=log_of(1))
+    run = write_run(tmp_path / "run", log=log_of(1))
     with (run / "log.jsonl").open("a") as stream:
         stream.write('{"step": 3, "lo')  # killed while writing
     figures.loss_curve(run / "log.jsonl", run / "loss.png")
@@ -245,7 +249,7 @@ def test_loss_curve_of_ppo_is_reward_and_kl(tmp_path, monkeypatch, log, panels):
     monkeypatch.setattr(
         figures.Figure, "savefig", lambda *words, **options: drawn.append(words[0]) or save(*words, **options)
     )
-    run = finish(tmp_path / "run", None, log=log)
+    run = write_run(tmp_path / "run", log=log)
     figures.loss_curve(run / "log.jsonl", run / "loss.png")
     (figure,) = drawn
     assert {axes.get_ylabel(): [line.get_ydata().tolist() for line in axes.lines] for axes in figure.axes} == panels

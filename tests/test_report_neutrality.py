@@ -1,7 +1,7 @@
 """Two run directories, byte for byte."""
 
 import pytest
-from report_study import finish
+from report_study import write_run
 
 from discobeta.errors import UserError
 from discobeta.report.neutrality import compare, first_difference, main
@@ -11,7 +11,7 @@ FILES = ["adapter/adapter_model.safetensors", "log.jsonl", "metrics.json", "exam
 
 @pytest.fixture
 def two_runs(tmp_path):
-    return [finish(tmp_path / name, {"accuracy": 0.7}, weights=bytes(3000)) for name in "ab"]
+    return [write_run(tmp_path / name, {"accuracy": 0.7}, weights=bytes(3000)) for name in "ab"]
 
 
 def test_equal_runs_are_equal_in_every_file(two_runs, capsys):

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from report_study import finish, study
+from report_study import evaluate, finish, reseal, results, study
 
 from discobeta import report
+from discobeta.files import write_sealed
 from discobeta.flags import FLAGS
 from discobeta.report import tables
 from discobeta.report.collect import collect, provenance
@@ -33,7 +34,7 @@ def finish_all(of, metrics=None, *, but=(), **options):
     """Finish every run of a study; `but` names (arm, seed) that are left out."""
     for run in of.runs():
         if (run.arm.name, run.seed) not in but:
-            finish(run, None if run.proof else metrics or {"accuracy": 0.7}, **options)
+            finish(of, run, None if run.proof else metrics or {"accuracy": 0.7}, **options)
 
 
 def golden_study():
@@ -49,14 +50,14 @@ def golden_study():
     for run in made.runs():
         if metrics := values.get((run.arm.name, run.seed)):
             shared = {"bayes_accuracy": 0.74 + 0.02 * run.seed}  # 0.76 and 0.78: 0.770
-            finish(run, metrics | shared | {"examples": 100, "by_topic": {"a": {"nll": 0.5}}})
+            finish(made, run, metrics | shared | {"examples": 100, "by_topic": {"a": {"nll": 0.5}}})
     return made
 
 
 @pytest.mark.parametrize("ending", ["md", "tex"])
 def test_golden_stage_table(ending):
     made = golden_study()
-    tables.write(made)
+    tables.write(results(made))
     assert (made.directory / "tables" / f"rm.{ending}").read_text() == (GOLDEN / f"rm.{ending}").read_text()
 
 
@@ -68,10 +69,13 @@ def golden_ppo_study():
     """
     made = study(stages=["rm", "dpo", "ppo"], idle_arms="prove", prove_steps=9, ppo={"ppo_epochs": 2})
     for run in made.runs():
-        if run.stage != "ppo" or (run.arm.name, run.seed) == ("disco-idle_beta-absent", 2):
+        if run.stage != "ppo":
+            finish(made, run, None)
+            continue
+        if (run.arm.name, run.seed) == ("disco-idle_beta-absent", 2):
             continue
         if run.proof:
-            finish(run, None, weights=b"weighty" if run.arm.name == "disco-used_beta-idle" else b"weights")
+            finish(made, run, None, weights=b"weighty" if run.arm.name == "disco-used_beta-idle" else b"weights")
             continue
         later, by_another_judge = run.seed - 1, run.arm.disco == "used"
         metrics = {
@@ -90,20 +94,20 @@ def golden_ppo_study():
         }
         if run.arm.beta == "used":
             metrics |= {"mean_log_s": -0.01, "sd_log_s": 0.20, "log_s_noise": -0.50, "log_s_familiarity": 0.10}
-        finish(run, metrics)
+        finish(made, run, metrics)
     return made
 
 
 @pytest.mark.parametrize("ending", ["md", "tex"])
 def test_golden_table_of_ppo(ending):
     made = golden_ppo_study()
-    tables.write(made)
+    tables.write(results(made))
     assert (made.directory / "tables" / f"ppo.{ending}").read_text() == (GOLDEN / f"ppo.{ending}").read_text()
 
 
 def test_golden_stage_table_as_csv_with_all_digits():
     made = golden_study()
-    tables.write(made)
+    tables.write(results(made))
     actual = pd.read_csv(made.directory / "tables" / "rm.csv")
     pd.testing.assert_frame_equal(actual, pd.read_csv(GOLDEN / "rm.csv"), rtol=1e-12)
     assert actual.accuracy_ci95[0] == pytest.approx(0.1270620473617, abs=1e-12)
@@ -111,7 +115,7 @@ def test_golden_stage_table_as_csv_with_all_digits():
 
 def rows_of(made, stage="dpo"):
     """Markdown rows of the first panel of a stage table, as lists of cells, by their four flags."""
-    tables.write(made)
+    tables.write(results(made))
     text = (made.directory / "tables" / f"{stage}.md").read_text()
     lines = text.split("\n\n")[1].splitlines()
     cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
@@ -142,7 +146,7 @@ def test_every_stage_table_shows_all_16_cells_with_their_status():
 def test_csv_has_true_and_false_and_its_provenance_in_columns():
     made = study()
     finish_all(made)
-    tables.write(made)
+    tables.write(results(made))
     rows = list(csv.DictReader((made.directory / "tables" / "dpo.csv").open()))
     assert len(rows) == 16
     assert [rows[0][flag] for flag in FLAGS] == ["False"] * 4
@@ -174,7 +178,7 @@ def test_a_missing_run_is_named_and_its_cell_says_how_many_seeds_it_has():
 def test_a_run_that_is_trained_and_not_evaluated_says_so():
     made = study()
     finish_all(made, but={("baseline", 2)})
-    finish(made.run("dpo", "baseline", 2), None)
+    finish(made, made.run("dpo", "baseline", 2), None)
     rows_of(made)
     assert "baseline: seed 2 (not evaluated)" in (made.directory / "tables" / "dpo.md").read_text()
 
@@ -182,7 +186,7 @@ def test_a_run_that_is_trained_and_not_evaluated_says_so():
 def test_a_metric_that_one_seed_lacks_is_marked_in_its_cell_only():
     made = study(stages=["dpo"])
     for run in made.runs():
-        finish(run, {"accuracy": 0.7} | ({"ece": 0.01} if run.seed == 1 else {}))
+        finish(made, run, {"accuracy": 0.7} | ({"ece": 0.01} if run.seed == 1 else {}))
     row = rows_of(made)[BASELINE]
     assert (row["Seeds"], row["Accuracy ↑"], row["ECE ↓"]) == ("2", "0.700 ± 0.000", "0.010 (1 of 2)")
 
@@ -217,7 +221,7 @@ def test_arms_that_the_study_leaves_out_are_not_called_missing():
 
 def test_a_study_of_which_nothing_is_there_has_all_its_outputs():
     made = study()
-    report.write(made)
+    report.write(results(made))
     assert rows_of(made)[BASELINE]["Status"] == "missing"
     # per seed 1 idle arm of rm and 5 of dpo and ppo each
     assert "0 of 22 idle runs" in (made.directory / "tables" / "neutrality.md").read_text()
@@ -258,9 +262,8 @@ def test_a_missing_proof_shows_no_numbers():
 
 def test_a_failed_proof_shows_no_numbers_and_the_byte():
     made = proving_study()
-    finish_all(made)
-    proof = made.run("dpo", "disco-idle_beta-absent", 2, proof=True).directory
-    (proof / "adapter" / "adapter_model.safetensors").write_bytes(b"weighty")
+    finish_all(made, but={("disco-idle_beta-absent", 2)})
+    finish(made, made.run("dpo", "disco-idle_beta-absent", 2, proof=True), None, weights=b"weighty")
     row = rows_of(made)[DISCO_IDLE]
     assert (row["Status"], row["Accuracy ↑"]) == ("DIFFERS from baseline", "–")
     neutrality = pd.read_csv(made.directory / "tables" / "neutrality.csv")
@@ -272,13 +275,13 @@ def test_a_failed_proof_shows_no_numbers_and_the_byte():
 def test_a_proof_is_in_no_mean_and_in_the_cost():
     made = proving_study(seeds=[1])
     for run in made.runs():
-        finish(run, {"accuracy": 0.1 if run.proof else 0.7}, cost={"seconds": 2.0 if run.proof else 10.0})
+        finish(made, run, {"accuracy": 0.1 if run.proof else 0.7}, cost={"seconds": 2.0 if run.proof else 10.0})
     assert rows_of(made)[BASELINE]["Accuracy ↑"] == "0.700"
-    assert len(collect(made)) == 4 * 3  # four whole runs: accuracy and two costs each
+    assert len(collect(results(made))) == 4 * 3  # four whole runs: accuracy and two costs each
     cost = pd.read_csv(made.directory / "tables" / "cost.csv").set_index("work")
     assert cost.seconds["baseline, first 5 steps"] == 2
-    # 4 whole runs of 10 s, 5 idle proofs of 2 s and those of 3 twins; each was evaluated for 1 s here
-    assert cost.total_seconds["all of it"] == 4 * 11 + 8 * 3
+    # 4 whole runs of 10 s, evaluated for 1 s each; 5 idle proofs of 2 s and those of 3 twins, which nobody measures
+    assert cost.total_seconds["all of it"] == 4 * 11 + 8 * 2
 
 
 def test_a_proof_of_ppo_is_counted_in_updates():
@@ -299,8 +302,8 @@ def test_a_proof_of_ppo_is_counted_in_updates():
 def test_rewards_of_two_reward_models_are_not_compared_without_a_word():
     made = study(stages=["rm", "dpo", "ppo"])
     for run in made.runs():
-        finish(run, {"reward_gain": 0.5} if run.stage == "ppo" else {"accuracy": 0.7})
-    tables.write(made)
+        finish(made, run, {"reward_gain": 0.5} if run.stage == "ppo" else {"accuracy": 0.7})
+    tables.write(results(made))
     said = {
         stage: "two different ones" in (made.directory / "tables" / f"{stage}.md").read_text() for stage in made.stages
     }
@@ -314,13 +317,13 @@ def test_rewards_of_two_reward_models_are_not_compared_without_a_word():
 def test_neutrality_counts_equal_different_and_missing_runs():
     made = study(stages=["dpo"])
     finish_all(made, but={("disco-idle_beta-idle", 2), ("disco-used_beta-absent", 1)})
-    (made.run("dpo", "disco-idle_beta-used", 1).directory / "metrics.json").write_text('{"accuracy": 0.8}')
-    tables.write(made)
+    evaluate(made.run("dpo", "disco-idle_beta-used", 1).directory, {"accuracy": 0.8})
+    tables.write(results(made))
     frame = pd.read_csv(made.directory / "tables" / "neutrality.csv").set_index(["arm", "seed"])
     assert len(frame) == 5 * 2
     assert frame.result.value_counts().to_dict() == {"equal": 7, "missing": 2, "differs": 1}
-    # {"accuracy": 0.7} and {"accuracy": 0.8} differ in the digit behind 15 characters
-    assert frame.metrics["disco-idle_beta-used", 1] == "differs at byte 15 (of 17, of 17 bytes)"
+    # `{⏎ "accuracy": 0.7⏎}⏎` and the same with 0.8 differ in the digit behind 17 characters
+    assert frame.metrics["disco-idle_beta-used", 1] == "differs at byte 17 (of 21, of 21 bytes)"
     assert frame.weights["disco-idle_beta-idle", 2] == "missing"
     assert frame.weights["disco-used_beta-idle", 1] == "twin missing"
     text = (made.directory / "tables" / "neutrality.md").read_text()
@@ -335,29 +338,29 @@ def test_unfinished_runs_are_missing_and_neither_equal_nor_different(unfinished,
     made = study(stages=["dpo"], seeds=[1], arms=["baseline", "disco-idle_beta-absent"])
     finish_all(made)
     (made.run("dpo", unfinished, 1).directory / "provenance.json").unlink()
-    row = tables.neutrality_frame(made).iloc[0]
+    row = tables.neutrality_frame(results(made)).iloc[0]
     assert (row.weights, row.log, row.result) == (verdict, verdict, "missing")
 
 
 def test_proofs_are_compared_with_proofs_and_not_with_whole_runs():
     made = proving_study()
     for run in made.runs():
-        finish(run, None if run.proof else {"accuracy": 0.7}, weights=b"proof" if run.proof else b"whole")
-    assert set(tables.neutrality_frame(made).weights) == {"equal"}
+        finish(made, run, None if run.proof else {"accuracy": 0.7}, weights=b"proof" if run.proof else b"whole")
+    assert set(tables.neutrality_frame(results(made)).weights) == {"equal"}
 
 
 def test_runs_that_are_not_evaluated_do_not_count_as_equal():
     made = study(stages=["dpo"], seeds=[1], arms=["baseline", "disco-idle_beta-absent"])
     for run in made.runs():
-        finish(run, None)
-    row = tables.neutrality_frame(made).iloc[0]
+        finish(made, run, None)
+    row = tables.neutrality_frame(results(made)).iloc[0]
     assert (row.weights, row.metrics, row.result) == ("equal", "missing", "missing")
 
 
 def test_an_idle_arm_whose_twin_is_not_trained_cannot_be_compared():
     made = study(stages=["dpo"], seeds=[1], arms=["disco-idle_beta-absent"])
     finish_all(made)
-    row = tables.neutrality_frame(made).iloc[0]
+    row = tables.neutrality_frame(results(made)).iloc[0]
     assert (row.weights, row.result) == ("twin not in this study", "missing")
 
 
@@ -370,11 +373,12 @@ def test_cost_sums_what_is_there_and_lists_shared_work_once():
         seconds = {"baseline": 100.0, "disco-used_beta-absent": 150.0}[run.arm.name]
         cost = {"seconds": seconds, "gpu_seconds": seconds, "tokens_per_second": 500, "peak_memory_bytes": 2**31}
         if (run.arm.name, run.seed) != ("disco-used_beta-absent", 2):
-            finish(run, {"accuracy": 0.7}, cost=cost, evaluation_seconds=20)
+            finish(made, run, {"accuracy": 0.7}, cost=cost, evaluation_seconds=20)
     reference = made.reference("all")
     reference.mkdir(parents=True)
     (reference / "cost.json").write_text('{"seconds": 30.0, "gpu_seconds": 1800.0}')
-    tables.write(made)
+    write_sealed(reference / "reference.json", {"key": {"base": "b" * 64}, "sha256": {}})
+    tables.write(results(made))
     frame = pd.read_csv(made.directory / "tables" / "cost.csv").set_index(["stage", "work"])
     assert frame.seconds["dpo", "baseline"] == 100
     assert frame.times_baseline["dpo", "disco-used_beta-absent"] == 1.5  # seed 1 against seed 1
@@ -395,8 +399,8 @@ def test_cost_sums_what_is_there_and_lists_shared_work_once():
 def test_collect_is_long_and_takes_numbers_only():
     made = study(stages=["rm"], seeds=[4], arms=["baseline"])
     metrics = {"accuracy": 0.7, "sigma_spearman": None, "fine": True, "by_topic": {"wine": {"nll": 0.5}}}
-    finish(made.runs()[0], metrics, cost={"seconds": 3, "device": "cpu"}, evaluation_seconds=2)
-    frame = collect(made)
+    finish(made, made.runs()[0], metrics, cost={"seconds": 3, "device": "cpu"}, evaluation_seconds=2)
+    frame = collect(results(made))
     assert list(frame.columns) == ["stage", "arm", "seed", "metric", "value"]
     assert dict(zip(frame.metric, frame.value, strict=True)) == {
         "accuracy": 0.7, "by_topic/wine/nll": 0.5, "cost/seconds": 3, "evaluation_cost/seconds": 2,
@@ -407,12 +411,15 @@ def test_collect_is_long_and_takes_numbers_only():
 def test_provenance_names_every_commit_that_made_a_run():
     made = study(stages=["rm"])
     finish_all(made)
-    first = made.runs()[0].directory / "provenance.json"
-    first.write_text('{"commit": "fedcba9876543210", "dirty": true, "versions": {"discobeta": "1.0"}}')
-    assert provenance(made)["commit"] == "0123456789ab, fedcba987654 (dirty)"
-    assert provenance(made)["version"] == "1.0, 9.8.7"
-    first.write_text('{"commit": null, "dirty": null}')
-    assert provenance(made)["commit"] == "0123456789ab, unknown"
+    first = made.runs()[0].directory
+    other = {"versions": {"discobeta": "1.0"}, "machine": {"kernels": "AVX512"}}
+    reseal(first, commit="fedcba9876543210", dirty=True, **other)
+    made_by = provenance(results(made))
+    assert made_by["commit"] == "0123456789ab, fedcba987654 (dirty)"
+    assert made_by["version"] == "1.0, 9.8.7"
+    assert made_by["kernels"] == "AVX2, AVX512"
+    reseal(first, commit=None, dirty=None)
+    assert provenance(results(made))["commit"] == "0123456789ab, unknown"
 
 
 # --- printing
@@ -447,7 +454,7 @@ def test_one_frame_gives_three_formats():
 def all_tables():
     made = study(study="under_score")
     finish_all(made, {"accuracy": 0.7, "mean_log_s": -0.01, "true_reward": 1.4}, but={("baseline", 2)})
-    tables.write(made)
+    tables.write(results(made))
     return sorted((made.directory / "tables").glob("*.tex"))
 
 
@@ -479,8 +486,8 @@ def test_latex_compiles():
 
 def test_tables_do_not_change_when_they_are_written_again():
     made = golden_study()
-    tables.write(made)
+    tables.write(results(made))
     first = {path.name: path.read_bytes() for path in (made.directory / "tables").iterdir()}
-    tables.write(made)
+    tables.write(results(made))
     assert first == {path.name: path.read_bytes() for path in (made.directory / "tables").iterdir()}
     assert io.BytesIO(first["metrics.csv"]).readline() == b"stage,arm,seed,metric,value\n"

@@ -142,9 +142,13 @@ def parser() -> argparse.ArgumentParser:
     sub = add_study("cost", cost, "estimate jobs, device-hours and memory of a study from measured rates")
     sub.add_argument("--measured", type=Path, metavar="TABLES", help="tables of a study that has run")
     add_study("fetch", fetch, "download model and data of a study, for nodes without a network")
-    add_study("report", report, "write tables and figures of a study from the runs that are there")
-    add_study("tables", tables, "write the tables of a study")
-    add_study("figures", figures, "write the figures of a study")
+    for name, command, help in (
+        ("report", report, "write tables and figures of a study from the runs that are there and count"),
+        ("tables", tables, "write the tables of a study"),
+        ("figures", figures, "write the figures of a study"),
+    ):
+        sub = add_study(name, command, help)
+        sub.add_argument("--strict", action="store_true", help="write nothing unless every run counts")
     return top
 
 
@@ -256,21 +260,31 @@ def fetch(arguments: argparse.Namespace) -> None:
 def report(arguments: argparse.Namespace) -> None:
     from discobeta import report as study_report
 
-    study = _study(arguments)
-    study_report.write(study)
-    print(f"tables: {study.directory / 'tables'}   figures: {study.directory / 'figures'}")
+    results = _results(arguments, curves=True)
+    study_report.write(results)
+    directory = results.study.directory
+    print(f"tables: {directory / 'tables'}   figures: {directory / 'figures'}")
 
 
 def tables(arguments: argparse.Namespace) -> None:
     from discobeta.report import tables as study_tables
 
-    study_tables.write(_study(arguments))
+    study_tables.write(_results(arguments, curves=False))
 
 
 def figures(arguments: argparse.Namespace) -> None:
     from discobeta.report import figures as study_figures
 
-    study_figures.write(_study(arguments))
+    study_figures.write(_results(arguments, curves=True))
+
+
+def _results(arguments: argparse.Namespace, *, curves: bool):
+    from discobeta.report.collect import Results
+
+    results = Results(_study(arguments), curves=curves)
+    if arguments.strict:
+        results.require_all()
+    return results
 
 
 def _study(arguments: argparse.Namespace):

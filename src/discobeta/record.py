@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -290,8 +291,10 @@ def is_finished(config: RunConfig) -> bool:
 # --- is it whole, and what was written
 
 
-def write_provenance(directory: Path, config: RunConfig, facts: dict[str, Any]) -> None:
-    """provenance.json, the last file of a run: what made it, and the sha256 of what it left."""
+def write_provenance(
+    directory: Path, config: RunConfig, facts: dict[str, Any], parts: Iterable[str] = READ_LATER
+) -> None:
+    """provenance.json, the last file of a run: what made it, and the sha256 of what it left in `parts`."""
     commit, dirty = source_state()
     record = {
         "stage": config.stage,
@@ -303,15 +306,15 @@ def write_provenance(directory: Path, config: RunConfig, facts: dict[str, Any]) 
         "settings": settings_hash(config),
         "versions": {"discobeta": __version__, "python": platform.python_version(), **_versions()},
         "machine": {"system": platform.system(), "processor": platform.machine(), "kernels": _kernels()},
-        "files": manifest(directory),
+        "files": manifest(directory, parts),
         **facts,
     }
     files.write_sealed(directory / "provenance.json", record)
 
 
-def manifest(directory: Path) -> dict[str, str]:
+def manifest(directory: Path, parts: Iterable[str] = READ_LATER) -> dict[str, str]:
     """File -> sha256, of what is read later of the run in `directory`."""
-    found = [path for name in READ_LATER for path in _files_in(directory / name)]
+    found = [path for name in parts for path in _files_in(directory / name)]
     return {path.relative_to(directory).as_posix(): files.sha256(path) for path in found}
 
 
@@ -435,6 +438,7 @@ def fault(directory: Path, wanted: RunConfig) -> str | None:
     return None
 
 
+@cache
 def source_state() -> tuple[str | None, bool | None]:
     """The commit of the package's checkout and whether package files differ from it; None outside git."""
     root = Path(__file__).parent

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from discobeta.config import RunConfig, parse_overrides, read_yaml
-from discobeta.errors import UserError
+from discobeta.errors import UserError, shown
 from discobeta.flags import ARMS, CORNERS, FLAGS, STAGES, Arm, State
 
 KEYS = [
@@ -34,6 +33,16 @@ KEYS = [
     "common",
     *STAGES,
 ]
+ENVIRONMENTS = ("cpu", "cuda")
+"""envs/<name>.yaml, for `snakemake --sdm conda`."""
+
+MOST_SEEDS = 1000
+LARGEST = 2**63 - 1
+"""Of whole numbers: what a column of a table holds."""
+
+LONGEST_NAME = 100
+"""Characters of a study's name, which becomes a folder, and of a key."""
+
 WORLD_DEFAULTS = {"sft_examples": 6000, "train": 9600, "evaluation": 1600, "noise": "heteroscedastic", "seed": 1}
 DATA_KEYS = [
     "dataset",
@@ -52,6 +61,9 @@ HOW_ROWS_ARE_READ = ["dataset_dir", "cutoff_len", "max_unusable_rows"]
 MODEL_KEYS = ["model_name_or_path", "model_revision", "adapter_name_or_path", "trust_remote_code", "cache_dir"]
 CORPUS_KEYS = ["dataset", "dataset_dir", "split", "cutoff_len", "max_samples", "max_unusable_rows"]
 """What the base is trained on unless `base: sft:` says otherwise: the study's own training data."""
+
+TOKENS_DEPEND_ON = ["stage", "tokenizer_name", *MODEL_KEYS, *DATA_KEYS, "tokenized_path", "output_dir"]
+"""What `discobeta prepare` reads; the seed too, where it decides which rows are held out."""
 
 REFERENCE_KEYS = ["finetuning_type", "bf16", "flash_attn", "deterministic", "per_device_eval_batch_size"]
 """What the reference pass depends on besides model and data: not seed, adapter, beta or loss."""
@@ -92,23 +104,30 @@ class Study:
 
     def __init__(self, settings: dict[str, Any], where: str = "study config"):
         self._where = where
+        settings = _mapping(settings, where)
         _known(settings, KEYS, where)
         for key in ("study", "data", "base"):
             if not settings.get(key):
                 raise UserError(f"{where}: {key} is missing")
         self.settings = settings
-        self.name = str(settings["study"])
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) or self.name == "published":
-            raise UserError(f"{where}: study: {self.name!r} should be a plain folder name, and not 'published'")
+        self.name: str = settings["study"]
+        is_plain = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name)
+        if not is_plain or self.name == "published" or len(self.name) > LONGEST_NAME:
+            raise UserError(
+                f"{where}: study: {shown(self.name)} should be a plain folder name of at most {LONGEST_NAME} "
+                "characters, and not 'published'"
+            )
         self.directory = Path("results") / self.name
         self.seeds: list[int] = self._listed("seeds", [1, 2], int)
         self.stages: list[str] = self._listed("stages", list(STAGES), str)
         for stage in self.stages:
             if stage not in STAGES:
-                raise UserError(f"{where}: stages: {stage!r} should be one of {', '.join(STAGES)}")
+                raise UserError(f"{where}: stages: {shown(stage)} should be one of {', '.join(STAGES)}")
         self.idle_arms: str = settings.get("idle_arms", "run")
         if self.idle_arms not in ("run", "prove"):
-            raise UserError(f"{where}: idle_arms: {self.idle_arms!r} should be run or prove")
+            raise UserError(f"{where}: idle_arms: {shown(self.idle_arms)} should be run or prove")
+        if (environment := settings.get("environment", "cpu")) not in ENVIRONMENTS:
+            raise UserError(f"{where}: environment: {shown(environment)} should be {' or '.join(ENVIRONMENTS)}")
         self.prove_steps: int = settings.get("prove_steps", 20)
         self.gpus_per_run: int = settings.get("gpus_per_run", 1)
         self.arms: list[Arm] = self._arms()
@@ -116,6 +135,9 @@ class Study:
         self._read_data()
         self._read_prompts()
         self._read_base()
+        self._first_configs: dict[tuple[str, Arm, bool], tuple[dict[str, Any], RunConfig]] = {}
+        self._proof_lengths: dict[str, int] = {}
+        self._check_numbers()
         self._sections = {name: self._section(name) for name in ("common", *STAGES)}
         self._check_stages()
         self._runs = [run for stage in self.stages for arm in self.arms_of(stage) for run in self._runs_of(stage, arm)]
@@ -168,6 +190,21 @@ class Study:
             "overwrite_output_dir": True,  # Snakemake has decided that what is there is out of date
             **({"stop_after_steps": self.proof_length(run.stage)} if run.proof else {}),
         }
+
+    def config(self, run: Run) -> RunConfig:
+        """The checked config of `run`, with today's defaults.
+
+        Seeds differ in the seed and in paths alone, so one config per arm is made from its settings.
+        """
+        kind = run.stage, run.arm, run.proof
+        if kind not in self._first_configs:
+            first = self.run(run.stage, run.arm, self.seeds[0], run.proof)
+            settings, proof = self.run_settings(first), ", proof" if run.proof else ""
+            label = f"{run.stage}, arm {run.arm.name}, seed {first.seed}{proof}"
+            self._first_configs[kind] = settings, self._checked(settings, label)
+        known, config = self._first_configs[kind]
+        settings = self.run_settings(run)
+        return config.replace(**{key: value for key, value in settings.items() if value != known[key]})
 
     def _shared_out(self, stage: str) -> dict[str, int]:
         """The batch of one device, if several share what the study says of one: the run computes the same.
@@ -225,10 +262,13 @@ class Study:
         """
         if stage != "ppo":
             return self.prove_steps
-        settings = {"stage": stage, "model_name_or_path": "-", "reward_model": "-"}
-        settings |= self._sections["common"] | self._sections[stage]
-        config, _ = RunConfig.from_mapping(settings, f"{self._where}: {stage}")
-        return math.ceil(self.prove_steps / (config.ppo_epochs * config.ppo_buffer_size))
+        if stage not in self._proof_lengths:
+            settings = {"stage": stage, "model_name_or_path": "-", "reward_model": "-"}
+            settings |= self._sections["common"] | self._sections[stage]
+            config, _ = RunConfig.from_mapping(settings, f"{self._where}: {stage}")
+            steps = config.ppo_epochs * config.ppo_buffer_size
+            self._proof_lengths[stage] = -(-self.prove_steps // steps)
+        return self._proof_lengths[stage]
 
     def proof_text(self, stage: str) -> str:
         """E.g. `first 20 steps`, or `first 3 updates` in ppo."""
@@ -320,6 +360,10 @@ class Study:
         ours = {"stage": "sft", "output_dir": str(self.base_directory), "finetuning_type": "full"}
         return ours | corpus | self.sft | {"overwrite_output_dir": True}
 
+    def base_config(self) -> RunConfig:
+        """The checked config of the base that the study trains."""
+        return self._checked(self.base_settings(), "base: sft")
+
     def prepare_settings(self, draw: str) -> dict[str, Any]:
         """The run YAML of `discobeta prepare`: only what the tokens depend on, so that nothing else remakes them."""
         stage = next(stage for stage in self.stages if stage != "ppo")
@@ -349,6 +393,16 @@ class Study:
             **{key: dpo[key] for key in REFERENCE_KEYS if key in dpo},
         }
 
+    def resolved(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings of `prepare` or `reference`, with today's defaults of all keys that their outcome depends on.
+
+        What a job is asked for is what it is compared with later: a default that changes remakes what it changes.
+        """
+        config, _ = RunConfig.from_mapping(settings, self._where)
+        names = [*TOKENS_DEPEND_ON, *(REFERENCE_KEYS if "reference_path" in settings else ())]
+        known = config.resolved()
+        return settings | {name: known[name] for name in names}
+
     # --- reading and checking
 
     def _listed(self, key: str, default: list, kind: type) -> list:
@@ -356,16 +410,20 @@ class Study:
         right = isinstance(values, list) and all(type(value) is kind for value in values)  # True is no seed
         if not right or not values or len(set(values)) < len(values):
             noun = "whole numbers" if kind is int else "names"
-            raise UserError(f"{self._where}: {key}: {values!r} should be a list of different {noun}")
+            raise UserError(f"{self._where}: {key}: {shown(values)} should be a list of different {noun}")
+        if len(values) > MOST_SEEDS:
+            raise UserError(f"{self._where}: {key}: {len(values):,} of them; a study has at most {MOST_SEEDS:,}")
         return values
 
     def _arms(self) -> list[Arm]:
         if self.settings.get("arms", "all") == "all":
             return list(ARMS)
-        try:
-            arms = [Arm.from_name(name) for name in self._listed("arms", [], str)]
-        except UserError as error:
-            raise UserError(f"{self._where}: arms: {error}") from None
+        names = {arm.name: arm for arm in ARMS}
+        listed = self._listed("arms", [], str)
+        for name in listed:
+            if name not in names:
+                raise UserError(f"{self._where}: arms: no arm is called {shown(name)}; the arms are {', '.join(names)}")
+        arms = [names[name] for name in listed]
         for arm in arms:
             if self.idle_arms == "prove" and arm.twin not in arms:
                 raise UserError(f"{self._where}: arms: {arm.name} is proved against {arm.twin.name}: list that too")
@@ -402,7 +460,7 @@ class Study:
                 raise UserError(f"{self._where}: data: give dataset (a file, a hub id or a name) or world")
             if not data.get("eval_dataset") and not data.get("val_size"):
                 raise UserError(f"{self._where}: data: give eval_dataset or val_size (rows to compare runs on)")
-        self._data = _names_joined(data)
+        self._data = _names_joined(data, f"{self._where}: data")
 
     def _read_prompts(self) -> None:
         prompts = self._mapping("prompts")
@@ -417,13 +475,15 @@ class Study:
         if not prompts.get("eval_dataset") and not prompts.get("val_size"):
             raise UserError(f"{self._where}: prompts: give eval_dataset or val_size (prompts to measure policies on)")
         inherited = {key: self._data[key] for key in HOW_ROWS_ARE_READ if key in self._data}
-        self._prompts = inherited | _names_joined(prompts)
+        self._prompts = inherited | _names_joined(prompts, f"{self._where}: prompts")
 
     def _read_base(self) -> None:
         base = {key: value for key, value in self._mapping("base").items() if value is not None}
         _known(base, ["sft", *MODEL_KEYS], f"{self._where}: base")
         if ("sft" in base) == ("model_name_or_path" in base):
             raise UserError(f"{self._where}: base: give either model_name_or_path or sft (a base trained here)")
+        if "sft" in base and not base["sft"]:
+            raise UserError(f"{self._where}: base: sft: say what is trained (model_type, or model_name_or_path)")
         self.sft = _mapping(base.pop("sft", None), f"{self._where}: base: sft")
         for key in ("stage", "output_dir", "overwrite_output_dir"):
             if key in self.sft:
@@ -451,27 +511,30 @@ class Study:
         if with_head and "dpo" not in self.stages:
             raise UserError(f"{self._where}: stages: ppo needs the Beta Head of the dpo run ({with_head[0]}): add dpo")
 
-    def _check(self) -> None:
-        """Every run config of the study, through the same checks as `discobeta train`."""
+    def _check_numbers(self) -> None:
         _check_whole(self.prove_steps, 1, f"{self._where}: prove_steps")
         _check_whole(self.gpus_per_run, 1, f"{self._where}: gpus_per_run")
         for seed in self.seeds:
             _check_whole(seed, 0, f"{self._where}: seeds")
-        if self.sft:
-            self._check_one(self.base_settings(), "base: sft")
-        for run in self._runs:
-            if run.seed != self.seeds[0]:
-                continue  # its settings are those of the first seed but for the seed and for paths
-            proof = ", proof" if run.proof else ""
-            self._check_one(self.run_settings(run), f"{run.stage}, arm {run.arm.name}, seed {run.seed}{proof}")
 
-    def _check_one(self, settings: dict[str, Any], label: str) -> None:
+    def _check(self) -> None:
+        """Every run config of the study, through the same checks as `discobeta train`."""
+        if self.sft:
+            self.base_config()
+        for run in self._runs:
+            if run.seed == self.seeds[0]:
+                self.config(run)
+        if self._prompts and "ppo" not in self.stages:
+            self._checked(self.prompt_settings(self.prompt_draw(self.seeds[0])), "prompts")
+
+    def _checked(self, settings: dict[str, Any], label: str) -> RunConfig:
         where = f"{self._where}: {label}"
         config, notes = RunConfig.from_mapping(settings, where)
         if notes:
             raise UserError(f"{where}: {notes[0].replace(' and is ignored', '')}: leave it out of a study")
         if config.stage == "ppo" and not config.num_eval_generations:
             raise UserError(f"{where}: num_eval_generations: 0: nothing else of a ppo run can be measured")
+        return config
 
 
 def plan(study: Study) -> str:
@@ -490,29 +553,45 @@ def as_text(settings: dict[str, Any]) -> str:
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
-    """The value, with an empty entry for none."""
-    if not isinstance(value or {}, dict):
-        raise UserError(f"{where} should hold `key: value` lines, not {value!r}")
-    return value or {}
+    """The value, with an empty mapping for none."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{where} should hold `key: value` lines, not {shown(value)}")
+    for key in value:
+        if not isinstance(key, str):
+            raise UserError(f"{where}: the key {shown(key)} should be text (write it in quotes)")
+        if len(key) > LONGEST_NAME:
+            raise UserError(f"{where}: unknown key {shown(key)}")
+    return value
 
 
-def _names_joined(settings: dict[str, Any]) -> dict[str, Any]:
+def _names_joined(settings: dict[str, Any], where: str) -> dict[str, Any]:
     """`dataset: [a, b]` is `dataset: a,b`."""
-    return {key: ",".join(value) if isinstance(value, list) else value for key, value in settings.items()}
+    joined = dict(settings)
+    for key in ("dataset", "eval_dataset"):
+        names = joined.get(key)
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            joined[key] = names = ",".join(names)
+        if names is not None and not isinstance(names, str):
+            raise UserError(f"{where}: {key}: {shown(names)} should be a name, or a list of names")
+    return joined
 
 
 def _check_whole(value: Any, least: int, where: str) -> None:
     if type(value) is not int or value < least:
-        raise UserError(f"{where}: {value!r} should be a whole number, at least {least}")
+        raise UserError(f"{where}: {shown(value)} should be a whole number, at least {least}")
+    if value > LARGEST:
+        raise UserError(f"{where}: {shown(value)} should be at most {LARGEST}")
 
 
 def _known(settings: dict[str, Any], names: Iterable[str], where: str) -> None:
     names = list(names)
     for key in settings:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(names)}"
-            raise UserError(f"{where}: unknown key {key!r}{hint}")
+            raise UserError(f"{where}: unknown key {shown(key)}{hint}")
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

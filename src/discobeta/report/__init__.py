@@ -1,16 +1,16 @@
-"""Many runs -> what a paper prints: tables and figures, from whatever runs are there."""
+"""Many runs -> what a paper prints: tables and figures, from whatever runs are there and count."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from discobeta.study import Study
+    from discobeta.report.collect import Results
 
 
-def write(study: Study) -> None:
-    """Everything: `study.directory`/tables and `study.directory`/figures."""
+def write(results: Results) -> None:
+    """Everything: tables and figures, in folders of these names in the study's directory."""
     from discobeta.report import figures, tables
 
-    tables.write(study)
-    figures.write(study)
+    tables.write(results)
+    figures.write(results)

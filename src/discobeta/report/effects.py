@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from discobeta.flags import CORNERS, Arm
-from discobeta.report.collect import provenance, provenance_line
+from discobeta.report.collect import Results, provenance, provenance_line
 from discobeta.report.measures import COMPARED, METRICS, TESTED
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number
 from discobeta.report.statistics import BOOTSTRAP_FROM, bootstrap, holm, mean_ci, sign_flip_p
@@ -113,9 +113,9 @@ def per_seed(values: pd.DataFrame, contrast: Contrast) -> pd.Series:
     return difference.where(difference.abs() > rounding, 0.0)
 
 
-def effects_table(study: Study, metrics: pd.DataFrame) -> Table:
+def effects_table(results: Results, metrics: pd.DataFrame) -> Table:
     """The factorial effects, tested by sign flips; Holm's correction is over the tests of a stage."""
-    frame = effects_frame(study, metrics, FACTORIAL)
+    frame = effects_frame(results.study, metrics, FACTORIAL)
     tested = frame.metric.isin(TESTED)
     frame["p"] = [
         sign_flip_p(values) if test else math.nan for values, test in zip(frame.differences, tested, strict=True)
@@ -136,12 +136,12 @@ def effects_table(study: Study, metrics: pd.DataFrame) -> Table:
         f"p: two-sided sign-flip test of the differences per seed{least}. Tested is what the hypotheses are about, NLL "
         "and true reward; Holm's correction is over the tests of a stage.",
     ]
-    return _table("effects", study, frame.drop(columns="differences"), caption, columns, notes)
+    return _table("effects", results, frame.drop(columns="differences"), caption, columns, notes)
 
 
-def comparisons_table(study: Study, metrics: pd.DataFrame) -> Table:
+def comparisons_table(results: Results, metrics: pd.DataFrame) -> Table:
     """One arm against another; sums of the factorial effects, so with intervals and without tests of their own."""
-    frame = effects_frame(study, metrics, COMPARISONS).drop(columns="differences")
+    frame = effects_frame(results.study, metrics, COMPARISONS).drop(columns="differences")
     caption = "One arm against another, paired over seeds."
     notes = [
         "These are sums of the effects in the table of effects and therefore not tested once more; of twenty such "
@@ -149,7 +149,7 @@ def comparisons_table(study: Study, metrics: pd.DataFrame) -> Table:
     ]
     if "reward_gain" in set(frame.metric):
         notes.append("Reward gains are compared where both arms have the same kind of reward model, with Disco or not.")
-    return _table("comparisons", study, frame, caption, _columns("Difference"), notes)
+    return _table("comparisons", results, frame, caption, _columns("Difference"), notes)
 
 
 def _columns(header: str) -> list[Column]:
@@ -164,7 +164,7 @@ def _columns(header: str) -> list[Column]:
 
 
 def _table(
-    name: str, study: Study, frame: pd.DataFrame, caption: str, columns: list[Column], notes: list[str]
+    name: str, results: Results, frame: pd.DataFrame, caption: str, columns: list[Column], notes: list[str]
 ) -> Table:
     if frame.empty:
         notes = ["No two arms of this study differ in what they use and have been measured."]
@@ -176,18 +176,26 @@ def _table(
             "where it is much too narrow. A KL that differs means that other metrics of the policies are not compared "
             "at equal KL.",
         ]
-    if missing := _missing(frame):
-        notes.append(f"Missing: {missing}. A seed counts where all arms of a difference are there.")
-    return Table(
-        name, frame, [Panel(caption, columns)], [*notes, provenance_line(study)], provenance(study), ["stage", "metric"]
-    )
+    lacking = frame[frame.missing_seeds != ""].groupby("stage", sort=False).missing_seeds.agg(" ".join)
+    if len(lacking):
+        notes.append(
+            f"Missing: {_missing(lacking)}. A seed counts where all arms of a difference are there. "
+            f"Not there: {_reasons(results, lacking.index)}."
+        )
+    notes, made_by = [*notes, provenance_line(results)], provenance(results)
+    return Table(name, frame, [Panel(caption, columns)], notes, made_by, ["stage", "metric"])
 
 
-def _missing(frame: pd.DataFrame) -> str:
-    seeds = frame[frame.missing_seeds != ""].groupby("stage", sort=False).missing_seeds.agg(" ".join)
+def _missing(lacking: pd.Series) -> str:
     return "; ".join(
-        f"{stage}: seeds {', '.join(sorted(set(texts.split()), key=int))}" for stage, texts in seeds.items()
+        f"{stage}: seeds {', '.join(sorted(set(texts.split()), key=int))}" for stage, texts in lacking.items()
     )
+
+
+def _reasons(results: Results, stages: pd.Index) -> str:
+    runs = [run for run in results.study.runs() if run.arm in CORNERS and not run.proof]
+    said = {stage: results.describe_missing(run for run in runs if run.stage == stage) for stage in stages}
+    return "; ".join(f"{stage}, {text or 'a metric of some runs'}" for stage, text in said.items())
 
 
 def _estimate(row: Row) -> str:

@@ -6,7 +6,6 @@ drawn as a thin dashed line, which lies on its twin's unless something is wrong.
 
 from __future__ import annotations
 
-import json
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +19,9 @@ from matplotlib.ticker import MaxNLocator
 from discobeta.files import replacing
 from discobeta.flags import CORNERS, Arm, State
 from discobeta.metrics import reliability
-from discobeta.report.collect import describe_missing, is_trained, provenance_line, read_if_there
+from discobeta.report.collect import Found, Results, provenance_line, read_log
 from discobeta.report.measures import COMPARED, METRICS, TESTED
+from discobeta.report.render import printable
 from discobeta.report.statistics import wilson
 from discobeta.study import Run, Study
 
@@ -65,8 +65,9 @@ STYLE = {
 IDLE = {"color": "black", "linewidth": 0.7, "linestyle": (0, (1.5, 4)), "zorder": 4}
 
 
-def write(study: Study) -> None:
+def write(results: Results) -> None:
     """The figures of every stage (`study.figures_of`), into `study.directory`/figures."""
+    study = results.study
     draw = {
         "learning-curves": learning_curves,
         "reliability": reliability_diagram,
@@ -75,7 +76,7 @@ def write(study: Study) -> None:
     }
     for stage in study.stages:
         for name in study.figures_of(stage):
-            save(draw[name](study, stage), study.directory / "figures" / f"{name}-{stage}")
+            save(draw[name](results, stage), study.directory / "figures" / f"{name}-{stage}")
 
 
 def save(figure: Figure, stem: Path) -> None:
@@ -94,18 +95,18 @@ def save(figure: Figure, stem: Path) -> None:
 # --- learning curves
 
 
-def learning_curves(study: Study, stage: str) -> Figure:
+def learning_curves(results: Results, stage: str) -> Figure:
     """How the runs of a stage went: `loss_curves`, or `rollout_curves` of ppo."""
-    return rollout_curves(study, stage) if stage == "ppo" else loss_curves(study, stage)
+    return rollout_curves(results, stage) if stage == "ppo" else loss_curves(results, stage)
 
 
-def loss_curves(study: Study, stage: str) -> Figure:
+def loss_curves(results: Results, stage: str) -> Figure:
     """Loss, loss minus the baseline's of the same seed, and accuracy over steps.
 
     Lines are means over seeds, bands reach from the least to the greatest seed. Held-out where the
     runs have logged it, else training.
     """
-    runs, logs = runs_and_logs(study, stage)
+    study, (runs, logs) = results.study, runs_and_logs(results, stage)
     held_out = any("eval_loss" in log for log in logs.values())
     prefix, kind = ("eval_", "Held-out") if held_out else ("", "Training")
     arms, drawn = study.arms_of(stage), drawn_arms(study, stage)
@@ -133,7 +134,7 @@ def loss_curves(study: Study, stage: str) -> Figure:
             say_missing(top)
         figure.align_ylabels()
         figure.legend(loc="outside upper center", ncols=2, handlelength=1.8, columnspacing=1.2)
-        footer(figure, study, runs)
+        footer(figure, results, runs)
     return figure
 
 
@@ -145,12 +146,12 @@ ROLLOUTS = {
 """What ppo logs of the responses of an update -> the label of its panel."""
 
 
-def rollout_curves(study: Study, stage: str) -> Figure:
+def rollout_curves(results: Results, stage: str) -> Figure:
     """Reward-model score, KL and length of the sampled responses over updates; lines and bands as in `loss_curves`.
 
     Reward models with and without a used Disco Head score in different units: each kind has its panel.
     """
-    runs, logs = runs_and_logs(study, stage)
+    study, (runs, logs) = results.study, runs_and_logs(results, stage)
     arms, drawn = study.arms_of(stage), drawn_arms(study, stage)
     arms = sorted(arms, key=drawn.__contains__, reverse=True)
     panels = [(name, label, arms) for name, label in ROLLOUTS.items()]
@@ -175,7 +176,7 @@ def rollout_curves(study: Study, stage: str) -> Figure:
             say_missing(rows[0])
         figure.align_ylabels()
         figure.legend(loc="outside upper center", ncols=2, handlelength=1.8, columnspacing=1.2)
-        footer(figure, study, runs)
+        footer(figure, results, runs)
     return figure
 
 
@@ -184,10 +185,10 @@ def label_updates(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def runs_and_logs(study: Study, stage: str) -> tuple[list[Run], dict[Run, pd.DataFrame]]:
-    """The whole runs of a stage, and the logs of those that are trained."""
-    runs = [run for run in study.runs() if run.stage == stage and not run.proof]
-    return runs, {run: read_log(run.directory / "log.jsonl") for run in runs if is_trained(run)}
+def runs_and_logs(results: Results, stage: str) -> tuple[list[Run], dict[Run, pd.DataFrame]]:
+    """The whole runs of a stage, and the logs of those that count."""
+    runs = [run for run in results.study.runs() if run.stage == stage and not run.proof]
+    return runs, {run: results[run].log for run in runs if results.counts(run)}
 
 
 def line_look(arm: Arm, drawn: list[Arm]) -> tuple[str, dict]:
@@ -223,17 +224,6 @@ def curve(axes: Axes, values: pd.DataFrame, colour: str, *, band: bool, **style)
     axes.plot(values.index, values.mean(axis=1), **{"color": colour, **style})
     if band and values.shape[1] > 1:
         axes.fill_between(values.index, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, linewidth=0)
-
-
-def read_log(path: Path) -> pd.DataFrame:
-    """log.jsonl as a frame; the half line of a process that was killed is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return pd.DataFrame(rows)
 
 
 def loss_curve(log_path: str | Path, png_path: str | Path) -> None:
@@ -276,8 +266,9 @@ def _draw_column(axes: Axes, log: pd.DataFrame, name: str, **look) -> None:
 # --- reliability
 
 
-def reliability_diagram(study: Study, stage: str) -> Figure:
+def reliability_diagram(results: Results, stage: str) -> Figure:
     """Accuracy against confidence of the predicted winner, per arm, over the pairs of all seeds."""
+    study = results.study
     runs = [run for run in study.runs() if run.stage == stage and not run.proof]
     arms = drawn_arms(study, stage)
     with matplotlib.rc_context(STYLE):
@@ -287,7 +278,7 @@ def reliability_diagram(study: Study, stage: str) -> Figure:
             label, colour = look(arm)
             upper.set_title(label)
             upper.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
-            there = [run for run in runs if run.arm == arm and (run.directory / "examples.parquet").exists()]
+            there = [results[run] for run in runs if run.arm == arm and _has(results[run], *PAIRS)]
             if there:
                 mark = seeds_mark(len(there), sum(run.arm == arm for run in runs))
                 draw_bins(upper, lower, there, colour, mark)
@@ -301,13 +292,20 @@ def reliability_diagram(study: Study, stage: str) -> Figure:
         grid[1, 0].set_ylim(0, None)
         figure.align_ylabels()
         figure.supxlabel("Confidence in the predicted winner", fontsize=8)
-        footer(figure, study, runs)
+        footer(figure, results, runs)
     return figure
 
 
-def draw_bins(upper: Axes, lower: Axes, runs: list[Run], colour: str, mark: str) -> None:
-    columns = ["probability", "mean_margin"]
-    pairs = pd.concat([pd.read_parquet(run.directory / "examples.parquet", columns=columns) for run in runs])
+PAIRS = ("probability", "mean_margin")
+
+
+def _has(found: Found, *columns: str) -> bool:
+    """Whether this was measured of each example."""
+    return found.examples is not None and len(found.examples) > 0 and set(columns) <= set(found.examples)
+
+
+def draw_bins(upper: Axes, lower: Axes, measured: list[Found], colour: str, mark: str) -> None:
+    pairs = pd.concat([found.examples[list(PAIRS)] for found in measured])
     bins = pd.DataFrame(reliability(pairs["probability"], pairs["mean_margin"])).query("count > 0")
     low, high = np.transpose([wilson(p * n, n) for p, n in zip(bins["accuracy"], bins["count"], strict=True)])
     upper.errorbar(
@@ -318,8 +316,7 @@ def draw_bins(upper: Axes, lower: Axes, runs: list[Run], colour: str, mark: str)
         bins["low"], bins["count"] / len(pairs), bins["high"] - bins["low"],
         align="edge", color=colour, alpha=0.6, edgecolor="white", linewidth=0.4,
     )  # fmt: skip
-    errors = [read_if_there(run.directory / "metrics.json").get("ece") for run in runs]
-    known = [error for error in errors if error is not None]
+    known = [found.metrics["ece"] for found in measured if "ece" in found.metrics]
     lines = [f"ECE {np.mean(known):.3f}"] if known else []
     lines += [f"{len(pairs):,} pairs", *([mark.strip(" ()")] if mark else [])]
     upper.text(0.05, 0.97, "\n".join(lines), transform=upper.transAxes, va="top", fontsize=6.5)
@@ -328,14 +325,15 @@ def draw_bins(upper: Axes, lower: Axes, runs: list[Run], colour: str, mark: str)
 # --- interaction
 
 
-def interaction(study: Study, stage: str) -> Figure:
+def interaction(results: Results, stage: str) -> Figure:
     """What dynamic beta changes without Disco and with it, as differences to the baseline of the same seed.
 
     A panel for each metric that the hypotheses are about. Thin lines are the seeds that have all four arms, thick ones
     their means; the open diamond is where both together would be if the two ideas added up.
     """
+    study = results.study
     runs = [run for run in study.runs() if run.stage == stage and run.arm in CORNERS and not run.proof]
-    measured = {run: read_if_there(run.directory / "metrics.json") for run in runs}
+    measured = {run: results[run].metrics for run in runs}
     tested = [name for name in COMPARED[stage] if name in TESTED]
     names = [name for name in tested if any(name in values for values in measured.values())] or tested[:1]
     with matplotlib.rc_context(STYLE):
@@ -349,7 +347,7 @@ def interaction(study: Study, stage: str) -> Figure:
         figure.align_ylabels()
         handles, texts = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, texts, loc="outside upper center", ncols=3, handlelength=1.8, columnspacing=1.2)
-        footer(figure, study, runs)
+        footer(figure, results, runs)
     return figure
 
 
@@ -376,14 +374,15 @@ def draw_interaction(axes: Axes, points: pd.DataFrame, n_seeds: int) -> None:
 # --- reward by noise
 
 
-def reward_by_noise(study: Study, stage: str) -> Figure:
+def reward_by_noise(results: Results, stage: str) -> Figure:
     """True reward of the policy's responses minus the reference's to the same prompts, by the prompts' label noise.
 
     A point is the mean over seeds of the means over prompts, its bar the span from the least to the
     greatest seed. The arms stand side by side at each noise level. Only the world knows both.
     """
+    study = results.study
     runs = [run for run in study.runs() if run.stage == stage and not run.proof]
-    gains = {run: gain for run in runs if (gain := gain_by_noise(run.directory / "examples.parquet")) is not None}
+    gains = {run: gain_by_noise(results[run].examples) for run in runs if _has(results[run], *GAIN)}
     drawn = drawn_arms(study, stage)
     levels = sorted({level for gain in gains.values() for level in gain.index})
     with matplotlib.rc_context(STYLE):
@@ -408,16 +407,16 @@ def reward_by_noise(study: Study, stage: str) -> Figure:
         if not gains:
             say_missing(axes)
         figure.legend(loc="outside upper center", ncols=2, handlelength=1.8, columnspacing=1.2)
-        footer(figure, study, runs)
+        footer(figure, results, runs)
     return figure
 
 
-def gain_by_noise(examples: Path) -> pd.Series | None:
-    """Noise level -> mean true reward gained over the reference; None where nobody knows it."""
-    columns = {"true_reward", "reference_true_reward", "noise"}
-    if not examples.exists() or not columns <= set(table := pd.read_parquet(examples)):
-        return None
-    return (table["true_reward"] - table["reference_true_reward"]).groupby(table["noise"]).mean()
+GAIN = ("true_reward", "reference_true_reward", "noise")
+
+
+def gain_by_noise(examples: pd.DataFrame) -> pd.Series:
+    """Noise level -> mean true reward gained over the reference."""
+    return (examples["true_reward"] - examples["reference_true_reward"]).groupby(examples["noise"]).mean()
 
 
 # --- what all figures share
@@ -443,9 +442,10 @@ def seeds_mark(there: int, expected: int) -> str:
     return "" if there == expected else f" ({there} of {expected} seeds)"
 
 
-def footer(figure: Figure, study: Study, runs: list[Run]) -> None:
+def footer(figure: Figure, results: Results, runs: list[Run]) -> None:
     """What made the figure and what is not in it, below it: `save` crops to what is drawn."""
-    missing = describe_missing(runs)
-    text = provenance_line(study) + (f" Missing: {missing}." if missing else "")
-    lines = textwrap.wrap(text, width=int(33 * figure.get_figwidth()))
-    figure.text(0.01, -0.02, "\n".join(lines), fontsize=4.5, color=FAINT, va="top")
+    missing = results.describe_missing(runs)
+    text = provenance_line(results) + (f" Missing: {missing}." if missing else "")
+    lines = textwrap.wrap(printable(text), width=int(33 * figure.get_figwidth()))
+    # what came with a run is no formula, whatever dollars are in it
+    figure.text(0.01, -0.02, "\n".join(lines), fontsize=4.5, color=FAINT, va="top", parse_math=False)

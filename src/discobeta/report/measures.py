@@ -54,12 +54,22 @@ PANELS = {
 
 METRICS = {metric.name: metric for metrics in PANELS.values() for metric in metrics}
 
+LANDMARKS = {
+    "bayes_accuracy": "Bayes limit of the accuracy",
+    "oracle_nll": "NLL of the oracle",
+    "reference_true_reward": "true reward of the reference's own responses",
+}
+"""Properties of the held-out rows and of the reference, the same in every arm."""
+
 COMPARED = {
     "rm": ["nll", "accuracy"],
     "dpo": ["nll", "accuracy", "true_reward", "kl_per_sequence"],
     "ppo": ["true_reward", "kl_per_sequence", "reward_gain"],
 }
 """Stage -> the metrics by which arms are compared, seed by seed."""
+
+DRAWN = ("loss", "accuracy", "eval_loss", "eval_accuracy", "reward", "kl_per_sequence", "response_length")
+"""What figures draw of log.jsonl."""
 
 TESTED = ("nll", "true_reward")
 """What the hypotheses of docs/predictions.md are about: only these are tested, and corrected for."""

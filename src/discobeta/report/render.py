@@ -71,16 +71,17 @@ class Table:
         return self.frame.assign(**self.provenance).to_csv(index=False)
 
     def markdown(self) -> str:
+        """Texts are escaped here, where they become Markdown: what came with a run is no markup."""
         parts = []
         for panel in self.panels:
-            header = [" ".join(column.header.split()) for column in panel.columns]
-            body = [[column.text(row).replace("|", r"\|") for column in panel.columns] for row in self.rows]
+            header = [markdown(" ".join(column.header.split())) for column in panel.columns]
+            body = [[markdown(column.text(row)) for column in panel.columns] for row in self.rows]
             widths = [max(map(len, cells)) for cells in zip(header, *body, strict=True)]
             ends = [":" if column.is_number else "-" for column in panel.columns]
             rule = [end.rjust(width, "-") for end, width in zip(ends, widths, strict=True)]
             lines = ["| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in (header, rule, *body)]
-            parts.append(f"**{panel.caption}**\n\n" + "\n".join(lines) + "\n")
-        return "\n".join([*parts, *(f"- {note}" for note in self.notes)]) + "\n"
+            parts.append(f"**{markdown(panel.caption)}**\n\n" + "\n".join(lines) + "\n")
+        return "\n".join([*parts, *(f"- {markdown(note)}" for note in self.notes)]) + "\n"
 
     def latex(self) -> str:
         return "% needs \\usepackage{booktabs,graphicx}\n" + "\n".join(map(self._latex_panel, self.panels))
@@ -121,9 +122,22 @@ class Table:
         return f"tab:{self.name}-{panel.label}" if panel.label else f"tab:{self.name}"
 
 
+def printable(text: str) -> str:
+    """The text on one line, with nothing in it that cannot be seen."""
+    return "".join(character if character.isprintable() or character == "\u00a0" else " " for character in text)
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown prints as it stands here: no markup, HTML, formula or end of a cell in it."""
+    words = re.sub(r"[\t\n\r ]+", " ", printable(text)).strip(" ")
+    words = re.sub(r"[\\`*\[\]|~$]", r"\\\g<0>", words)
+    words = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", words)  # within a word it is a character like any other
+    return re.sub(r"&(?=#?\w+;)", "&amp;", words).replace("<", "&lt;").replace(">", "&gt;")
+
+
 def escape(text: str) -> str:
-    """Text that LaTeX prints as it stands here, with no package loaded."""
-    return text.translate(LATEX)
+    """Text that LaTeX prints as it stands here, with no package loaded; ? for letters that need one."""
+    return printable(text).translate(LATEX).encode("ascii", "replace").decode()
 
 
 def _cell(text: str) -> str:

@@ -8,7 +8,6 @@ differ is a question for paired differences, which the tables of effects and com
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -16,18 +15,10 @@ import pandas as pd
 
 from discobeta.files import write_text
 from discobeta.flags import FLAGS, Arm, Cell, grid
-from discobeta.report.collect import (
-    absence,
-    collect,
-    config_text,
-    describe_missing,
-    is_trained,
-    provenance,
-    provenance_line,
-    read_if_there,
-)
+from discobeta.identity import WEIGHTS, file_hash
+from discobeta.report.collect import Results, collect, config_text, provenance, provenance_line
 from discobeta.report.effects import comparisons_table, effects_table
-from discobeta.report.measures import METRICS, PANELS, Metric
+from discobeta.report.measures import LANDMARKS, METRICS, PANELS, Metric
 from discobeta.report.neutrality import EQUAL, OUTCOMES, files_of, verdict
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number, yes_no
 from discobeta.report.statistics import mean_ci
@@ -38,13 +29,6 @@ CAPTIONS = {
     "heads": "what the heads that are used have learned",
     "policy": "what the policy does when it answers held-out prompts itself",
 }
-LANDMARKS = {
-    "bayes_accuracy": "Bayes limit of the accuracy",
-    "oracle_nll": "NLL of the oracle",
-    "reference_true_reward": "true reward of the reference's own responses",
-}
-"""Properties of the held-out rows and of the reference, the same in every arm."""
-
 JUDGES = (
     "The reward gain is the mean score of the policy's responses minus that of the reference's, in standard deviations "
     "of the latter. The arm's own reward model is the judge, and the arms with and without a used Disco Head have two "
@@ -60,29 +44,31 @@ FIRST_PANEL = {"rm": "predictions", "dpo": "predictions", "ppo": "policy"}
 """The panel that a stage's table begins with, whatever was measured."""
 
 
-def write(study: Study) -> None:
+def write(results: Results) -> None:
     """metrics.csv, a table per stage, effects, comparisons, neutrality, cost, and the config of the digest."""
+    study = results.study
     directory = study.directory / "tables"
-    metrics = collect(study)
-    proofs = neutrality_frame(study)
+    metrics = collect(results)
+    proofs = neutrality_frame(results)
     write_text(directory / "config.yaml", config_text(study))
     write_text(directory / "metrics.csv", metrics.to_csv(index=False))
     for stage in study.stages:
-        stage_table(study, stage, metrics, proofs).write(directory)
-    effects_table(study, metrics).write(directory)
-    comparisons_table(study, metrics).write(directory)
-    neutrality_table(study, proofs).write(directory)
-    cost_table(study).write(directory)
+        stage_table(results, stage, metrics, proofs).write(directory)
+    effects_table(results, metrics).write(directory)
+    comparisons_table(results, metrics).write(directory)
+    neutrality_table(results, proofs).write(directory)
+    cost_table(results).write(directory)
 
 
 # --- the 16 cells of a stage
 
 
-def stage_table(study: Study, stage: str, metrics: pd.DataFrame, proofs: pd.DataFrame) -> Table:
+def stage_table(results: Results, stage: str, metrics: pd.DataFrame, proofs: pd.DataFrame) -> Table:
     """All 16 cells; those that are not run say why, those that are show mean +- CI over seeds."""
+    study = results.study
     runs = [run for run in study.runs() if run.stage == stage and not run.proof]
     metrics, proofs = metrics[metrics.stage == stage], proofs[proofs.stage == stage]
-    frame = pd.DataFrame([_cell_row(study, cell, runs, metrics, proofs) for cell in grid((stage,))])
+    frame = pd.DataFrame([_cell_row(results, cell, runs, metrics, proofs) for cell in grid((stage,))])
     measured = set(metrics.metric)
     frame = frame.drop(columns=[c for m in MEASURED if m not in measured for c in (m, f"{m}_ci95", f"{m}_n")])
     which = [Column(flag, lambda row, flag=flag: yes_no(row[flag]), is_number=False) for flag in FLAGS] + [
@@ -116,22 +102,24 @@ def stage_table(study: Study, stage: str, metrics: pd.DataFrame, proofs: pd.Data
     for kind, title in (("same-as", "Same as"), ("refused", "Refused")):
         if reasons := "; ".join(dict.fromkeys(frame.reason[frame.status == kind])):
             notes.append(f"{title}: {reasons}.")
-    if missing := describe_missing(runs):
+    if missing := results.describe_missing(run for run in study.runs() if run.stage == stage):
         notes.append(f"Missing: {missing}. A mean over fewer seeds than the study has says so.")
-    return Table(stage, frame, panels, [*notes, provenance_line(study)], provenance(study), group=list(FLAGS[:2]))
+    return Table(stage, frame, panels, [*notes, provenance_line(results)], provenance(results), group=list(FLAGS[:2]))
 
 
-def _cell_row(study: Study, cell: Cell, runs: list[Run], metrics: pd.DataFrame, proofs: pd.DataFrame) -> dict[str, Any]:
+def _cell_row(
+    results: Results, cell: Cell, runs: list[Run], metrics: pd.DataFrame, proofs: pd.DataFrame
+) -> dict[str, Any]:
     status, shown = cell.status, cell.arm
     if cell.arm is not None:
         of_arm = proofs[proofs.arm == cell.arm]
         if len(of_arm) and all(of_arm.proof):
-            verdict, shown = _proved(study, of_arm)
+            verdict, shown = _proved(results.study, of_arm)
             status = verdict if cell.status == "run" else status
         elif not any(run.arm.name == cell.arm for run in runs):
             status = "not in this study"
     runs = [run for run in runs if run.arm.name == shown]
-    missing = [run.seed for run in runs if absence(run)]
+    missing = [run.seed for run in runs if results.absence(run)]
     if status == "run" and len(missing) == len(runs):
         status = "missing"
     row = {flag: asdict(cell)[flag] for flag in FLAGS}
@@ -151,7 +139,7 @@ def _proved(study: Study, proofs: pd.DataFrame) -> tuple[str, str | None]:
     if "differs" in results:
         return f"DIFFERS from {twin}", None
     if EQUAL not in results:
-        return "proof missing", None
+        return f"proof {results[0]}", None
     equal = results.count(EQUAL)
     of_seeds = "" if equal == len(results) else f"; {equal} of {len(results)} seeds"
     return f"proved = {twin} ({study.proof_text(proofs.stage.iloc[0])}{of_seeds})", twin
@@ -192,49 +180,91 @@ def _landmarks(metrics: pd.DataFrame) -> str:
 # --- idle = absent
 
 
-def neutrality_frame(study: Study) -> pd.DataFrame:
+def neutrality_frame(results: Results) -> pd.DataFrame:
     """One row per run with an idle head: what of it equals its twin, the run without that head.
 
-    In a study that proves its idle arms, the proofs of both are compared. `result` is equal,
-    differs or missing.
+    In a study that proves its idle arms, the proofs of both are compared. `result` is equal, differs, stale, damaged
+    or missing.
     """
+    study = results.study
     by_place = {(run.stage, run.arm, run.seed, run.proof): run for run in study.runs()}
     rows = []
     for run in study.runs():
         if run.arm.is_idle:
             twin = by_place.get((run.stage, run.arm.twin, run.seed, run.proof))
-            verdicts = _verdicts(run, twin)
+            verdicts = _verdicts(results, run, twin)
             row = {"stage": run.stage, "arm": run.arm.name, "twin": run.arm.twin.name, "seed": run.seed}
             rows.append(row | {"proof": run.proof, "result": _result(verdicts, run.proof)} | verdicts)
     return pd.DataFrame(rows, columns=["stage", "arm", "twin", "seed", "proof", "result", *OUTCOMES])
 
 
-def _verdicts(run: Run, twin: Run | None) -> dict[str, str]:
+def _verdicts(results: Results, run: Run, twin: Run | None) -> dict[str, str]:
     if twin is None:
         return dict.fromkeys(OUTCOMES, "twin not in this study")
-    if not (is_trained(run) and is_trained(twin)):
-        return dict.fromkeys(OUTCOMES, "twin missing" if is_trained(run) else "missing")
+    if not (results.counts(run) and results.counts(twin)):
+        absent = _kind(results.absence(twin)) if results.counts(run) else _kind(results.absence(run))
+        return dict.fromkeys(OUTCOMES, f"twin {absent}" if results.counts(run) else absent)
     verdicts = {}
     for outcome in OUTCOMES:
         ours, theirs = files_of(outcome, run.directory), files_of(outcome, twin.directory)
+        if outcome in MEASURED_ALONE:
+            if run.proof and not (ours or theirs):
+                verdicts[outcome] = NOTHING
+                continue
+            lacking = [one for one in (run, twin) if not (run.proof or results.is_measured(one))]
+            if lacking:
+                absent = _kind(results.absence(lacking[0]))
+                verdicts[outcome] = f"twin {absent}" if lacking[0] is twin else absent
+                continue
         if ours and theirs:
-            files = [verdict(run.directory / name, twin.directory / name) for name in dict.fromkeys(ours + theirs)]
-            verdicts[outcome] = next((text for text in files if text != EQUAL), EQUAL)
+            pairs = [_verdict(results, run, twin, name) for name in dict.fromkeys(ours + theirs)]
+            verdicts[outcome] = next((text for text in pairs if text != EQUAL), EQUAL)
         else:
             verdicts[outcome] = "twin missing" if ours else "missing" if theirs or not run.proof else NOTHING
     return verdicts
 
 
+MEASURED_ALONE = ("metrics", "examples")
+"""Outcomes that `discobeta evaluate` leaves; the others are training's."""
+
+
+def _kind(absence: str | None) -> str:
+    """stale, damaged or missing."""
+    kind = (absence or "").partition(" (")[0]
+    return kind if kind in ("stale", "damaged") else "missing"
+
+
+def _verdict(results: Results, run: Run, twin: Run, name: str) -> str:
+    """`neutrality.verdict` of two files, after a look at whether they are those that the runs have left.
+
+    Everything but weights has been looked at when the records were read.
+    """
+    if name.endswith(WEIGHTS):
+        written = [results[one].facts["files"].get(name) for one in (run, twin)]
+        there = [file_hash(one.directory / name) if (one.directory / name).exists() else None for one in (run, twin)]
+        for text, was, now in zip(("damaged", "twin damaged"), written, there, strict=True):
+            if was != now:
+                return text
+        if there[0] == there[1]:
+            return EQUAL
+    return verdict(run.directory / name, twin.directory / name)
+
+
 def _result(verdicts: dict[str, str], proof: bool) -> str:
     """A proof is trained and not evaluated, so its weights and log decide."""
-    if any(text.startswith("differs") for text in verdicts.values()):
+    texts = [text.removeprefix("twin ") for text in verdicts.values()]
+    for result in ("damaged", "stale"):
+        if result in texts:
+            return result
+    if any(text.startswith("differs") for text in texts):
         return "differs"
     needed = ("weights", "log") if proof else tuple(OUTCOMES)
     return EQUAL if all(verdicts[outcome] == EQUAL for outcome in needed) else "missing"
 
 
-def neutrality_table(study: Study, frame: pd.DataFrame) -> Table:
+def neutrality_table(results: Results, frame: pd.DataFrame) -> Table:
     """Printed with the seeds of an arm that have the same verdicts in one row; the CSV has a row for each."""
+    study = results.study
     columns = [
         Column("Stage", lambda row: row["stage"], is_number=False),
         Column("Idle arm", lambda row: row["arm"], is_number=False),
@@ -253,11 +283,16 @@ def neutrality_table(study: Study, frame: pd.DataFrame) -> Table:
         else f"{counts.get(EQUAL, 0)} of {len(frame)} idle runs equal their twin byte for byte"
     )
     summary += "".join(f"; {words}: {counts[result]}" for result, words in OTHERWISE.items() if result in counts) + "."
-    notes = [f"{summary} Offsets of bytes are counted from 0.", provenance_line(study)]
-    return Table("neutrality", frame, [Panel(caption, columns)], notes, provenance(study), ["stage"], printed)
+    notes = [f"{summary} Offsets of bytes are counted from 0.", provenance_line(results)]
+    return Table("neutrality", frame, [Panel(caption, columns)], notes, provenance(results), ["stage"], printed)
 
 
-OTHERWISE = {"differs": "different", "missing": "not comparable, because something is missing"}
+OTHERWISE = {
+    "differs": "different",
+    "missing": "not comparable, because something is missing",
+    "stale": "stale",
+    "damaged": "damaged",
+}
 
 
 def _extent(study: Study, stage: str, proof: bool) -> str:
@@ -267,21 +302,22 @@ def _extent(study: Study, stage: str, proof: bool) -> str:
 # --- what it cost
 
 
-def cost_table(study: Study) -> Table:
+def cost_table(results: Results) -> Table:
     """Per stage and arm: time per run, relative to the baseline, and GPU-hours; shared work once."""
-    rows = []
+    study, rows = results.study, []
     for stage in study.stages:
-        baseline = _costs(run for run in study.runs() if (run.stage, run.arm, run.proof) == (stage, Arm(), False))
+        of_stage = [run for run in study.runs() if run.stage == stage]
+        baseline = _costs(results, [run for run in of_stage if (run.arm, run.proof) == (Arm(), False)])
         for proof in (False, True):
-            of_kind = [run for run in study.runs() if run.stage == stage and run.proof == proof]
+            of_kind = [run for run in of_stage if run.proof == proof]
             for arm in dict.fromkeys(run.arm for run in of_kind):
-                costs = _costs(run for run in of_kind if run.arm == arm)
+                costs = _costs(results, [run for run in of_kind if run.arm == arm])
                 name = f"{arm.name}, {_extent(study, stage, True)}" if proof else arm.name
                 rows.append(_cost_row(stage, name, costs, None if proof else baseline))
     shared: dict[str, dict[Any, dict[str, float]]] = {}
-    for label, directory in study.shared():
+    for label, cost in results.shared_costs():
         work, _, part = label.partition(", ")
-        shared.setdefault(work, {})[part] = read_if_there(directory / "cost.json")
+        shared.setdefault(work, {})[part] = cost
     rows += [_cost_row("shared", work, costs) for work, costs in shared.items()]
     frame = pd.DataFrame(rows)
     frame = pd.concat([frame, pd.DataFrame([_total(frame)])], ignore_index=True)
@@ -305,23 +341,24 @@ def cost_table(study: Study) -> Table:
         "Wall-clock seconds are those of the machine and of what else it did: jobs that ran side by side slowed each "
         "other down; the start-up of processes is not counted. Work that several arms share is listed once. On a CPU, "
         "peak memory is that of the whole process.",
-        provenance_line(study),
+        provenance_line(results),
     ]
     if absent := [f"{row['stage']}, {row['work']} ({row['missing']})" for row in rows if row["missing"]]:
         notes.insert(0, f"Missing and in no sum: {'; '.join(absent)}.")
-    return Table("cost", frame, [Panel(caption, columns)], notes, provenance(study), group=["stage"])
+    return Table("cost", frame, [Panel(caption, columns)], notes, provenance(results), group=["stage"])
 
 
-def _costs(runs: Iterable[Run]) -> dict[str, dict[str, float]]:
-    """Seed -> cost.json with the evaluation's seconds beside; empty where a run is missing."""
+def _costs(results: Results, runs: list[Run]) -> dict[str, dict[str, float]]:
+    """Seed -> cost.json with the evaluation's seconds beside; empty where a run does not count."""
     costs = {}
     for run in runs:
-        cost = read_if_there(run.directory / "cost.json")
-        evaluation = read_if_there(run.directory / "evaluation_cost.json")
+        found = results[run]
+        cost, evaluation = dict(found.cost), found.evaluation_cost
         if cost and evaluation:
             cost["evaluation_seconds"] = evaluation["seconds"]
             cost["gpu_seconds"] = cost.get("gpu_seconds", 0) + evaluation.get("gpu_seconds", 0)
-        costs[f"seed {run.seed}"] = cost
+        kind = _kind(found.fault)
+        costs[f"seed {run.seed}" + (f", {kind}" if kind != "missing" else "")] = cost
     return costs
 
 
@@ -329,9 +366,8 @@ def _cost_row(stage: str, work: str, costs: dict[str, dict], baseline: dict[str,
     there = {part: cost for part, cost in costs.items() if cost}
     values = pd.DataFrame(list(there.values()), dtype=object).reindex(columns=COSTS).astype(float)
     paired = [part for part in there if baseline and baseline.get(part)]
-    ratio = math.nan
-    if paired:
-        ratio = sum(there[part]["seconds"] for part in paired) / sum(baseline[part]["seconds"] for part in paired)
+    of_baseline = sum(baseline[part]["seconds"] for part in paired)
+    ratio = sum(there[part]["seconds"] for part in paired) / of_baseline if of_baseline else math.nan
     return {
         "stage": stage,
         "work": work,
