@@ -122,7 +122,7 @@ def test_a_run_whose_truth_is_full_of_holes_is_measured(run, tmp_path, stage, ca
         {"probability": 0, "noise": 0, "familiarity": "often", "topic": "a", "chosen_sigma": 1.0, "seen": True},
         {"probability": 1, "noise": -1.5, "familiarity": 2, "topic": 3, "seen": "no"},
         {"probability": "likely", "noise": "much", "chosen_sigma": float("nan")},
-        {"probability": 7.0, "noise": float("inf"), "familiarity": False},
+        {"probability": 7.0, "noise": 0.0, "familiarity": False},
         {},
         None,
     ]

@@ -35,7 +35,7 @@ def fresh(settings):
         config, _ = RunConfig.from_mapping(settings(stage, **changes))
         data = load_or_tokenise(config, load_tokenizer(config))
         kind = stage_class(stage)
-        columns, _ = kind.columns(config, data.train, data.held_out)
+        columns = kind.columns(config, {"train": data.train})["train"]
         return kind.fresh(config, columns), Pairs(data.train, columns)
 
     return make
@@ -316,7 +316,7 @@ def test_a_run_directory_holds_what_is_promised(run):
     names = {path.name for path in directory.iterdir()}
     assert names == {
         "config.yaml", "adapter", "heads.safetensors", "heads.json", "log.jsonl", "speed.jsonl", "cost.json",
-        "provenance.json", "loss.png", "reference", "tracker",
+        ".discobeta.json", "provenance.json", "loss.png", "reference", "tracker",
     }  # fmt: skip
     resolved = yaml.safe_load((directory / "config.yaml").read_text())
     assert resolved["disco_pref"] is True and resolved["disco_mean_penalty"] == 0.1
