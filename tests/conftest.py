@@ -131,3 +131,14 @@ def run(settings):
         return Path(config.output_dir)
 
     return go
+
+
+def reseal(directory: Path, **facts) -> None:
+    """As if the run in `directory` had ended with the files that are there now, and on the base that is there now."""
+    from discobeta import files, identity, record
+    from discobeta.config import RunConfig, read_yaml
+
+    config, _ = RunConfig.from_mapping(read_yaml(directory / "config.yaml"))
+    now = {"files": record.manifest(directory), "base": identity.weights_hash(config)}
+    now |= {"tokenizer": identity.tokenizer_hash(config)} | facts
+    files.write_sealed(directory / "provenance.json", files.read_sealed(directory / "provenance.json") | now)

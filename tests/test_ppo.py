@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from conftest import reseal
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen3ForSequenceClassification
 
@@ -379,6 +380,7 @@ def test_s_of_one_everywhere_is_the_scalar_run_bit_for_bit(go, upstream, tmp_pat
     tensors = load_file(unit / "heads.safetensors")
     assert tensors["beta.weight"].abs().sum() > 0
     save_file(tensors | {"beta.weight": torch.zeros_like(tensors["beta.weight"])}, unit / "heads.safetensors")
+    reseal(unit)
     scalar = go(name="scalar")
     ones = go(name="ones", beta_head=str(unit), **LEDPO)
     learned = go(name="learned", beta_head=str(upstream["dpo-beta"]), **LEDPO)
@@ -410,6 +412,8 @@ def test_the_disco_state_is_the_reward_models(go, upstream, tmp_path):
         shutil.copytree(upstream["rm-disco"], tmp_path / name)
     _zero(tmp_path / "no-score" / "adapter" / "adapter_model.safetensors", "score")
     _zero(tmp_path / "no-mean" / "heads.safetensors", "disco.mean")
+    for name in ("no-score", "no-mean"):
+        reseal(tmp_path / name)
     same = go(name="same", reward_model=str(tmp_path / "no-score"), **DISCO)
     assert log_of(same)[0]["reward"] == log_of(directory)[0]["reward"]  # later ones feel where the values started
     none = go(name="none", reward_model=str(tmp_path / "no-mean"), **DISCO)
@@ -620,10 +624,11 @@ def test_a_bandit_ends_at_its_known_optimum(go, steep_base, upstream, tmp_path, 
 
 def _give_s(dpo_run, folder, base, prompts) -> dict[str, float]:
     """A copy of a dpo run whose Beta Head gives the two prompts log s that lie 1.2 apart; returns their s."""
-    from discobeta.policy import weights_hash
+    from discobeta.identity import weights_hash
 
     shutil.copytree(dpo_run, folder)
-    head = discobeta.load_policy(folder).heads.beta
+    policy = discobeta.load_policy(folder)
+    head, config = policy.heads.beta, policy.config.replace(model_name_or_path=str(base))
     model = _causal_lm(base).model
     with torch.no_grad():
         features = torch.stack([model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in prompts.values()])
@@ -632,9 +637,7 @@ def _give_s(dpo_run, folder, base, prompts) -> dict[str, float]:
         s = head.log_s(features).exp().tolist()
     tensors = load_file(folder / "heads.safetensors")
     save_file(tensors | {"beta.weight": head.weight.detach().contiguous()}, folder / "heads.safetensors")
-    config = discobeta.load_policy(folder).config.replace(model_name_or_path=str(base))
-    record = json.loads((folder / "provenance.json").read_text())
-    (folder / "provenance.json").write_text(json.dumps(record | {"base": weights_hash(config)}))
+    reseal(folder, base=weights_hash(config))
     return dict(zip(prompts, s, strict=True))
 
 
@@ -765,30 +768,33 @@ def test_ppo_takes_reward_models_of_all_makes(go, upstream, tmp_path):
         ({"eval_strategy": "steps"}, "set eval_strategy: no"),
         ({"max_new_tokens": 60}, "do not fit into the context of 64 tokens"),
         ({"cutoff_len": 3}, "prompt fills cutoff_len: 40"),
-        ({"reward_model": "nan"}, r"gives 16 of 16 responses a score that is no finite number, the first one \(nan\)"),
+        (
+            {"reward_model": "huge"},
+            r"gives \d+ of 16 responses a score that is no finite number, the first one \(-?inf",
+        ),
         ({"reward_model": "constant", "ppo_score_norm": True}, "the same score"),
         ({"reward_model": "other-tokens"}, "reads other tokens than"),
-        ({"reward_model": "two-labels"}, r"score\.weight is \(2, 32\); of a reward model it is \(1, 32\)"),
+        ({"reward_model": "two-labels"}, "has a `score` of another size than a reward model's"),
         ({"eval_dataset": "long-prompt"}, "a prompt of 62 tokens and max_new_tokens: 6 do not fit"),
     ],
 )
 def test_bad_input_is_refused(go, upstream, base, tmp_path, changes, says):
     places = upstream | {
         "adapter": upstream["rm"] / "adapter", "dpo-adapter": upstream["dpo"] / "adapter", "base": base,
-        "empty": tmp_path / "empty", "nan": tmp_path / "nan", "constant": tmp_path / "constant",
+        "empty": tmp_path / "empty", "huge": tmp_path / "huge", "constant": tmp_path / "constant",
         "other-base": tmp_path / "other-base", "other-tokens": tmp_path / "other-tokens",
         "two-labels": tmp_path / "two-labels", "long-prompt": tmp_path / "long-prompt.jsonl",
     }  # fmt: skip
     (tmp_path / "empty").mkdir()
-    for name, factor in (("nan", float("nan")), ("constant", 0.0)):
+    for name, factor in (("huge", 3e38), ("constant", 0.0)):
         shutil.copytree(upstream["rm"], tmp_path / name)
         path = tmp_path / name / "adapter" / "adapter_model.safetensors"
         weights = load_file(path)
         save_file({key: value * factor if "score" in key else value for key, value in weights.items()}, path)
+        reseal(tmp_path / name)
     if changes.get("beta_head") == "other-base":
         shutil.copytree(upstream["dpo-beta"], tmp_path / "other-base")
-        path = tmp_path / "other-base" / "provenance.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"base": "0" * 64}))
+        reseal(tmp_path / "other-base", base="0" * 64)
     if changes.get("reward_model") == "other-tokens":
         _other_tokens(upstream["rm"], base, tmp_path)
     if changes.get("reward_model") == "two-labels":
@@ -819,3 +825,4 @@ def _other_tokens(rm: Path, base: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder / "base")
     path = folder / "other-tokens" / "config.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"model_name_or_path": str(folder / "base")}))
+    reseal(folder / "other-tokens")

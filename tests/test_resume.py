@@ -147,9 +147,11 @@ def test_a_broken_checkpoint_is_a_clear_error(run, killed_at, monkeypatch, tmp_p
         run("dpo", **COMMON)
     monkeypatch.undo()
     (path,) = tmp_path.glob("run/checkpoints/*.pt")
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=f"cannot read checkpoint {path}"):
-        run("dpo", **COMMON)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    with pytest.raises(UserError, match=f"resume_from_checkpoint: {path} is no checkpoint, or is damaged"):
+        run("dpo", **COMMON, resume_from_checkpoint=str(path))
+    assert path.read_bytes() == whole[:1000]
 
 
 def test_sigkill_for_real(run, settings, tmp_path):

@@ -388,6 +388,13 @@ def _loading(config: RunConfig, what: str):
     try:
         with telling(f"cannot load the {what} {name}"):
             yield
+    except UserError as error:
+        if not config.trust_remote_code and "trust_remote_code" in str(error.__cause__):
+            raise UserError(
+                f"{name} comes with code of its own, which runs only if you say so: trust_remote_code: true in your "
+                "run config, --trust-remote-code for `discobeta evaluate`"
+            ) from None
+        raise
     finally:
         logging.set_verbosity(verbosity)
 

@@ -88,7 +88,7 @@ def train(config: RunConfig) -> None:
                 }
                 if config.model_name_or_path:
                     facts["base"] = identity.weights_hash(config)
-                record.write_provenance(folder, config, facts)
+                record.write_provenance(folder, config, facts, sorted(set(os.listdir(folder)) - {"loss.png"}))
                 record.write_mark(folder, "discobeta train, stage sft", os.listdir(folder))
                 if not is_free(config):  # asked again: another process may have been quicker
                     raise _WrittenMeanwhile
