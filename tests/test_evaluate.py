@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import preference_rows, write_rows
 
+from discobeta.errors import UserError
 from discobeta.evaluate import evaluate, policy_metrics, preference_metrics
 from discobeta.metrics import EVALUATION_COLUMNS
 
@@ -139,6 +141,28 @@ def test_a_run_whose_truth_is_full_of_holes_is_measured(run, tmp_path, stage, ca
     assert "truth column probability: 8 of 12 rows hold no probability in [0, 1]" in said
     assert "truth column probability: 2 of 12 rows came out against a probability of 0" in said
     assert stage == "rm" or "truth column noise: 12 of 12 rows hold no number above 0" in said
+
+
+def test_a_run_that_gives_no_finite_numbers_is_refused(run, monkeypatch):
+    from discobeta.signals import Signals
+
+    directory, original = run("dpo"), Signals.compare
+
+    def diverged(self, rewards, *rest):
+        return original(self, torch.cat([rewards[:, :-1], torch.full((2, 1), torch.nan)], 1), *rest)
+
+    monkeypatch.setattr(Signals, "compare", diverged)
+    with pytest.raises(UserError, match=r"2 of 12 held-out pairs have a loss or a margin that is no finite number"):
+        evaluate(directory)  # 12 pairs are two batches, of which each has one such pair
+    assert not (directory / "metrics.json").exists()
+
+
+def test_a_mean_that_is_not_finite_is_left_out_and_said(capsys):
+    answers = answers_of([0.5, 0.25], [True, False]).assign(reward=[np.inf, 1.0], reference_reward=[0.0, 2.0])
+    found = policy_metrics(answers)
+    json.dumps(found, allow_nan=False)
+    assert "reward" not in found and found["reference_reward"] == 1 and found["generations"] == 2
+    assert "not in metrics.json: reward, reward_gain (no finite number)" in capsys.readouterr().err
 
 
 def answers_of(log_ratio, ended):

@@ -7,6 +7,7 @@ or paths), so that equal runs give equal bytes; what the evaluation took is in e
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -104,6 +105,11 @@ def compare_all(stage: Stage, pairs: Pairs, batch_size: int, device: torch.devic
             put("sigma_rejected", indices, sigma[1])
         if comparison.log_s is not None:
             put("log_s", indices, comparison.log_s)
+    if broken := int((~np.isfinite([found["nll"], found["mean_margin"]]).all(0)).sum()):
+        raise UserError(
+            f"{broken} of {len(pairs)} held-out pairs have a loss or a margin that is no finite number: "
+            "the run's weights have diverged, or are damaged"
+        )
     said = pd.DataFrame({"row": np.arange(len(pairs)), "source": pairs.rows.source, **found})
     said.insert(2, "probability", np.exp(-said["nll"]))
     # the truth's own `probability` is that of the label under the oracle
@@ -170,9 +176,13 @@ def _topic_name(topic: Any) -> str | None:
 
 def defined(found: dict[str, Any]) -> dict[str, Any]:
     """Without what has no value, which is said."""
-    if undefined := [name for name, value in found.items() if value is None]:
-        say(f"not in metrics.json: {', '.join(undefined)} (too few rows that say enough, or nothing in them varies)")
-    return {name: value for name, value in found.items() if value is not None}
+    infinite = [name for name, value in found.items() if isinstance(value, float) and not math.isfinite(value)]
+    unknown = [name for name, value in found.items() if value is None]
+    if unknown:
+        say(f"not in metrics.json: {', '.join(unknown)} (too few rows that say enough, or nothing in them varies)")
+    if infinite:
+        say(f"not in metrics.json: {', '.join(infinite)} (no finite number)")
+    return {name: value for name, value in found.items() if name not in (*unknown, *infinite)}
 
 
 def say(line: str) -> None:
