@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,147 @@ def test_a_full_disk_is_one_line(settings, tmp_path, full_after):
     output = Path(wanted["output_dir"])
     assert not (output / "provenance.json").exists() and not (output / "adapter").exists()
     assert not list(output.rglob("*partial*"))
+
+
+# --- YAML that is hostile, or only odd
+
+
+HOSTILE = {
+    "a list where a word stands": ("stage: dpo\neval_strategy: [steps]", "eval_strategy: ['steps'] should be no or"),
+    "a mapping": ("stage: dpo\nseed: {a: 1}", "seed: {'a': 1} should be a whole number"),
+    "5,000 digits": (f"stage: dpo\nseed: {'9' * 5000}", "is not valid YAML: Exceeds the limit"),
+    "a long hexadecimal number": (f"stage: dpo\nseed: 0x{'f' * 5000}", "seed: a very large int should be"),
+    "5,000 digits in quotes": (f"stage: dpo\nseed: '{'9' * 5000}'", "seed: '999"),
+    "depth 3,000": (f"stage: {'[' * 3000}", "nested too deeply"),
+    "a number by its tag": ("stage: dpo\nseed: !!int abc", "is not valid YAML: invalid literal for int()"),
+    "code by its tag": ("stage: !!python/object/apply:os.system [echo]", "could not determine a constructor"),
+    "bytes": ("stage: dpo\nrun_name: !!binary aGk=", "b'hi' is neither text nor a number"),
+    "a set": ("stage: dpo\nrun_name: !!set {a, b}", "is neither text nor a number"),
+    "no text": ('stage: dpo\nrun_name: "a\\0b"', "holds characters that no text has"),
+    "half a character": ('stage: dpo\nrun_name: "\\ud83d"', "holds characters that no text has"),
+    "a key that is no text": ("stage: dpo\n1: 2", "the key 1 should be text"),
+    "a key that is a list": ("stage: dpo\n? [a]\n: 2", "found unhashable key"),
+    "a key that is a truth": ("stage: dpo\nyes: 2", "the key True should be text"),
+    "a megabyte of a key": (f"stage: dpo\n? {'k' * 1_000_000}\n: 1", "unknown key 'kkk"),
+    "a megabyte of a value": (f"stage: dpo\npref_beta: {'k' * 1_000_000}", "pref_beta: 'kkk"),
+    "in itself": ("a: &a [*a]", "nested too deeply, or in itself"),
+    "an alias bomb": (
+        "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)),
+        "holds more than 100,000 values",
+    ),
+    "not a number": ("stage: dpo\nmodel_name_or_path: x\nlearning_rate: .nan", "learning_rate: nan should be a number"),
+    "too large a number": ("stage: dpo\nmodel_name_or_path: x\nmax_steps: 1e300", "max_steps: 1"),
+    "a large seed": (
+        "stage: dpo\nmodel_name_or_path: x\nseed: 9223372036854775808",
+        "between 0 and 9223372036854775807",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_yaml_is_one_short_line(tmp_path, capsys, name):
+    text, says = HOSTILE[name]
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    started = time.monotonic()
+    assert main(["train", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert says in message and str(path) in message, message[:500]
+    assert len(message.splitlines()) == 1 and len(message) < 700 and time.monotonic() - started < 10
+
+
+def test_dates_are_texts_and_whole_numbers_stay_whole(tmp_path):
+    from discobeta.config import RunConfig
+
+    path = tmp_path / "run.yaml"
+    for seed in (2**53 + 1, 2**63 - 1):
+        for written in (str(seed), f"'{seed}'"):
+            path.write_text(f"stage: dpo\nmodel_name_or_path: 2026-11-25\nseed: {written}\n")
+            config, _ = RunConfig.read(path)
+            assert config.seed == seed and config.model_name_or_path == "2026-11-25"
+    path.write_bytes(b"\xef\xbb\xbfstage: dpo\r\nmodel_name_or_path: x\r\n")
+    assert RunConfig.read(path, ["max_steps=1e3", "learning_rate=1e-4"])[0].max_steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--set", "seed"], "write key=value"),
+        (["--set", "seed=[1"], "--set seed=[1: the value is not valid YAML"),
+        (["--set", f"seed={'9' * 5000}"], "--set seed=999"),
+        (["--processes", "-3"], "--processes"),
+        (["--processes", "0"], "--processes"),
+        (["--processes", "x"], "--processes"),
+    ],
+)
+def test_hostile_words_are_refused(settings, tmp_path, capsys, words, says):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings("dpo")))
+    try:
+        status = main(["train", str(path), *words])
+    except SystemExit as end:  # argparse
+        status = end.code
+    message = capsys.readouterr().err
+    assert status == 2 and says in message and "Traceback" not in message and len(message) < 1500, message
+
+
+@pytest.mark.parametrize(
+    "key", ["output_dir", "model_name_or_path", "adapter_name_or_path", "dataset", "tokenized_path"]
+)
+@pytest.mark.parametrize("path", ["x" * 300, "/" + "y/" * 3000, "/proc/version/x", "/dev/null"])
+def test_paths_that_no_file_system_has(settings, tmp_path, capsys, key, path):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings("dpo") | {key: path}))
+    assert main(["train", str(config)]) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message and "DISCOBETA_TRACEBACK" not in message, message
+    assert len(message.splitlines()) == 1, message
+
+
+def discobeta(command: str, **options) -> subprocess.CompletedProcess:
+    """`discobeta` in a shell, which can close streams and set locales."""
+    command = command.replace("discobeta", f"{sys.executable} -m discobeta")
+    return subprocess.run(command, shell=True, capture_output=True, text=True, errors="replace", **options)
+
+
+def test_closed_streams_lead_nowhere(settings, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings("dpo")))
+    done = discobeta("discobeta train - <&-")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+    assert discobeta("discobeta grid >&-").returncode == 0
+    assert discobeta("discobeta grid >&- 2>&- <&-").returncode == 0
+    # what libraries print must not end up in a file that happened to get the number of a closed stream
+    done = discobeta(f"discobeta train {tmp_path / 'run.yaml'} >&- 2>&- <&-")
+    assert done.returncode == 0
+    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
+        json.loads(line)
+    done = discobeta("discobeta grid > /dev/full")
+    assert done.returncode == 2 and "no space left" in done.stderr and "Traceback" not in done.stderr
+    assert discobeta("discobeta grid | head -n 1").returncode == 0
+
+
+def test_a_terminal_without_utf8(settings, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "ü", "chosen": "–", "rejected": ""}\n' * 3, encoding="utf-8")
+    wanted = settings("dpo", dataset=str(rows), eval_dataset=None)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(wanted, allow_unicode=True), encoding="utf-8")
+    ascii = {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"}
+    done = discobeta(f"discobeta train {tmp_path / 'run.yaml'}", env=os.environ | ascii)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "none of the 3 rows is usable" in done.stderr
+
+
+def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys, tmp_path):
+    from discobeta import cli
+
+    def fail(*arguments):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(cli, "grid", fail)
+    assert main(["grid"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("discobeta: RuntimeError: first line second line (test_bad_input.py:")
+    assert "DISCOBETA_TRACEBACK=1" in message and len(message.splitlines()) == 1
+    monkeypatch.setenv("DISCOBETA_TRACEBACK", "1")
+    assert main(["grid"]) == 2 and "Traceback" in capsys.readouterr().err

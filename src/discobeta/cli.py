@@ -118,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add("evaluate", evaluate, "measure a finished run on its held-out rows")
     sub.add_argument("directory", type=Path, metavar="RUN_DIR")
     sub.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the run's base")
+    sub.add_argument("--cache-dir", metavar="DIR", help="the hub's cache, if it is not the usual one")
 
     sub = add("compare", compare, "compare two run directories byte for byte; exit status 1 if they differ")
     sub.add_argument("directories", type=Path, nargs=2, metavar="RUN_DIR")
@@ -181,7 +182,8 @@ def train(arguments: argparse.Namespace) -> int | None:
     has_held_out = config.stage in ("rm", "dpo") and (config.eval_dataset or config.val_size)
     is_measurable = has_held_out or (config.stage == "ppo" and config.num_eval_generations)
     if is_measurable and _is_main_process() and not arguments.no_evaluate and record.measurement_fault(directory):
-        evaluate(argparse.Namespace(directory=directory, trust_remote_code=config.trust_remote_code))
+        reader = {"trust_remote_code": config.trust_remote_code, "cache_dir": config.cache_dir}
+        evaluate(argparse.Namespace(directory=directory, **reader))
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -211,7 +213,8 @@ def reference(arguments: argparse.Namespace) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     from discobeta.evaluate import evaluate as evaluate_run
 
-    measured = evaluate_run(arguments.directory, trust_remote_code=arguments.trust_remote_code)
+    reader = {"trust_remote_code": arguments.trust_remote_code, "cache_dir": arguments.cache_dir}
+    measured = evaluate_run(arguments.directory, **reader)
     shown = {name: value for name, value in measured.items() if not isinstance(value, dict)}
     print("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 

@@ -225,11 +225,11 @@ class RunConfig:
                 notes.append(f"{name}: means nothing here and is ignored")
             elif name in REFUSED:
                 if value not in NEUTRAL:
-                    raise UserError(f"{where}: {name}: {value!r} is not supported: {REFUSED[name]}")
+                    raise UserError(f"{where}: {name}: {shown(value)} is not supported: {REFUSED[name]}")
             else:
-                near = difflib.get_close_matches(str(name), [*known, *IGNORED], n=1, cutoff=0.5)
+                near = difflib.get_close_matches(str(name)[:100], [*known, *IGNORED], n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise UserError(f"{where}: unknown key {name!r}{hint}")
+                raise UserError(f"{where}: unknown key {shown(name)}{hint}")
         if "stage" not in values:
             raise UserError(f"{where}: stage is missing (sft, rm, dpo or ppo)")
         for name, value in STAGE_DEFAULTS[values["stage"]].items():

@@ -33,18 +33,19 @@ from discobeta.seeds import uniforms
 from discobeta.stages import Stage, stage_class
 
 
-def evaluate(directory: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def evaluate(directory: str | Path, *, trust_remote_code: bool = False, cache_dir: str | None = None) -> dict[str, Any]:
     """Measure the run in `directory` on its held-out rows. Writes the files and returns the metrics.
 
     A ppo run without held-out rows answers prompts that it was trained on. Nothing is written outside of `directory`,
-    which is held meanwhile; trust_remote_code is the caller's word, and what the run's config says of it counts for
-    nothing. Raises UserError for a run that is unfinished or damaged, and if its base, its data or its reward model
-    is not what it was trained with.
+    which is held meanwhile; trust_remote_code and cache_dir are the caller's word, and what the run's config says of
+    them counts for nothing. Raises UserError for a run that is unfinished or damaged, and if its base, its data or its
+    reward model is not what it was trained with.
     """
     directory = Path(directory)
     record.read(directory, weights=False)  # before anything is made there
     with lock.holding(directory):
-        return _evaluate(runs.read_of(directory, "rm", "dpo", "ppo", trust_remote_code=trust_remote_code))
+        reader = {"trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
+        return _evaluate(runs.read_of(directory, "rm", "dpo", "ppo", **reader))
 
 
 def _evaluate(found: record.Record) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from discobeta.errors import UserError
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
     """A temporary path beside `path` (same ending) that takes its place when the block ends well.
 
     File or directory; a link stays, and what it points to is replaced. If the block fails, the temporary is
     removed and `path` is as it was; what killed processes of this machine have left beside `path` is swept away
     first. An old directory is moved aside as a whole before it is removed, so nobody ever reads a half of it.
+
+    check: called right before anything is replaced; it refuses by raising.
     """
     path = Path(os.path.realpath(path) if os.path.islink(path) else os.path.abspath(path))  # a link stays one
     temporary = beside(path, "partial")
@@ -33,6 +35,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         sweep(path)
         yield temporary
         _open_to_readers(temporary)
+        if check is not None:
+            check()
         if temporary.is_dir() and path.is_dir():
             before = beside(path, "before")
             os.rename(path, before)

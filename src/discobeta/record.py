@@ -334,7 +334,7 @@ class Record:
     """A finished run, as it was written."""
 
     directory: Path
-    config: RunConfig  # with output_dir where the run is now, and the reader's word on trust_remote_code
+    config: RunConfig  # with output_dir where the run is now, and the reader's trust_remote_code and cache_dir
     facts: dict[str, Any]  # of provenance.json
 
     def check_base(self) -> None:
@@ -357,16 +357,20 @@ def _changed(directory: Path, key: str, there: Any, now: str, name: str) -> str:
     )
 
 
-def read(directory: str | Path, *, trust_remote_code: bool = False, weights: bool = True) -> Record:
+def read(
+    directory: str | Path, *, trust_remote_code: bool = False, cache_dir: str | None = None, weights: bool = True
+) -> Record:
     """The finished run in `directory`, after checking that it is what was written.
 
-    trust_remote_code: the caller's word; that of the run's config counts for nothing, because it came with the run.
+    trust_remote_code, cache_dir: the caller's word on what may run and where may be written; that of the run's config
+    counts for nothing, because it came with the run.
     weights: False leaves weight files unread, for those who read none.
     Raises UserError, in one line that names the file, for a run that is unfinished, or damaged.
     """
     directory = Path(directory)
     facts = read_facts(directory, weights=weights)
-    settings = read_yaml(directory / "config.yaml") | {"trust_remote_code": trust_remote_code}
+    settings = read_yaml(directory / "config.yaml")
+    settings |= {"trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
     config, _ = RunConfig.from_mapping(settings, str(directory / "config.yaml"))
     return Record(directory, config.replace(output_dir=str(directory)), facts)
 

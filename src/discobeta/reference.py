@@ -45,7 +45,6 @@ def load_or_compute(config: RunConfig, parts: dict[str, Rows], *, write: bool = 
     if not write:
         model, device = _reference(config)
         return {name: compute(model, Pairs(rows), config, device, name) for name, rows in parts.items()}
-    check_replaceable(folder, "reference_path" if config.reference_path else "output_dir")
     compute_folder(config, parts, key, folder)
     return {name: _read(folder, name, rows) for name, rows in parts.items()}
 
@@ -67,8 +66,10 @@ def compute_folder(config: RunConfig, parts: dict[str, Rows], key: dict[str, str
     from safetensors.torch import save_file
 
     started = time.monotonic()
+    named_by = "reference_path" if config.reference_path else "output_dir"
+    check_replaceable(folder, named_by)
     model, device = _reference(config)
-    with replacing(folder) as temporary:
+    with replacing(folder, lambda: check_replaceable(folder, named_by)) as temporary:
         temporary.mkdir()
         digests = {}
         for name, rows in parts.items():

@@ -77,8 +77,8 @@ def load_reward_model(source: str | Path, **settings) -> RewardModel:
     - a PEFT adapter with a `score` (a directory or a hub id), on the base that it names,
     - a model for sequence classification with one output, `score` (a directory or a hub id).
 
-    settings: run keys that say how the latter two are loaded (bf16, flash_attn, cache_dir, cutoff_len, ...), and
-    trust_remote_code, which holds for all three; what a run's own config says of it counts for nothing.
+    settings: run keys that say how the latter two are loaded (bf16, flash_attn, cutoff_len, ...), and
+    trust_remote_code and cache_dir, which hold for all three; what a run's own config says of these counts for nothing.
     Raises UserError for anything else, for one that has no score of its own, and for a run that is unfinished or
     damaged, or whose base has changed.
     """
@@ -86,8 +86,8 @@ def load_reward_model(source: str | Path, **settings) -> RewardModel:
 
     folder = Path(source)
     if (folder / "config.yaml").exists():
-        trusted = settings.get("trust_remote_code", False)
-        stage = runs.load_stage(runs.read_of(folder, "rm", trust_remote_code=trusted))
+        reader = {key: settings[key] for key in ("trust_remote_code", "cache_dir") if key in settings}
+        stage = runs.load_stage(runs.read_of(folder, "rm", **reader))
         weights = [part for part in (folder / "adapter", folder / "model") if part.exists()]
     else:
         config, adapter, weights = _foreign(str(source), settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from discobeta import record
 from discobeta.config import RunConfig
@@ -28,21 +28,22 @@ class Policy:
     config: RunConfig
 
 
-def load_policy(directory: str | Path, *, trust_remote_code: bool = False) -> Policy:
+def load_policy(directory: str | Path, *, trust_remote_code: bool = False, cache_dir: str | None = None) -> Policy:
     """The policy of a dpo or ppo run directory.
 
-    trust_remote_code: whether code that comes with the run's base may be run; what the run's own config says of it
-    counts for nothing. Raises UserError for a run that is unfinished or damaged, or whose base has changed.
+    trust_remote_code: whether code that comes with the run's base may be run; cache_dir: the hub's cache. What the
+    run's own config says of these counts for nothing. Raises UserError for a run that is unfinished or damaged, or
+    whose base has changed.
     """
     from discobeta.policy import load_tokenizer
 
-    stage = load_stage(read_of(directory, "dpo", "ppo", trust_remote_code=trust_remote_code))
+    stage = load_stage(read_of(directory, "dpo", "ppo", trust_remote_code=trust_remote_code, cache_dir=cache_dir))
     return Policy(stage.model, load_tokenizer(stage.config), stage.heads, stage.config)
 
 
-def read_of(directory: str | Path, *kinds: str, trust_remote_code: bool = False) -> Record:
+def read_of(directory: str | Path, *kinds: str, **reader: Any) -> Record:
     """`record.read` of a run that must be of one of these stages, on the base that it was trained on."""
-    found = record.read(directory, trust_remote_code=trust_remote_code)
+    found = record.read(directory, **reader)
     if found.config.stage not in kinds:
         raise UserError(f"{directory} is a run of stage {found.config.stage}, not {' or '.join(kinds)}")
     found.check_base()

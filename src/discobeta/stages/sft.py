@@ -62,7 +62,8 @@ def train(config: RunConfig) -> None:
         processes.print(line)
     model = build_model(config, tokenizer)
     # the other processes have nothing to leave behind
-    target = files.replacing(config.output_dir) if processes.is_main_process else tempfile.TemporaryDirectory()
+    main = processes.is_main_process
+    target = files.replacing(config.output_dir, lambda: _still_free(config)) if main else tempfile.TemporaryDirectory()
     try:
         with target as folder, global_stream(config.seed, "sft"):
             folder = Path(folder)
@@ -70,7 +71,7 @@ def train(config: RunConfig) -> None:
             begun = time.monotonic()
             trainer.train()
             spent = time.monotonic() - begun
-            if processes.is_main_process:
+            if main:
                 trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
                 write_yaml(config.resolved(), folder / "config.yaml")
@@ -90,8 +91,6 @@ def train(config: RunConfig) -> None:
                     facts["base"] = identity.weights_hash(config)
                 record.write_provenance(folder, config, facts, sorted(set(os.listdir(folder)) - {"loss.png"}))
                 record.write_mark(folder, "discobeta train, stage sft", os.listdir(folder))
-                if not is_free(config):  # asked again: another process may have been quicker
-                    raise _WrittenMeanwhile
     except _WrittenMeanwhile:
         print(finished, file=sys.stderr)
     processes.wait_for_everyone()
@@ -99,6 +98,11 @@ def train(config: RunConfig) -> None:
 
 class _WrittenMeanwhile(Exception):
     """Another process has finished this very run: keep its, discard ours."""
+
+
+def _still_free(config: RunConfig) -> None:
+    if not is_free(config):
+        raise _WrittenMeanwhile
 
 
 def is_free(config: RunConfig) -> bool:
