@@ -7,13 +7,19 @@ The counts are derived by hand. Per seed, 3 reward models and 9 policies of dpo 
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from discobeta.config import RunConfig
+from discobeta.study import Study
 
 pytest.importorskip("snakemake")
 
@@ -182,6 +188,127 @@ def test_a_missing_config_file_is_named(tmp_path: Path):
     assert "nowhere.yaml" in done.stdout + done.stderr
 
 
+# --- what jobs are asked for
+
+
+def commands(output: str, program: str) -> list[list[str]]:
+    """The shell lines of a dry run with --printshellcmds that pipe into `discobeta PROGRAM`, as words."""
+    lines = [line for line in output.splitlines() if f"-m discobeta {program} " in line]
+    return [shlex.split(line.removeprefix("Shell command: ")) for line in lines]
+
+
+def test_jobs_are_asked_for_resolved_settings(tmp_path: Path):
+    """A default that changes reruns what it changes: Snakemake compares the text of params, and `discobeta tables`
+    the run's settings with what the study says now, so the two must say the same."""
+    done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"], "--printshellcmds", "--config", "seeds=[2, 5]")
+    study = Study.read(ROOT / "config" / "smoke.yaml", ["seeds=[2, 5]"])
+    asked = [json.loads(words[2]) for words in commands(done.stdout, "train")]
+    by_folder = {settings["output_dir"]: settings for settings in asked}
+    assert len(asked) == 1 + len(study.runs())
+    for run in study.runs():
+        config, _ = RunConfig.from_mapping(study.run_settings(run))
+        assert by_folder[str(run.directory)] == config.resolved()
+    base, _ = RunConfig.from_mapping(study.base_settings())
+    assert by_folder[str(study.base_directory)] == base.resolved()
+
+
+def test_shared_steps_are_asked_for_with_the_defaults_that_they_depend_on_and_no_others(tmp_path: Path):
+    done = dry_run(tmp_path, [ROOT / "config" / "hh-rlhf.yaml"], "--printshellcmds")
+    for program in ("prepare", "reference"):
+        asked = [json.loads(words[2]) for words in commands(done.stdout, program)]
+        for settings in asked:
+            assert {"cutoff_len", "split", "max_unusable_rows", "max_samples", "model_revision"} <= set(settings)
+            assert not {"learning_rate", "pref_beta", "lora_rank", "ppo_epochs", "save_steps"} & set(settings)
+            assert ("per_device_eval_batch_size" in settings) == (program == "reference")
+            RunConfig.from_mapping(settings)
+
+
+def test_tables_and_figures_are_made_of_runs_that_count_only(tmp_path: Path):
+    done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"], "--printshellcmds")
+    for program in ("tables", "figures"):
+        assert f"| python -m discobeta {program} --strict --configfile - &> " in done.stdout
+
+
+@pytest.mark.parametrize("trust", [True, False])
+def test_code_that_comes_with_a_base_is_run_in_evaluations_if_the_study_says_so(trust: bool, tmp_path: Path):
+    study = FIXED | {"base": {"model_name_or_path": "a/model", "trust_remote_code": trust}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    done = dry_run(tmp_path, [tmp_path / "study.yaml"], "--printshellcmds")
+    lines = commands(done.stdout, "evaluate")
+    assert len(lines) == 2
+    assert all(("--trust-remote-code" in words) == trust for words in lines)
+
+
+def test_an_evaluation_is_there_with_its_record(tmp_path: Path):
+    done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"])
+    (files,) = re.findall(r"^rule evaluate:\n    input: .*\n    output: (.*/rm/baseline/seed-1/.*)$", done.stdout, re.M)
+    assert {Path(name).name for name in files.split(", ")} == {
+        "metrics.json", "examples.parquet", "evaluation.json", "evaluation_cost.json",
+    }  # fmt: skip
+
+
+# --- paths that the shell or Snakemake could misread
+
+FIXED = {
+    "study": "odd",
+    "seeds": [1],
+    "stages": ["rm"],
+    "arms": ["baseline", "disco-used_beta-absent"],
+    "data": {"dataset": "rows.jsonl", "eval_dataset": "held-out.jsonl"},
+    "base": {"model_name_or_path": "a/model"},
+}
+ODD = "a b'c\"d$HOME;e&f`g`#h"
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        ({"data": {"dataset": "a{x}.jsonl", "eval_dataset": "b.jsonl"}}, "data: dataset: 'a{x}.jsonl'"),
+        ({"data": {"dataset": ["a", "b"], "eval_dataset": "{"}}, "data: eval_dataset: '{'"),
+        ({"base": {"model_name_or_path": "./{base}"}}, "base: model_name_or_path: './{base}'"),
+        ({"base": {"model_name_or_path": "m", "adapter_name_or_path": "}"}}, "base: adapter_name_or_path: '}'"),
+        ({"base": {"sft": {"model_type": "qwen3", "dataset": "{x}"}}}, "base: sft: dataset: '{x}'"),
+        ({"prompts": {"dataset": "{x}", "val_size": 1}}, "prompts: dataset: '{x}'"),
+    ],
+)
+def test_braces_in_what_rules_read_are_refused(changes: dict, key: str, tmp_path: Path):
+    assert f"study.yaml: {key}: Snakemake takes braces for wildcards" in refusal(tmp_path, FIXED | changes)
+
+
+def test_braces_elsewhere_are_text(tmp_path: Path):
+    base = {"sft": {"model_type": "qwen3", "dataset_dir": "a{x}", "run_name": "{wildcards.seed} {{y}}"}}
+    study = FIXED | {"base": base, "data": FIXED["data"] | {"dataset_dir": "b{x}"}, "common": {"run_name": "{x}"}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    done = dry_run(tmp_path, [tmp_path / "study.yaml"], "--printshellcmds")
+    assert done.returncode == 0, done.stdout + done.stderr
+    asked = [json.loads(words[2]) for words in commands(done.stdout, "train")]
+    assert {settings["run_name"] for settings in asked} == {"{wildcards.seed} {{y}}", "{x}"}
+    assert {settings["dataset_dir"] for settings in asked} == {"a{x}", "b{x}"}
+
+
+def test_a_rule_reads_what_it_is_told_to_whatever_the_paths_are_called(tmp_path: Path, base: Path, pairs: dict):
+    """Model and data in a folder whose name a shell would take apart, for real."""
+    folder = tmp_path / ODD
+    shutil.copytree(base, folder / "base")
+    for name, path in pairs.items():
+        shutil.copy(path, folder / f"{name}.jsonl")
+    study = FIXED | {
+        "data": {"dataset": str(folder / "train.jsonl"), "eval_dataset": str(folder / "eval.jsonl"), "cutoff_len": 32},
+        "base": {"model_name_or_path": str(folder / "base")},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    planned = dry_run(tmp_path, [tmp_path / "study.yaml"])
+    (files,) = re.findall(r"^rule prepare:\n    input: (.*)\n    output: ", planned.stdout, re.M)
+    for name in ("train.jsonl", "eval.jsonl", "base/model.safetensors", "base/config.json", "base/tokenizer.json"):
+        assert f"{folder}/{name}" in files
+    command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "workflow" / "Snakefile", "--cores", "1"]
+    command += ["--directory", tmp_path, "--configfile", tmp_path / "study.yaml", "--until", "prepare"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tokens = json.loads((tmp_path / "results/odd/shared/data/all/tokens/tokens.json").read_text())
+    assert tokens["counts"] == {"train": 40, "eval": 12}
+
+
 # --- the schema says what study.py says
 
 
@@ -196,23 +323,30 @@ def test_schema_and_study_know_the_same_keys():
     assert set(fixed["properties"]) == set(study.DATA_KEYS)
     assert set(properties["base"]["properties"]) == {"sft", *study.MODEL_KEYS}
     assert properties["stages"]["items"]["enum"] == list(study.STAGES)
+    assert properties["environment"]["enum"] == list(study.ENVIRONMENTS)
+    assert properties["study"]["maxLength"] == study.LONGEST_NAME
+    assert properties["seeds"]["maxItems"] == study.MOST_SEEDS
+    assert properties["seeds"]["items"]["maximum"] == study.LARGEST
     objects = [schema, world, world["properties"]["world"], fixed, properties["base"]]
     assert all(part["additionalProperties"] is False for part in objects)
 
 
 # --- which package files a rule lists
 
-BOOKKEEPING = {"__init__", "config", "errors", "files", "runs", "study", "report/figures"}
+BOOKKEEPING = {
+    "__init__", "cli", "config", "errors", "files", "identity", "lock", "processes", "record", "runs", "study",
+    "report/figures",
+}  # fmt: skip
 """What decides how a step is asked for and written down, not what comes out of it."""
 
 ELSEWHERE = {
-    "train_rm": {"data/tokens", "data/formats"},
-    "train_dpo": {"data/tokens", "data/formats"},
-    "train_ppo": {"data/tokens", "data/formats", "data/sources"},
+    "train_rm": {"data/tokens", "data/formats", "data/sources", "metrics"},
+    "train_dpo": {"data/tokens", "data/formats", "data/sources", "metrics"},
+    "train_ppo": {"data/tokens", "data/formats", "data/sources", "metrics"},
     "reference": {"data/tokens", "seeds"},
-    "world_pairs": {"policy"},
-    "prepare": set(),
-    "sft": {"policy"},
+    "world_pairs": {"policy", "data/tokens"},
+    "prepare": {"metrics"},
+    "sft": {"policy", "metrics"},
     "evaluate": {
         "data/batches",
         "data/formats",
@@ -224,8 +358,8 @@ ELSEWHERE = {
         "stages/__init__",
         "world",
     },
-    "tables": {"flags"},
-    "figures": {"flags"},
+    "tables": {"flags", "data/sources"},
+    "figures": {"flags", "data/sources"},
 }
 """Imports that a rule need not list: an earlier step lists them, or only loading a model is taken from them."""
 

@@ -485,6 +485,8 @@ class Study:
         if "sft" in base and not base["sft"]:
             raise UserError(f"{self._where}: base: sft: say what is trained (model_type, or model_name_or_path)")
         self.sft = _mapping(base.pop("sft", None), f"{self._where}: base: sft")
+        _check_paths(base, f"{self._where}: base")
+        _check_paths(self.sft, f"{self._where}: base: sft")
         for key in ("stage", "output_dir", "overwrite_output_dir"):
             if key in self.sft:
                 raise UserError(f"{self._where}: base: sft: {key} may not stand here: {BELONGS[key]}")
@@ -575,7 +577,16 @@ def _names_joined(settings: dict[str, Any], where: str) -> dict[str, Any]:
             joined[key] = names = ",".join(names)
         if names is not None and not isinstance(names, str):
             raise UserError(f"{where}: {key}: {shown(names)} should be a name, or a list of names")
+    _check_paths(joined, where)
     return joined
+
+
+def _check_paths(settings: dict[str, Any], where: str) -> None:
+    """Refuse what a rule of the workflow could not have as its input."""
+    for key in ("dataset", "eval_dataset", "model_name_or_path", "adapter_name_or_path"):
+        name = settings.get(key)
+        if isinstance(name, str) and (set("{}") & set(name) or not name.isprintable()):
+            raise UserError(f"{where}: {key}: {shown(name)}: Snakemake takes braces for wildcards: rename it")
 
 
 def _check_whole(value: Any, least: int, where: str) -> None:

@@ -12,7 +12,11 @@ SOURCE = Path(os.path.relpath(Path(workflow.basedir).parent / "src"))
 sys.path.insert(0, str(SOURCE.resolve()))
 
 from discobeta.errors import UserError
+from discobeta.identity import CONFIGS, TOKENIZER, WEIGHTS
 from discobeta.study import Study, as_text
+
+if set("{}") & set(str(SOURCE)):
+    raise WorkflowError(f"{SOURCE}: Snakemake takes braces in paths for wildcards: move the clone, or start it inside")
 
 
 def as_meant(value):
@@ -71,7 +75,7 @@ TRAINING = [
     "data/batches",
     "stages/__init__",
 ]
-REPORT = ["collect", "measures", "statistics"]
+REPORT = ["record", "identity", "report/collect", "report/measures", "report/render", "report/statistics"]
 MODULES = {
     "world_corpus": ["world", "seeds"],
     "world_pairs": ["world", "seeds", "generation"],
@@ -82,8 +86,8 @@ MODULES = {
     "dpo": ["stages/dpo", "reference", *TRAINING],
     "ppo": ["stages/ppo", "chain", "stages/rm", "reward", "generation", *TRAINING],
     "evaluate": ["evaluate", "metrics", "generation", "reward"],
-    "tables": [f"report/{name}" for name in [*REPORT, "effects", "neutrality", "render", "tables"]],
-    "figures": [*(f"report/{name}" for name in [*REPORT, "figures"]), "metrics"],
+    "tables": [*REPORT, "report/effects", "report/neutrality", "report/tables"],
+    "figures": [*REPORT, "report/figures", "metrics"],
 }
 
 
@@ -98,9 +102,16 @@ def local_files(*names):
     return [word for word in words if Path(word).is_file()]
 
 
-def base_weights():
-    """What must be there before anything reads the base; a hub model is found by name."""
-    return study.base_directory / "provenance.json" if study.sft else []
+def base_files():
+    """What must be there before anything reads the base: of a local one, what is read; a hub model is found by name."""
+    if study.sft:
+        return [study.base_directory / "provenance.json"]
+    folders = [study.model.get(key) for key in ("model_name_or_path", "adapter_name_or_path")]
+    found = [path for folder in folders if folder and os.path.isdir(folder) for path in sorted(Path(folder).iterdir())]
+    return [path for path in found if path.suffix in WEIGHTS or path.name in (*CONFIGS, *TOKENIZER)]
+
+
+BASE = base_files()
 
 
 def corpus_files():
@@ -143,8 +154,14 @@ def shared_files(stage):
 
 
 def run_settings(stage):
-    """A params function: the run YAML of one run, as text."""
-    return lambda wildcards: as_text(study.run_settings(run_of(stage, wildcards)))
+    """A params function: the run YAML of one run, as text, with today's defaults: a changed one reruns what it changes."""
+    return lambda wildcards: as_text(study.config(run_of(stage, wildcards)).resolved())
+
+
+def settings_of(make):
+    """A params function: the run YAML of a step that is shared, likewise. In a text that stands in a rule itself,
+    Snakemake would take braces for wildcards."""
+    return lambda wildcards: as_text(study.resolved(make(wildcards.draw)))
 
 
 def results():

@@ -8,11 +8,15 @@ rule evaluate:
     output:
         RUN / "{stage}" / "{arm}" / "seed-{seed}" / "metrics.json",
         RUN / "{stage}" / "{arm}" / "seed-{seed}" / "examples.parquet",
+        RUN / "{stage}" / "{arm}" / "seed-{seed}" / "evaluation.json",
+        RUN / "{stage}" / "{arm}" / "seed-{seed}" / "evaluation_cost.json",
     log:
         LOGS / "evaluate" / "{stage}" / "{arm}" / "seed-{seed}.log",
     conda:
         ENVIRONMENT
     params:
         directory=lambda wildcards, input: Path(input.run).parent,
+        # a run's own word on it counts for nothing
+        trust=" --trust-remote-code" if study.model.get("trust_remote_code") else "",
     shell:
-        "python -m discobeta evaluate {params.directory} &> {log}"
+        "python -m discobeta evaluate {params.directory}{params.trust} &> {log}"

@@ -31,7 +31,7 @@ rule sft:
     conda:
         ENVIRONMENT
     params:
-        settings=as_text(study.base_settings()),
+        settings=lambda wildcards: as_text(study.base_config().resolved()),
     shell:
         "printf %s {params.settings:q} | python -m discobeta train - &> {log}"
 
@@ -40,7 +40,7 @@ rule world_pairs:
     input:
         modules("world_pairs"),
         world=rules.world_corpus.output.settings,
-        base=base_weights(),
+        base=BASE,
     output:
         DATA / "seed-{seed}" / "pairs" / "train.jsonl",
         DATA / "seed-{seed}" / "pairs" / "eval.jsonl",
@@ -62,7 +62,7 @@ rule prepare:
     input:
         modules("prepare"),
         row_files(study.data),
-        base_weights(),
+        BASE,
     output:
         DATA / "{draw}" / "tokens" / "tokens.json",
         DATA / "{draw}" / "tokens" / "train.parquet",
@@ -72,7 +72,7 @@ rule prepare:
     conda:
         ENVIRONMENT
     params:
-        settings=lambda wildcards: as_text(study.prepare_settings(wildcards.draw)),
+        settings=settings_of(study.prepare_settings),
     shell:
         "printf %s {params.settings:q} | python -m discobeta prepare - &> {log}"
 
@@ -81,7 +81,7 @@ use rule prepare as prepare_prompts with:
     input:
         modules("prepare"),
         row_files(study.prompt_data),
-        base_weights(),
+        BASE,
     output:
         DATA / "{draw}" / "prompts" / "tokens.json",
         DATA / "{draw}" / "prompts" / "train.parquet",
@@ -89,13 +89,13 @@ use rule prepare as prepare_prompts with:
     log:
         LOGS / "prepare_prompts" / "{draw}.log",
     params:
-        settings=lambda wildcards: as_text(study.prompt_settings(wildcards.draw)),
+        settings=settings_of(study.prompt_settings),
 
 
 rule reference:
     input:
         modules("reference"),
-        base_weights(),
+        BASE,
         tokens=rules.prepare.output,
     output:
         DATA / "{draw}" / "reference" / "reference.json",
@@ -106,6 +106,6 @@ rule reference:
     conda:
         ENVIRONMENT
     params:
-        settings=lambda wildcards: as_text(study.reference_settings(wildcards.draw)),
+        settings=settings_of(study.reference_settings),
     shell:
         "printf %s {params.settings:q} | python -m discobeta reference - &> {log}"

@@ -9,6 +9,11 @@ TABLES = study.directory / "tables"
 FIGURES = study.directory / "figures"
 
 
+def study_text(wildcards):
+    """A params function: the study's config, as text."""
+    return yaml.safe_dump(study.settings, sort_keys=False, allow_unicode=True)
+
+
 rule tables:
     input:
         modules("tables"),
@@ -26,9 +31,9 @@ rule tables:
     conda:
         ENVIRONMENT
     params:
-        study=yaml.safe_dump(study.settings, sort_keys=False, allow_unicode=True),
+        study=study_text,
     shell:
-        "printf %s {params.study:q} | python -m discobeta tables --configfile - &> {log}"
+        "printf %s {params.study:q} | python -m discobeta tables --strict --configfile - &> {log}"
 
 
 rule figures:
@@ -51,6 +56,6 @@ rule figures:
     conda:
         ENVIRONMENT
     params:
-        study=yaml.safe_dump(study.settings, sort_keys=False, allow_unicode=True),
+        study=study_text,
     shell:
-        "printf %s {params.study:q} | python -m discobeta figures --configfile - &> {log}"
+        "printf %s {params.study:q} | python -m discobeta figures --strict --configfile - &> {log}"

@@ -5,7 +5,7 @@
 rule train_rm:
     input:
         modules("rm"),
-        base_weights(),
+        BASE,
         shared_files("rm"),
     output:
         RUN / "rm" / "{arm}" / "seed-{seed}{proof}" / "provenance.json",
@@ -23,7 +23,7 @@ rule train_rm:
 use rule train_rm as train_dpo with:
     input:
         modules("dpo"),
-        base_weights(),
+        BASE,
         shared_files("dpo"),
     output:
         RUN / "dpo" / "{arm}" / "seed-{seed}{proof}" / "provenance.json",
@@ -37,7 +37,7 @@ use rule train_rm as train_dpo with:
 use rule train_rm as train_ppo with:
     input:
         modules("ppo"),
-        base_weights(),
+        BASE,
         shared_files("ppo"),
     output:
         RUN / "ppo" / "{arm}" / "seed-{seed}{proof}" / "provenance.json",
