@@ -18,6 +18,7 @@ import zipfile
 from collections import Counter
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs, Schedule
-from discobeta.errors import UserError, telling
+from discobeta.errors import UserError
 from discobeta.files import replacing, write_text, writing_error
 from discobeta.lock import Hold
 from discobeta.seeds import derive
@@ -269,13 +270,16 @@ def _optimizer_group(name: str, weights: list[torch.nn.Parameter], config: RunCo
     return {"params": weights, "lr": rates[name], "weight_decay": 0.0 if name in HEADS else config.weight_decay}
 
 
-def is_whole(path: Path) -> bool:
-    """Whether every part of a file that torch.save has written has the checksum that stands beside it."""
+def read_whole(path: Path) -> dict[str, Any] | None:
+    """A checkpoint, each part of which has the checksum that stands beside it (torch.load asks for none); else None."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
+            if archive.testzip() is not None:
+                return None
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # of a file that is no archive, or in which a bit has changed where lengths and names stand
-        return False
+        return None
+    return state if isinstance(state, dict) and "identity" in state else None
 
 
 class Checkpoints:
@@ -321,15 +325,15 @@ class Checkpoints:
             (path for path, step in numbered.items() if step.isdecimal()), key=lambda path: int(numbered[path])
         )
 
-    def latest(self, accelerator: Accelerator) -> Path | None:
-        """The last checkpoint. A damaged one is set aside, and said: it would stop every further attempt."""
+    def latest(self, accelerator: Accelerator) -> tuple[Path | None, dict[str, Any]]:
+        """The last checkpoint and what it holds. A damaged one is set aside, and said: it would stop every attempt."""
         for path in reversed(self.paths()):
-            if is_whole(path):
-                return path
+            if (state := read_whole(path)) is not None:
+                return path, state
             if accelerator.is_main_process:
                 path.rename(path.with_name(f"{path.name}.damaged"))
             accelerator.print(f"{path} is damaged: set aside")
-        return None
+        return None, {}
 
     def resume(self, config: RunConfig, accelerator: Accelerator) -> tuple[int, dict[str, float]]:
         """Load the latest checkpoint, if it is this run's. Returns its step and what was spent on it."""
@@ -337,16 +341,15 @@ class Checkpoints:
         if wish is False:
             return 0, {}
         named = Path(wish) if isinstance(wish, str) else None
-        if named and not is_whole(named):
-            raise UserError(f"resume_from_checkpoint: {named} is no checkpoint, or is damaged")
+        if named and not named.is_file():
+            raise UserError(f"resume_from_checkpoint: there is no file {named}")
         with accelerator.main_process_first():
-            path = named or self.latest(accelerator)
+            path, state = (named, read_whole(named)) if named else self.latest(accelerator)
         if path is None:
             return 0, {}
-        with telling(f"cannot read checkpoint {path}"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            same = state["identity"] == self.identity
-        if not same:
+        if state is None:
+            raise UserError(f"resume_from_checkpoint: {path} is no checkpoint, or is damaged")
+        if state["identity"] != self.identity:
             if named:
                 raise UserError(f"{path} is a checkpoint of other settings, data, base or code than this run's")
             accelerator.print(f"{path} is of other settings, data, base or code: starting at step 0")
