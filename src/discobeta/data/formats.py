@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from discobeta.errors import UserError, shorten
+from discobeta.errors import UserError, shorten, shown
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": ...}"""
@@ -138,7 +138,7 @@ def find_layout(rows: Iterable[dict[str, Any]], entry: dict[str, Any], kind: Kin
     def column(role: str, default: str) -> str | None:
         name = named.get(role) or default
         if named.get(role) and name not in columns:
-            raise UserError(f"{there}; its entry says that {role} is the column {name!r}")
+            raise UserError(f"{there}; its entry says that {role} is the column {shown(name)}")
         return name if name in columns else None
 
     found: dict[str, Any] = {"chosen": column("chosen", "chosen"), "rejected": column("rejected", "rejected")}

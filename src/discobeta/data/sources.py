@@ -31,6 +31,9 @@ from discobeta.files import read_json, sha256
 FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 TEXTS = ("file_name", "hf_hub_url", "subset", "folder", "split", "script_url")
 ENTRY = (*TEXTS, "num_samples", "ranking", "formatting", "columns", "tags")
+HUB_ID = r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?"
+LONGEST_NAME = 200
+"""Characters of the name of a column."""
 ELSEWHERE = ("ms_hub_url", "om_hub_url")
 """Other hubs' addresses of the same data, which LLaMA-Factory's entries carry along."""
 SCRIPTS = {"hh_rlhf_en": "Anthropic/hh-rlhf", "ultra_chat": "HuggingFaceH4/ultrachat_200k"}
@@ -163,7 +166,7 @@ def _check_truth_names(examples: list[Example], where: str) -> None:
     for name in names:
         if name in EVALUATION_COLUMNS:
             raise UserError(f"{where}: truth: {name!r} is the name of a column that the evaluation writes: rename it")
-        if not name.strip() or not name.isprintable():
+        if not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
             raise UserError(f"{where}: truth: {shown(name)} is no name for a column: rename it")
 
 
@@ -197,7 +200,7 @@ def _resolve(name: str, entries: dict[str, Any], config: RunConfig, split: str) 
         if os.path.isdir(path):
             raise UserError(f"dataset {name!r} is a directory; name a {', '.join(FILES)} file in it{hint}")
         check_regular(path)
-    if name.endswith(FILES) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if name.endswith(FILES) or not re.fullmatch(HUB_ID, name):
         looked = " or ".join(dict.fromkeys(map(str, places)))
         raise UserError(f"dataset: no such file: {looked}{hint}")
     if near and "/" not in name:
@@ -242,6 +245,10 @@ def _from_entry(name: str, entry: Any, config: RunConfig, split: str) -> Source:
     _check_entry(entry, where)
     limit = entry.get("num_samples")
     if hub := entry.get("hf_hub_url"):
+        if not re.fullmatch(HUB_ID, hub):
+            raise UserError(f"{where}: hf_hub_url: {shown(hub)} is no hub id, such as owner/name")
+        if os.path.exists(hub):  # datasets would take it, whatever is in it
+            raise UserError(f"{where}: hf_hub_url: {hub} is here too, as a file or folder; use file_name")
         address = {"subset": entry.get("subset"), "folder": entry.get("folder"), "split": entry.get("split") or split}
         return Source(name, hub=hub, **address, limit=limit, entry=entry)
     path = Path(config.dataset_dir) / entry["file_name"]
@@ -260,7 +267,7 @@ def _check_entry(entry: Any, where: str) -> None:
     if script := entry.get("script_url"):
         instead = SCRIPTS.get(script)
         hint = f"use dataset: {instead}" if instead else "use the hub id of the data that the script loads"
-        raise UserError(f"{where} is a loading script ({script}), which datasets no longer runs; {hint}")
+        raise UserError(f"{where} is a loading script ({shown(script)}), which datasets no longer runs; {hint}")
     for key, known in ((None, ENTRY), ("columns", COLUMNS), ("tags", TAGS)):
         part = entry if key is None else entry.get(key) or {}
         if not isinstance(part, dict):

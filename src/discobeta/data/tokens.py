@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -398,31 +398,34 @@ class _DoesNotEnd(BaseException):
 
 @contextmanager
 def _ending(what: str) -> Iterator[Any]:
-    """A pass over examples each of which may take `LONGEST_RENDERING` seconds, or UserError.
+    """A pass over examples none of which may take `LONGEST_RENDERING` seconds twice over, or UserError.
 
-    Of computing, not of time: a suspended process has not looped. Signals reach the main thread only, so there is no
-    limit in another one.
+    Of computing, not of time: a suspended process has not looped. One timer for all looks whether they move on, which
+    costs a row nothing. Signals reach the main thread only, so there is no limit in another one.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGVTALRM"):
         yield iter
         return
-    place = ""
+    current, seen = None, None
 
     def watched(examples: list[Example]) -> Iterator[Example]:
-        nonlocal place
-        for example in examples:
-            place = example.source
-            signal.setitimer(signal.ITIMER_VIRTUAL, LONGEST_RENDERING)
-            yield example
+        nonlocal current
+        for current in enumerate(examples):  # noqa: B007
+            yield current[1]
 
-    def give_up(number: int, frame: Any) -> None:
-        raise _DoesNotEnd
+    def look(number: int, frame: Any) -> None:
+        nonlocal seen
+        if current is not None and current is seen:
+            raise _DoesNotEnd
+        seen = current
 
-    before = signal.signal(signal.SIGVTALRM, give_up)
+    before = signal.signal(signal.SIGVTALRM, look)
+    signal.setitimer(signal.ITIMER_VIRTUAL, LONGEST_RENDERING, LONGEST_RENDERING)
     try:
         yield watched
     except _DoesNotEnd:
-        raise UserError(f"{what} has not rendered {place or 'a row'} after {LONGEST_RENDERING:g} s") from None
+        place = current[1].source or "a row"
+        raise UserError(f"{what} has not rendered {place} after {LONGEST_RENDERING:g} s") from None
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
@@ -500,8 +503,7 @@ def load_or_tokenise(
     folder = Path(config.tokenized_path)
     if os.path.lexists(folder / "tokens.json"):
         return load(folder, config, tokenizer, kind)
-    if os.path.lexists(folder) and not _is_empty(folder):
-        raise UserError(f"tokenized_path: {folder} is there and holds no tokenised rows (no tokens.json)")
+    _check_free(folder)
     if not write:
         return tokenise(config, tokenizer, kind)
     recipe = made_from(config, tokenizer, kind)
@@ -509,27 +511,22 @@ def load_or_tokenise(
     if made_from(config, tokenizer, kind) != recipe:
         raise UserError(f"dataset: {config.dataset} was changed while it was being read")
     try:
-        with files.replacing(folder) as temporary:
+        with files.replacing(folder, lambda: _check_free(folder)) as temporary:
             temporary.mkdir()
             _write(data, recipe, temporary)
-            if os.path.lexists(folder / "tokens.json"):
-                raise _WrittenMeanwhile  # or it comes between here and the renaming, which then fails
-            with suppress(FileNotFoundError):
-                folder.rmdir()  # it is empty, or this fails: what came meanwhile is not replaced
-    except (_WrittenMeanwhile, UserError):
+    except UserError:
         if not os.path.lexists(folder / "tokens.json"):
             raise
-        return load(folder, config, tokenizer, kind)
+        return load(folder, config, tokenizer, kind)  # another process has written it meanwhile: its is kept
     return data
 
 
-def _is_empty(folder: Path) -> bool:
+def _check_free(folder: Path) -> None:
+    """Refuse to write a folder that is there, unless it is empty."""
     with telling(f"tokenized_path: cannot read {folder}"):
-        return folder.is_dir() and not any(folder.iterdir())
-
-
-class _WrittenMeanwhile(Exception):
-    """Another process has written the folder: keep its, discard ours."""
+        is_free = not os.path.lexists(folder) or folder.is_dir() and not any(folder.iterdir())
+    if not is_free:
+        raise UserError(f"tokenized_path: {folder} is there and holds no tokenised rows (no tokens.json)")
 
 
 def made_from(config: RunConfig, tokenizer: Any, kind: Kind) -> dict[str, Any]:
