@@ -165,6 +165,17 @@ def test_a_mean_that_is_not_finite_is_left_out_and_said(capsys):
     assert "not in metrics.json: reward, reward_gain (no finite number)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("truth", "topics"), [(None, None), ({"topic": "a"}, {"a"}), ({"topic": 2}, {"2"})])
+def test_answers_to_prompts_of_which_little_is_known_are_measured(run, tmp_path, truth, topics):
+    rows = [row | {"truth": truth if number else None} for number, row in enumerate(preference_rows(12, 2))]
+    held_out = str(write_rows(tmp_path / "bare.jsonl", rows))
+    sampling = {"num_eval_generations": 12, "max_new_tokens": 4, "ground_truth": "world"}
+    found = evaluate(run("dpo", eval_dataset=held_out, **sampling, **USED))
+    assert -4 <= found["true_reward"] <= 3 and found["well_formed"] == 0
+    assert set(found.get("true_reward_by_topic", [])) == (topics or set())
+    assert "log_s_noise" not in found
+
+
 def answers_of(log_ratio, ended):
     return pd.DataFrame({"log_ratio": log_ratio, "length": [5, 3], "ended": ended})
 

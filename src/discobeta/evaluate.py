@@ -251,7 +251,8 @@ def answer_prompts(
     if config.ground_truth == "world":
         from discobeta import world
 
-        answers = answers.assign(**{name: rows.truth[name][asked] for name in ("topic", "noise", "familiarity")})
+        known = {name: rows.truth[name][asked] for name in ("topic", "noise", "familiarity") if name in rows.truth}
+        answers = answers.assign(**known)
         for side in ("", "reference_"):
             texts = list(zip(answers["prompt"], answers[f"{side}response"], strict=True))
             answers[f"{side}true_reward"] = [world.true_reward(*text) for text in texts]
@@ -307,6 +308,8 @@ def policy_metrics(answers: pd.DataFrame) -> dict[str, Any]:
             "reference_true_reward": float(answers["reference_true_reward"].mean()),
             "win_rate": float(((difference > 0) + 0.5 * (difference == 0)).mean()),
             "well_formed": float(answers["well_formed"].mean()),
-            "true_reward_by_topic": answers.groupby("topic")["true_reward"].mean().to_dict(),
         }
+        if "topic" in answers:
+            topics = answers["topic"].map(_topic_name)
+            found["true_reward_by_topic"] = answers.groupby(topics)["true_reward"].mean().to_dict() or None
     return defined(found)
