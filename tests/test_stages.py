@@ -183,6 +183,17 @@ def test_a_margin_that_is_only_rounding_is_a_tie():
     assert signals.compare(scores, 1.0, None, None).statistics()["accuracy"].tolist() == [0.5, 1]
 
 
+def test_comparing_waits_for_no_value():
+    """A device that had to hand over a value would stop here: these tensors have none."""
+    config, _ = RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": "m", **USED})
+    signals = Signals(config.arm, Heads(), config)
+    rewards, logps, log_sigma = (torch.empty(2, 6, device="meta") for _ in range(3))
+    comparison = signals.compare(rewards, 0.5, log_sigma.view(-1), torch.empty(6, device="meta"), logps)
+    said = comparison.statistics()
+    assert {value.device.type for value in said.values()} == {"meta"} and comparison.objective.shape == (6,)
+    assert {"accuracy", "margin", "reward_chosen", "logp_rejected", "penalty", "log_s"} <= set(said)
+
+
 @pytest.mark.parametrize("arm", ["baseline", "disco-used_beta-used"])
 def test_a_policy_that_is_its_reference_is_right_in_half(run, tmp_path, arm):
     """Its passes hold other pairs than the reference's, which leaves rounding; 1e-30 is a step that does nothing."""
