@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from discobeta.data.formats import Unusable, find_layout, read_example
+from discobeta.data.formats import Reason, Unusable, find_layout, read_example
 from discobeta.errors import UserError
 
 USER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "be brief"}
@@ -124,6 +126,13 @@ def test_truth_passes_through():
     assert example.source == "file:3"
 
 
+def test_gaps_of_truth_and_the_limits_of_what_it_keeps():
+    truth = {"gap": math.nan, "none": None, "flag": True, "low": -(2**63), "high": 2**63 - 1, "text": "x" * 1000}
+    row = {"prompt": "hi", "chosen": "a", "rejected": "b", "truth": truth}
+    kept = read_example(row, find_layout([row], {}, "pairs", "data"), "pairs").truth
+    assert kept == {"flag": True, "low": -(2**63), "high": 2**63 - 1, "text": "x" * 1000}
+
+
 GOOD = {"prompt": "hi", "chosen": "a", "rejected": "b"}
 TALK = {"chosen": [USER, HELLO], "rejected": [USER, GO]}
 SCRIPT = {"chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: hi\n\nAssistant: b"}
@@ -140,6 +149,17 @@ UNUSABLE = [
     (GOOD, {"chosen": "half a pair: \ud83d"}, "not UTF-8"),
     (GOOD, {"prompt": "\ud83d"}, "not UTF-8"),
     (GOOD, {"truth": {"topic": "\ud83d"}}, "not UTF-8"),
+    (GOOD, {"truth": {"\ud83d": 1}}, "not UTF-8"),
+    (GOOD, {"truth": {"noise": {"a": 1}}}, "wrong types"),
+    (GOOD, {"truth": "noise"}, "wrong types"),
+    (GOOD, {"truth": {"id": 2**63}}, "truth that cannot be kept"),
+    (GOOD, {"truth": {"id": -(2**63) - 1}}, "truth that cannot be kept"),
+    (GOOD, {"truth": {"noise": math.inf}}, "truth that cannot be kept"),
+    (GOOD, {"truth": {"topic": "x" * 1001}}, "truth that cannot be kept"),
+    (GOOD, {"truth": {"topic": "a\0"}}, "truth that cannot be kept"),
+    (GOOD, {"truth": Unusable(Reason.KEY_TWICE)}, "a key stands twice"),
+    (GOOD, {"prompt": Unusable(Reason.UNREADABLE)}, "a value that cannot be read"),
+    (ALPACA, {"input": Unusable(Reason.UNREADABLE)}, "a value that cannot be read"),
     (GOOD, {"rejected": ...}, "missing column"),
     (TALK, {"rejected": [{"role": "user", "content": "ho"}, GO]}, "prompts differ"),
     (TALK, {"rejected": [USER]}, "last turn is not the assistant's"),

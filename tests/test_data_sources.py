@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import time
 
 import pytest
@@ -93,6 +95,127 @@ def test_a_broken_gzip_file_is_refused(read, tmp_path, content):
         read("a.jsonl.gz")
 
 
+def test_rows_that_python_would_read_as_something_else(read, tmp_path):
+    """A key that stands twice, and integers of 5,000 digits, which Python refuses to read."""
+    start, long = LINE[:-1].decode(), "9" * 5000
+    lines = [
+        f'{start}, "prompt": "ho"}}',
+        f'{start}, "truth": {{"noise": 1, "noise": 2}}}}',
+        f'{start}, "other": {{"a": 1, "a": 2}}, "id": {long}}}',  # what nobody reads may be as it likes
+        f'{start}, "truth": {{"id": {long}}}}}',
+        f'{start}, "truth": {{"id": 1e999}}}}',
+        f'{{"prompt": {long}, "chosen": "a", "rejected": "b"}}',
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.json").write_text("[" + ",\n".join(lines) + "]")
+    for name in ("a.jsonl", "a.json"):
+        examples, report = read(name)
+        assert sources(examples) == [f"{name}:3"] and examples[0].prompt == "hi"
+        assert report.first == {
+            "a key stands twice": [f"{name}:1", f"{name}:2"],
+            "truth that cannot be kept": [f"{name}:4", f"{name}:5"],
+            "wrong types": [f"{name}:6"],
+        }
+
+
+NESTED = b"[" * 3000
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[", b"{", b"null", b"NaN", b"true", b"5", b'"text"', b"\0\0", b"[[]]", NESTED, b'{"a":' * 3000, b"9" * 5000,
+        b'{"prompt": ' + NESTED, LINE + LINE, LINE.decode().encode("utf-16"), b"\xff\xfe", b'"\\ud83d"',
+        b'{"\\ud83d": 1}', b"{}", b'{"prompt": {"chosen": []}}',
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".jsonl.gz"])
+def test_a_hostile_line_costs_itself(read, tmp_path, line, ending):
+    content = LINE + b"\n" + line + b"\n" + LINE
+    (tmp_path / f"a{ending}").write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    examples, report = read(f"a{ending}")
+    assert examples[0].source == f"a{ending}:1" and examples[-1].prompt == "hi" and len(examples) == 2
+    assert report.total - report.usable >= 1
+
+
+def test_what_parquet_holds_and_python_cannot_costs_nothing_where_nobody_reads_it(read, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    bad = pa.Array.from_buffers(pa.string(), 2, [None, *pa.array([b"a", b"\xff"], pa.binary()).buffers()[1:]])
+    twice = pa.StructArray.from_arrays([pa.array([1, 2]), pa.array([3, 4])], ["a", "a"])
+    odd = {
+        "time": pa.array([1, 2**62], pa.timestamp("us")), "zone": pa.array([1, 2], pa.timestamp("ns", "No/Where")),
+        "day": pa.array([1, 3_000_000], pa.date32()), "text": bad, "twice": twice,
+        "bytes": pa.array([b"a", b"\xff"]), "span": pa.array([1, 2**62], pa.duration("s")),
+    }  # fmt: skip
+    good = {"prompt": ["hi", "hi"], "chosen": ["a", "a"], "rejected": ["b", "b"]}
+    pq.write_table(pa.table(good | odd), tmp_path / "unused.parquet")
+    assert len(read("unused.parquet")[0]) == 2
+
+
+def test_a_parquet_cell_that_cannot_be_read_costs_the_row_where_it_is_read(read, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    bad = pa.Array.from_buffers(pa.string(), 2, [None, *pa.array([b"a", b"\xff"], pa.binary()).buffers()[1:]])
+    asked = {"instruction": ["hi", "hi"], "chosen": ["a", "a"], "rejected": ["b", "b"]}
+    for system, reason in (
+        (pa.array([None, 2**62], pa.timestamp("us")), "a value that cannot be read"),
+        (pa.array([None, b"\xff"]), "wrong types"),
+        (bad, "not UTF-8"),
+    ):
+        pq.write_table(pa.table(asked | {"system": system}), tmp_path / "a.parquet")
+        examples, report = read("a.parquet")
+        assert sources(examples) == ["a.parquet:1"] and report.first == {reason: ["a.parquet:2"]}
+
+
+def test_a_parquet_file_with_a_column_twice_is_refused(read, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["prompt", "prompt"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"^.*a.parquet has two columns 'prompt'$"):
+        read("a.parquet")
+
+
+def test_a_damaged_parquet_file_is_one_line_or_its_rows(read, tmp_path):
+    import random
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({name: ["x", "y"] for name in PAIR} | {"rejected": ["b", "c"]}), tmp_path / "a.parquet")
+    content, rng = (tmp_path / "a.parquet").read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        (tmp_path / "a.parquet").write_bytes(damaged[: rng.choice([None, rng.randrange(len(content))])])
+        try:
+            read("a.parquet")
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith("a.parquet ") or str(tmp_path) in str(error)
+    assert refused > 100
+
+
+@pytest.mark.parametrize("name", ["nll", "row", "source", "reward_chosen", "oracle_probability", "response"])
+def test_truth_may_not_be_called_what_the_evaluation_calls_its_own(read, tmp_path, name):
+    (tmp_path / "a.jsonl").write_text(json.dumps(PAIR | {"truth": {name: 1}}))
+    with pytest.raises(UserError, match=rf"^{tmp_path}/a.jsonl: truth: '{name}' is the name of a column that the eval"):
+        read("a.jsonl")
+    (tmp_path / "a.jsonl").write_text(json.dumps(PAIR | {"truth": {"probability": 1, name: None}}))
+    assert read("a.jsonl")[0][0].truth == {"probability": 1}
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\n", "\0", "a" * 201])
+def test_truth_needs_names(read, tmp_path, name):
+    (tmp_path / "a.jsonl").write_text(json.dumps(PAIR | {"truth": {name: 1}}))
+    with pytest.raises(UserError, match=rf"^{tmp_path}/a.jsonl: truth: .* is no name for a column: rename it$"):
+        read("a.jsonl")
+
+
 def test_names_are_concatenated_and_max_samples_counts_per_dataset(read, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([LINE, b"broken", LINE]))
     (tmp_path / "b.jsonl").write_bytes(b"\n".join([LINE] * 3))
@@ -165,10 +288,22 @@ def test_entries_of_dataset_info_and_datasets_yaml(read, tmp_path):
         ({"file_name": "a.json", "columns": {"prompt": ["x"]}}, r"columns: prompt: \['x'\] should be text"),
         ({"file_name": "a.json", "tags": "gpt"}, "tags must be a mapping"),
         ({}, "needs file_name or hf_hub_url"),
+        ({"file_name": "a.json", "num_samples": True}, "num_samples: True should be a whole number"),
+        ({"file_name": "a.json", "num_samples": 1.5}, "num_samples: 1.5 should be a whole number"),
+        ({"file_name": "a.json", "columns": {"prompt": "\ud83d"}}, "columns: prompt: .* should be text"),
+        ({"file_name": "a.json", "formatting": ["alpaca"]}, "formatting: .* should be alpaca or sharegpt"),
+        ({"hf_hub_url": ".."}, "hf_hub_url: '..' is no hub id"),
+        ({"hf_hub_url": "/etc"}, "hf_hub_url: '/etc' is no hub id"),
+        ({"hf_hub_url": "https://huggingface.co/a/b"}, "is no hub id"),
+        ({"hf_hub_url": "src"}, "hf_hub_url: src is here too"),
+        (None, "must be a mapping"),
+        (5, "must be a mapping"),
         ("a.json", "must be a mapping"),
     ],
 )
-def test_wrong_entries(read, tmp_path, entry, message):
+def test_wrong_entries(read, tmp_path, entry, message, monkeypatch):
+    (tmp_path / "src").mkdir()
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
     with pytest.raises(UserError, match=message):
         read("mine")
@@ -191,6 +326,74 @@ def test_wrong_names(read, tmp_path, name, message):
     (tmp_path / "table.csv").write_text("a,b")
     with pytest.raises(UserError, match=message):
         read(name)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory"])
+@pytest.mark.parametrize("place", ["name", "entry", "dataset_info.json", "datasets.yaml"])
+def test_only_regular_files_are_read(read, tmp_path, kind, place):
+    """A pipe would be waited for, and a device has no end."""
+    path = tmp_path / ("a.jsonl" if place in ("name", "entry") else place)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    if place == "entry":
+        (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "a.jsonl"}}))
+    (tmp_path / "b.jsonl").write_bytes(LINE)
+    asked = {"name": "a.jsonl", "entry": "mine"}.get(place, "b.jsonl")
+    with pytest.raises(UserError, match="is not a regular file|is a directory"):
+        read(asked)
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 300 + ".jsonl", "a" * 300, "a/" * 3000 + "b.jsonl", "/dev/null/a.jsonl", "loop.jsonl"]
+)
+def test_names_that_no_file_can_have_are_one_line(read, tmp_path, name):
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    with pytest.raises(UserError) as caught:
+        read(name)
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": name}}))
+    with pytest.raises(UserError) as again:
+        read("mine")
+    for message in map(str, (caught.value, again.value)):
+        assert len(message.splitlines()) == 1 and ("no such file" in message or "cannot read" in message), message
+
+
+def test_a_file_that_may_not_be_read_is_one_line(read, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+
+    def refuse(*words, **more):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "a.jsonl"))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UserError, match=r"^cannot read .*a.jsonl: Permission denied"):
+        read("a.jsonl")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"5", b"{", NESTED, b'{"a": ' + b"9" * 5000 + b"}", b"\xff\xfe"]
+)
+def test_a_broken_dataset_info_is_one_line(read, tmp_path, content):
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+    (tmp_path / "dataset_info.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"^[^\n]*dataset_info.json [^\n]*$"):
+        read("a.jsonl")
+
+
+def test_a_dataset_info_may_begin_with_a_byte_order_mark(read, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+    (tmp_path / "dataset_info.json").write_bytes(
+        b"\xef\xbb\xbf" + json.dumps({"mine": {"file_name": "a.jsonl"}}).encode()
+    )
+    assert len(read("mine")[0]) == 1
+
+
+def test_more_rows_than_a_machine_can_count_are_all_rows(read, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "a.jsonl", "num_samples": 10**30}}))
+    assert len(read("mine")[0]) == 1
 
 
 def test_a_hub_id_offline_fails_fast(read):
