@@ -186,3 +186,31 @@ def test_logits_that_are_no_numbers_give_some_token(options):
     logits, draws = torch.full((3, 20), torch.nan), np.array([[0.0], [0.5], [0.999]])
     left = InverseCDF(draws, 2, temperature=1.0, **options)(torch.zeros(3, 2, dtype=torch.long), logits)
     assert (left == 0).sum(1).tolist() == [1, 1, 1] and left.isneginf().sum(1).tolist() == [19, 19, 19]
+
+
+def test_a_padding_token_that_the_model_lacks_pads_nothing_else(model):
+    import copy
+
+    network, tokenizer = model
+    expected = sample(network, tokenizer, PROMPTS[:3] + [[4, 5]])
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"pad_token": "<another pad>"})
+    assert other.pad_token_id == network.get_input_embeddings().num_embeddings
+    for one, two in zip(expected, sample(network, other, PROMPTS[:3] + [[4, 5]]), strict=True):
+        assert one.tolist() == two.tolist()
+
+
+def test_a_tokenizer_without_an_end_leaves_it_to_the_model_or_is_refused(model):
+    import copy
+
+    network, tokenizer = model
+    expected = sample(network, tokenizer, PROMPTS[:3])
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = other.pad_token = None
+    assert network.generation_config.eos_token_id == tokenizer.eos_token_id
+    for one, two in zip(expected, sample(network, other, PROMPTS[:3]), strict=True):
+        assert one.tolist() == two.tolist()
+    silent = copy.deepcopy(network)
+    silent.generation_config.eos_token_id = None
+    with pytest.raises(UserError, match="has no end-of-sequence token"):
+        sample(silent, other, PROMPTS[:3])

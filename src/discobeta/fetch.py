@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from discobeta.config import RunConfig
 from discobeta.data.sources import resolve
-from discobeta.errors import UserError
+from discobeta.errors import telling
+from discobeta.identity import check_local
 from discobeta.study import Study
 
 PARTS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
@@ -20,17 +22,18 @@ def fetch(study: Study) -> None:
     Local files are read too, so that one that is missing is missed here and not on a node. Raises
     UserError for what cannot be had.
     """
-    models: dict[tuple, None] = {}
+    models: dict[tuple, str] = {}
     rows: dict[tuple, tuple] = {}
     for config in configs(study):
-        for name in filter(None, (config.model_name_or_path, config.tokenizer_name, config.adapter_name_or_path)):
-            if not Path(name).is_relative_to(study.directory):  # what the study makes itself is no download
-                models[name, config.model_revision, config.cache_dir] = None
+        for key in ("model_name_or_path", "tokenizer_name", "adapter_name_or_path"):
+            name = getattr(config, key)
+            if name and not Path(name).is_relative_to(study.directory):  # what the study makes itself is no download
+                models.setdefault((name, config.model_revision, config.cache_dir), key)
         if not study.world:
             for names, split in ((config.dataset, config.split), (config.eval_dataset, config.eval_split)):
                 rows |= {(source.name, source.split): (source, config) for source in _sources(names, split, config)}
-    for model in models:
-        print(f"{model[0]}: {_model(*model)}")
+    for model, key in models.items():
+        print(f"{model[0]}: {_model(*model, key)}")
     for source, config in rows.values():
         print(f"{source.name}{f' ({source.split})' if source.hub else ''}: {len(source.rows(config)):,} rows")
 
@@ -46,16 +49,12 @@ def _sources(names: str | None, split: str, config: RunConfig):
     return resolve(names, config, split) if names else []
 
 
-def _model(name: str, revision: str, cache_dir: str | None) -> str:
-    """The folder of a model, downloaded if need be."""
+def _model(name: str, revision: str, cache_dir: str | None, key: str) -> str:
+    """The folder of a model, downloaded if need be; run key `key` names it."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return "a local folder"
-    try:
+    check_local(name, key)
+    with telling(f"{key}: cannot fetch {name}"):  # the hub's client has dozens of classes
         return snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=PARTS)
-    except HFValidationError:
-        raise UserError(f"model_name_or_path: there is no directory {name}, and no hub model has such a name") from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"cannot fetch {name}: {str(error).strip().splitlines()[0]}") from None

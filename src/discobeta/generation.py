@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from discobeta.errors import UserError
 from discobeta.policy import check_context, plain
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def generate(
 
     language_model = plain(model)
     check_context(model, max(map(len, prompt_ids), default=0), uniforms.shape[1])
-    pad, stops = _padding_id(tokenizer), stop_ids(language_model, tokenizer)
+    stops = stop_ids(language_model, tokenizer)
+    pad = _padding_id(language_model, tokenizer, stops)
     settings = GenerationConfig(
         do_sample=False,  # the draw is made by InverseCDF, which leaves one token to choose
         max_new_tokens=uniforms.shape[1],
@@ -137,8 +139,11 @@ def _until_stop(ids: np.ndarray, stops: list[int]) -> np.ndarray:
     return ids[: ends[0] + 1 if len(ends) else None].astype(np.int32)
 
 
-def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def _padding_id(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
+    """Some token of the model, and of no matter which: nothing attends to padding, and a response is cut before it."""
+    known = model.get_input_embeddings().num_embeddings  # some tokenizers have a <pad> that their model lacks
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in ids if token is not None and token < known), stops[0])
 
 
 def has_ended(response_ids: np.ndarray, stops: list[int]) -> bool:
@@ -149,8 +154,10 @@ def has_ended(response_ids: np.ndarray, stops: list[int]) -> bool:
 def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokenizer's <eos> and those that the model itself stops at (chat models have several)."""
     own = plain(model).generation_config.eos_token_id
-    own = own if isinstance(own, list) else [] if own is None else [own]
-    return sorted({tokenizer.eos_token_id, *own})
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    if not ids:
+        raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token (eos_token)")
+    return sorted(ids)
 
 
 @contextmanager
