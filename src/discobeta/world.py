@@ -326,7 +326,7 @@ def _load_base(base: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     from discobeta.config import RunConfig
     from discobeta.policy import load_causal_lm, load_tokenizer
 
-    if not (base / "config.json").is_file():
+    if not os.path.isfile(base / "config.json"):
         raise UserError(
             f"base: {base} is not a model folder (no config.json); `discobeta train` with stage: sft makes one"
         )
@@ -376,7 +376,7 @@ def _check_ours(output: Path, record: str, parts: Sequence[str], written: dict[s
 def _there(output: Path, parts: Sequence[str]) -> Iterator[Path]:
     """The files that are there; a directory stands for what is in it, unless a file is to come in its place."""
     for path in (output / part for part in parts):
-        if path.is_dir() and not path.is_symlink() and not path.suffix:
+        if os.path.isdir(path) and not path.is_symlink() and not path.suffix:
             yield from sorted(path.iterdir())
         elif os.path.lexists(path):
             yield path
