@@ -18,7 +18,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-from discobeta import __version__
+from discobeta import __version__, launch
 from discobeta.config import RunConfig
 from discobeta.errors import UserError, first_line, shorten
 from discobeta.flags import STAGES, grid
@@ -111,7 +111,9 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add_run("train", train, "train one run and measure it on its held-out rows")
     sub.add_argument("--no-evaluate", action="store_true", help="leave the measuring to `discobeta evaluate`")
-    sub.add_argument("--processes", type=int, default=1, metavar="N", help="train on N GPUs of this machine")
+    sub.add_argument(
+        "--processes", type=launch.process_count, default=1, metavar="N", help="train on N GPUs of this machine"
+    )
     add_run("prepare", prepare, "tokenise the data of a run into its tokenized_path")
     add_run("reference", reference, "compute the reference pass of a dpo run into its reference_path")
 
@@ -171,8 +173,6 @@ def show_grid(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> int | None:
     config = _run_config(arguments)
     if arguments.processes > 1 and "RANK" not in os.environ:
-        from discobeta import launch
-
         return launch.train(config, arguments.processes, evaluate=not arguments.no_evaluate)
     from discobeta import record
     from discobeta.train import train as train_run

@@ -16,7 +16,8 @@ rule evaluate:
         ENVIRONMENT
     params:
         directory=lambda wildcards, input: Path(input.run).parent,
-        # a run's own word on it counts for nothing
+        # a run's own word on these counts for nothing
         trust=" --trust-remote-code" if study.model.get("trust_remote_code") else "",
+        cache=f" --cache-dir {shlex.quote(cache)}" if (cache := study.model.get("cache_dir")) else "",
     shell:
-        "python -m discobeta evaluate {params.directory}{params.trust} &> {log}"
+        "python -m discobeta evaluate {params.directory}{params.trust}{params.cache} &> {log}"
