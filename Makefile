@@ -3,6 +3,7 @@
 # make test-kernels the numeric tests, with each of the kernels (plain, AVX2, AVX-512) that this processor can run
 # make smoke        a study in small, for real   make dry-run   every shipped study, planned only
 # make slurm-test   the same on a real Slurm of one node, which is installed, started and removed (root, Debian)
+# make test-faults  kills and hostile inputs, an hour of them on two cores; FAULTS=0.1: a tenth
 # make report       the HTML report of a study that has run
 #
 # Every target first sets up what it needs in $(VENV). Variables:
@@ -22,7 +23,7 @@ RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SNAKEMAKE := $(RUN) snakemake
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: ablation smoke test test-kernels slurm-test lint dry-run report clean
+.PHONY: ablation smoke test test-kernels slurm-test test-faults lint dry-run report clean
 .NOTPARALLEL:
 
 ablation: $(READY)
@@ -53,6 +54,10 @@ test-kernels: $(READY)
 # Tests that were skipped are listed with their reason: on a machine that cannot run a cluster, all are.
 slurm-test: $(READY)
 	$(PYTEST) --durations=0 tests/slurm
+
+# Drawn by the names of the tests; SEED=2 draws other ones.
+test-faults: $(READY)
+	$(PYTEST) --numprocesses logical --dist loadgroup --durations=10 $(if $(SEED),--hypothesis-seed=$(SEED)) tests/faults
 
 lint: $(READY)
 	$(RUN) ruff check .
