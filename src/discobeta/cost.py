@@ -8,13 +8,14 @@ guessed: without a measurement of a stage its line says so.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from discobeta.config import RunConfig, read_yaml
-from discobeta.errors import UserError
+from discobeta.config import read_yaml
+from discobeta.errors import UserError, telling
 from discobeta.files import read_json
 from discobeta.flags import Arm
 from discobeta.study import Run, Study
@@ -127,7 +128,7 @@ def estimate(study: Study, measured: Measured | None) -> list[Step]:
 def find(study: Study, folder: Path | None) -> Measured | None:
     """The measurements in `folder`; else the study's own; else published ones on the same base."""
     if folder is not None:
-        if not (folder / "metrics.csv").exists():
+        if not (folder / "metrics.csv").is_file():
             raise UserError(f"--measured: {folder} has no metrics.csv (the tables of a study that has run have one)")
         return read(study, folder)
     own = study.directory / "tables"
@@ -139,15 +140,24 @@ def find(study: Study, folder: Path | None) -> Measured | None:
 
 
 def read(study: Study, folder: Path) -> Measured:
-    long = pd.read_csv(folder / "metrics.csv")
+    """The rates of one folder of tables. Raises UserError if they are none."""
+    with telling(f"{folder} does not hold the tables of a study"):
+        return _read(study, folder)
+
+
+def _read(study: Study, folder: Path) -> Measured:
+    long = pd.read_csv(folder / "metrics.csv", dtype={"stage": str, "arm": str, "metric": str, "value": float})
     wide = long.pivot_table(index=["stage", "arm", "seed"], columns="metric", values="value").reset_index()
     # what was measured before rows were counted under this name says nothing here
     wide = wide.reindex(columns=["stage", "arm", *RATES.values()]).dropna(subset=[RATES["rows"]])
     runs = wide.rename(columns={metric: name for name, metric in RATES.items()})
+    amounts = runs[list(RATES)].astype(float)
+    if ((amounts < 0) | amounts.isin([math.inf])).any(axis=None) or not (amounts.rows > 0).all():
+        raise UserError(f"{folder}/metrics.csv: costs should be positive numbers")
     shared = pd.DataFrame(columns=["work", "seconds"])
     if (folder / "cost.csv").exists():
         costs = pd.read_csv(folder / "cost.csv")
-        shared = costs.loc[costs.stage == "shared", ["work", "seconds"]].dropna()
+        shared = costs.loc[costs.stage == "shared", ["work", "seconds"]].dropna().astype({"seconds": float})
     theirs = read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
     sections = ["base", "data", "prompts", "common", *study.stages, "gpus_per_run"]
     differs = [name for name in sections if theirs.get(name) != study.settings.get(name)]
@@ -156,12 +166,12 @@ def read(study: Study, folder: Path) -> Measured:
 
 def length(study: Study, run: Run) -> tuple[int, int]:
     """(steps, rows) of a run: steps of the loop, and rows that it trains on, each as often as it comes."""
-    config, _ = RunConfig.from_mapping(study.run_settings(run))
+    config = study.config(run)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * study.gpus_per_run
     per_step *= config.ppo_buffer_size if run.stage == "ppo" else 1
     steps = config.max_steps
     if steps < 0:
-        steps = math.ceil(config.num_train_epochs * _rows(study, run) / per_step)
+        steps = math.ceil(min(config.num_train_epochs * _rows(study, run) / per_step, 2.0**62))
     steps = min(steps, config.stop_after_steps or steps)
     return steps, steps * per_step
 
@@ -178,7 +188,8 @@ def _rows(study: Study, run: Run) -> int:
             f"how many steps num_train_epochs makes is known when the rows are: run `snakemake … --until {rule}` first "
             "(on a login node), or set max_steps"
         )
-    return read_json(record)["counts"]["train"]
+    with telling(f"{record} does not say how many rows there are"):
+        return operator.index(read_json(record)["counts"]["train"])
 
 
 def _line(step: str, jobs: int | str, length: str, minutes: str, hours: str, memory: str) -> str:

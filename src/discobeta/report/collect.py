@@ -38,7 +38,7 @@ class Found:
     """What stands in the directory of one run.
 
     fault: why the run does not count, `KIND` or `KIND (why)`, KIND being not trained, not finished, stale or damaged.
-    unmeasured: why what was measured of it does not count, likewise; None of a proof, which nobody measures.
+    unmeasured: why nothing was measured of it, though it is trained; None of a proof, which nobody measures.
     log, examples: None unless they were asked for and count.
     """
 
@@ -211,39 +211,33 @@ def collect(results: Results) -> pd.DataFrame:
 
 
 def _read(study: Study, run: Run, curves: bool) -> Found:
+    directory = run.directory
     try:
         with telling("unreadable"):
-            if fault := record.fault(run.directory, study.config(run)):
-                return Found(_named(fault, run.directory))
-            found = Found(facts=files.read_sealed(run.directory / "provenance.json"))
-            if (run.directory / "cost.json").exists():
-                found.cost = _cost(run.directory / "cost.json")
+            if fault := record.fault(directory, study.config(run)):
+                return Found(_named(fault, directory))
+            found = Found(facts=files.read_sealed(directory / "provenance.json"))
+            if (directory / "cost.json").exists():
+                found.cost = _cost(directory / "cost.json")
             if curves:
-                found.log = read_log(run.directory / "log.jsonl")
-                _check_log(found.log, run.directory / "log.jsonl")
-    except UserError as error:
-        return Found(_named(f"damaged: {error}", run.directory))
-    if not run.proof:
-        _read_measurement(run.directory, found, curves)
-    return found
-
-
-def _read_measurement(directory: Path, found: Found, curves: bool) -> None:
-    try:
-        with telling("unreadable"):
+                found.log = read_log(directory / "log.jsonl")
+                _check_log(found.log, directory / "log.jsonl")
+            if run.proof:
+                return found
             if fault := record.measurement_fault(directory):
-                found.unmeasured = _named(fault, directory)
-                return
-            evaluation = files.read_sealed(directory / "evaluation.json")
-            metrics = _metrics(directory / "metrics.json")
-            path = directory / "evaluation_cost.json"
-            cost = _cost(path) if path.exists() else {}
-            if curves:
+                if fault.startswith("damaged"):
+                    return Found(_named(fault, directory))
+                found.unmeasured = fault
+                return found
+            found.evaluation = files.read_sealed(directory / "evaluation.json")
+            found.metrics = _metrics(directory / "metrics.json")
+            if (directory / "evaluation_cost.json").exists():
+                found.evaluation_cost = _cost(directory / "evaluation_cost.json")
+            if curves and (directory / "examples.parquet").exists():
                 found.examples = _examples(directory / "examples.parquet")
     except UserError as error:
-        found.unmeasured = _named(f"damaged: {error}", directory)
-        return
-    found.evaluation, found.metrics, found.evaluation_cost = evaluation, metrics, cost
+        return Found(_named(f"damaged: {error}", directory))
+    return found
 
 
 def _named(fault: str, directory: Path) -> str:
@@ -284,6 +278,8 @@ def read_log(path: Path) -> pd.DataFrame:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
+        if not isinstance(rows[-1], dict):
+            raise UserError(f"{path}: a line should hold a JSON object, not {shown(rows[-1])}")
     return pd.DataFrame(rows)
 
 
