@@ -352,6 +352,19 @@ def test_a_corpus_replaces_no_link_and_no_directory(tmp_path):
     assert (theirs / "tokenizer.json").read_text() == "mine"
 
 
+def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "world.json")
+    for write in (
+        lambda: world.write_corpus(tmp_path, seed=1, sft_examples=10),
+        lambda: write_pairs(tmp_path, tmp_path, tmp_path / "pairs"),
+    ):
+        with pytest.raises(UserError, match="world.json is not a regular file"):
+            write()
+    assert [path.name for path in tmp_path.iterdir()] == ["world.json"]
+
+
 def test_a_corpus_of_ours_is_replaced_by_another(tmp_path):
     for seed in (1, 2):
         world.write_corpus(tmp_path / "one", seed=seed, sft_examples=10)

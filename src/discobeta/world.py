@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from discobeta import files, identity
+from discobeta.data.sources import check_regular
 from discobeta.errors import UserError
 from discobeta.seeds import derive, generator, uniforms
 
@@ -391,6 +392,7 @@ def _write_record(path: Path, value: dict[str, Any]) -> None:
 
 
 def _read_record(path: Path, made_by: str | None = None) -> dict[str, Any]:
+    check_regular(path)
     value, made_by = files.read_sealed(path), made_by or MAKERS[path.name]
     if value.get("made_by") != made_by:
         raise UserError(f"{path} was not written by `{made_by}`")
