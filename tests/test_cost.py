@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from discobeta import cli
 from discobeta.cost import estimate, find, length, report
 from discobeta.errors import UserError
 from discobeta.fetch import fetch
@@ -111,6 +112,49 @@ def test_another_studys_rates_are_called_that(tmp_path):
     assert "That study has another base, common: the rates may not carry over." in report(Study(SETTINGS), folder)
     with pytest.raises(UserError, match=r"has no metrics\.csv"):
         report(Study(SETTINGS), tmp_path)
+
+
+HEADER = "stage,arm,seed,metric,value\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.csv", ""),
+        ("metrics.csv", "\x00\xff"),
+        ("metrics.csv", "a,b\n1,2\n"),
+        ("metrics.csv", HEADER + "rm,baseline,1,cost/seconds,many\n"),
+        ("metrics.csv", HEADER + "rm,baseline\n1,2,3,4,5,6,7\n"),
+        ("metrics.csv", HEADER + "rm,baseline,1,cost/rows,-5\nrm,baseline,1,cost/seconds,5\n"),
+        ("metrics.csv", HEADER + "rm,baseline,1,cost/rows,0\nrm,baseline,1,cost/seconds,5\n"),
+        ("metrics.csv", HEADER + "rm,baseline,1,cost/rows,5\nrm,baseline,1,cost/seconds,inf\n"),
+        ("cost.csv", "a\n1\n"),
+        ("cost.csv", "stage,work,seconds\nshared,base,long\n"),
+        ("config.yaml", "[1]"),
+        ("config.yaml", "{"),
+    ],
+)
+@pytest.mark.parametrize("published", [False, True])
+def test_tables_that_are_none_are_refused_in_a_line(name, content, published, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tables(Path("results/published/x" if published else "t"), RUNS)
+    (folder / name).write_bytes(content.encode("latin-1"))
+    Path("study.yaml").write_text(json.dumps(SETTINGS))
+    words = [] if published else ["--measured", str(folder)]
+    assert cli.main(["cost", "--configfile", "study.yaml", *words]) == 2
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert str(folder) in message
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"counts": 5}', '{"counts": {"train": "41"}}', '{"counts": {}}'])
+def test_tokens_that_do_not_say_how_many_are_refused(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = Study(SETTINGS | {"common": {"num_train_epochs": 2}})
+    study.tokens("all").mkdir(parents=True)
+    (study.tokens("all") / "tokens.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokens\.json"):
+        length(study, study.run("rm", "baseline", 1))
 
 
 def test_proofs_are_their_steps_only(tmp_path):

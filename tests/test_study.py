@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from discobeta import cli
 from discobeta import study as study_module
 from discobeta.config import RunConfig
 from discobeta.errors import UserError
@@ -471,6 +474,74 @@ REFUSALS = {
     ),
     "section of another type": (settings(dpo=[1]), "x.yaml: dpo should hold `key: value` lines, not [1]"),
     "name with a path": (settings(study="../s"), "x.yaml: study: '../s' should be a plain folder name"),
+    "name of 300 letters": (settings(study="s" * 300), f"x.yaml: study: '{'s' * 78}… should be a plain folder name"),
+    "name that is a number": (settings(study=5), "x.yaml: study: 5 should be a plain folder name"),
+    "name that is a list": (settings(study=["s"]), "x.yaml: study: ['s'] should be a plain folder name"),
+    "study of another type": (["study"], "x.yaml should hold `key: value` lines, not ['study']"),
+    "key that is no text": (settings() | {5: 1}, "x.yaml: the key 5 should be text (write it in quotes)"),
+    "key of a section that is no text": (settings(dpo={None: 1}), "x.yaml: dpo: the key None should be text"),
+    "key of a megabyte": (settings() | {"k" * 2**20: 1}, f"x.yaml: unknown key '{'k' * 78}…"),
+    "key of a section of a megabyte": (settings(rm={"k" * 2**20: 1}), f"x.yaml: rm: unknown key '{'k' * 78}…"),
+    "empty list for a section": (settings(dpo=[]), "x.yaml: dpo should hold `key: value` lines, not []"),
+    "no for a section": (settings(dpo=False), "x.yaml: dpo should hold `key: value` lines, not False"),
+    "list for the world": (
+        settings(data={"world": [1]}),
+        "x.yaml: data: world should hold `key: value` lines, not [1]",
+    ),
+    "environment with a path": (
+        settings(environment="../../x"),
+        "x.yaml: environment: '../../x' should be cpu or cuda",
+    ),
+    "environment of another type": (
+        settings(environment=["cpu"]),
+        "x.yaml: environment: ['cpu'] should be cpu or cuda",
+    ),
+    "seed that is a list": (settings(seeds=[[1]]), "x.yaml: seeds: [[1]] should be a list of different whole numbers"),
+    "seeds that are a mapping": (settings(seeds={1: 2}), "x.yaml: seeds: {1: 2} should be a list of different whole"),
+    "seed below zero": (settings(seeds=[-1]), "x.yaml: seeds: -1 should be a whole number, at least 0"),
+    "seed beyond 63 bits": (
+        settings(seeds=[2**63]),
+        "x.yaml: seeds: 9223372036854775808 should be at most 9223372036854775",
+    ),
+    "seed of 5,000 digits": (
+        settings(seeds=[10**5000]),
+        "x.yaml: seeds: a very large int should be at most 92233720368547",
+    ),
+    "a hundred thousand seeds": (
+        settings(seeds=list(range(100_000))),
+        "x.yaml: seeds: 100,000 of them; a study has at most 1,000",
+    ),
+    "arm that is a mapping": (settings(arms=[{}]), "x.yaml: arms: [{}] should be a list of different names"),
+    "arm of a megabyte": (settings(arms=["a" * 2**20]), f"x.yaml: arms: no arm is called '{'a' * 78}…; the arms are"),
+    "stage that is a mapping": (settings(stages=[{}]), "x.yaml: stages: [{}] should be a list of different names"),
+    "idle arms of another type": (settings(idle_arms=["run"]), "x.yaml: idle_arms: ['run'] should be run or prove"),
+    "prove steps that are true": (settings(prove_steps=True), "x.yaml: prove_steps: True should be a whole number"),
+    "GPUs beyond counting": (settings(gpus_per_run=1e300), "x.yaml: gpus_per_run: 1e+300 should be a whole number"),
+    "GPUs of 5,000 digits": (
+        settings(gpus_per_run=10**5000),
+        "x.yaml: gpus_per_run: a very large int should be at most",
+    ),
+    "dataset that is a number": (
+        fixed(data={"dataset": 5, "eval_dataset": "b"}),
+        "x.yaml: data: dataset: 5 should be a name, or a list of names",
+    ),
+    "dataset that is a list of numbers": (
+        fixed(data={"dataset": [1], "eval_dataset": "b"}),
+        "x.yaml: data: dataset: [1] should be a name, or a list of names",
+    ),
+    "prompts that nobody reads": (
+        fixed(stages=["rm"], prompts={"dataset": "p", "val_size": "many"}),
+        "x.yaml: prompts: val_size: 'many' should be a number",
+    ),
+    "empty base": (settings(base={"sft": []}), "x.yaml: base: sft: say what is trained (model_type, or model_name"),
+    "model key next to sft": (
+        settings(base={"sft": {"model_type": "qwen3"}, "cache_dir": "c"}),
+        "x.yaml: base: cache_dir may not stand next to sft: it belongs in it",
+    ),
+    "braces in a path": (
+        fixed(data={"dataset": "a{x}", "eval_dataset": "b"}),
+        "x.yaml: data: dataset: 'a{x}': Snakemake takes braces for wildcards: rename it",
+    ),
     "name of what is kept": (settings(study="published"), "x.yaml: study: 'published' should be a plain folder name"),
 }
 
@@ -480,6 +551,8 @@ def test_refusals(config: dict[str, Any], message: str):
     with pytest.raises(UserError) as refusal:
         Study(config, "x.yaml")
     assert str(refusal.value).startswith(message)
+    assert len(str(refusal.value)) < 500
+    assert len(str(refusal.value).splitlines()) == 1
 
 
 def test_an_arm_that_a_setting_breaks_is_named(monkeypatch: pytest.MonkeyPatch):
@@ -499,3 +572,87 @@ def test_an_arm_that_a_setting_breaks_is_named(monkeypatch: pytest.MonkeyPatch):
 def test_the_keys_that_a_study_sets_or_moves_are_run_keys():
     known = {field.name for field in dataclasses.fields(RunConfig)}
     assert set(study_module.BELONGS) | set(study_module.REFERENCE_KEYS) <= known
+
+
+HOSTILE = [
+    None, True, 0, -1, 2**53 + 1, 2**63, 10**5000, 1e300, math.nan, math.inf, "", "x", "../x", "{x}", "$\n;'\"",
+    "a" * 300, [], [[1]], [{}], [None], {}, {"a": 1}, {1: 2}, {None: 1}, datetime.date(2020, 1, 1), b"x", set(), ("a",),
+    "\ud800", list(range(100_000)), {"a" * 2**20: 1}, range(3),
+]  # fmt: skip
+
+
+def places(config: dict[str, Any], above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The way to every value of nested mappings."""
+    here = [(*above, key) for key in config]
+    return here + [
+        way for key, value in config.items() if isinstance(value, dict) for way in places(value, (*above, key))
+    ]
+
+
+def replaced(config: dict[str, Any], way: tuple[str, ...], value: Any) -> dict[str, Any]:
+    first, *rest = way
+    return config | {first: replaced(config[first], tuple(rest), value) if rest else value}
+
+
+WHOLE = {
+    "stages": ["rm", "dpo", "ppo"],
+    "idle_arms": "prove",
+    "prove_steps": 3,
+    "gpus_per_run": 1,
+    "environment": "cpu",
+}
+WHOLE |= {"arms": ["baseline", "disco-idle_beta-absent"], "common": {"learning_rate": 1.0}, "ppo": {"ppo_epochs": 2}}
+
+
+@pytest.mark.parametrize("make", [settings, fixed])
+def test_any_value_anywhere_is_a_study_or_is_refused_in_a_line(make):
+    config = make(**WHOLE, dpo={"pref_beta": 0.1})
+    refused = taken = 0
+    for way in places(config):
+        for value in HOSTILE:
+            try:
+                plan(Study(replaced(config, way, value), "x.yaml"))
+                taken += 1
+            except UserError as error:
+                refused += 1
+                assert str(error).startswith("x.yaml") and len(str(error)) < 600 and "\n" not in str(error)
+    assert refused > 10 * taken > 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "study: s\nseeds: 2020-01-01",
+        "- study",
+        "study: [",
+        "5",
+        "study: s\ndata: &a {x: *a}",
+        "? [1]\n: 2",
+        "\0",
+        "study: s: t",
+    ],
+)
+def test_a_config_that_is_none_ends_the_command_in_a_line(text, tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text(text)
+    assert cli.main(["plan", "--configfile", str(tmp_path / "x.yaml")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("discobeta: ") and len(message.splitlines()) <= 2
+
+
+def test_large_seeds_stay_what_they_are():
+    study = Study(settings(seeds=[2**53 + 1, 2**63 - 1], idle_arms="prove"))
+    for run in study.runs():
+        assert study.run_settings(run)["seed"] == study.config(run).seed == run.seed
+        assert f"/seed-{run.seed}" in str(run.directory)
+    assert study.draws() == ["seed-9007199254740993", "seed-9223372036854775807"]
+    assert study.prepare_settings("seed-9007199254740993")["seed"] == 2**53 + 1
+    assert '"seed": 9007199254740993' in study_module.as_text(study.config(study.runs()[0]).resolved())
+
+
+@pytest.mark.parametrize("make", [settings, fixed])
+def test_configs_of_later_seeds_are_what_checking_their_settings_gives(make):
+    data = {"dataset": ["a", "b"], "val_size": 0.1}
+    study = Study(make(**WHOLE | ({"data": data} if make is fixed else {})))
+    for run in study.runs():
+        config, _ = RunConfig.from_mapping(study.run_settings(run))
+        assert study.config(run) == config

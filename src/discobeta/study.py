@@ -485,6 +485,8 @@ class Study:
         if "sft" in base and not base["sft"]:
             raise UserError(f"{self._where}: base: sft: say what is trained (model_type, or model_name_or_path)")
         self.sft = _mapping(base.pop("sft", None), f"{self._where}: base: sft")
+        if self.sft and base:
+            raise UserError(f"{self._where}: base: {next(iter(base))} may not stand next to sft: it belongs in it")
         _check_paths(base, f"{self._where}: base")
         _check_paths(self.sft, f"{self._where}: base: sft")
         for key in ("stage", "output_dir", "overwrite_output_dir"):
