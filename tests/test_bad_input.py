@@ -163,6 +163,8 @@ HOSTILE = {
     "5,000 digits in quotes": (f"stage: dpo\nseed: '{'9' * 5000}'", "seed: '999"),
     "depth 3,000": (f"stage: {'[' * 3000}", "nested too deeply"),
     "a number by its tag": ("stage: dpo\nseed: !!int abc", "is not valid YAML: invalid literal for int()"),
+    "a date by its tag": ("stage: dpo\nseed: !!timestamp x", "is not valid YAML: AttributeError"),
+    "a truth by its tag": ("stage: dpo\nbf16: !!bool maybe", "is not valid YAML: KeyError"),
     "code by its tag": ("stage: !!python/object/apply:os.system [echo]", "could not determine a constructor"),
     "bytes": ("stage: dpo\nrun_name: !!binary aGk=", "b'hi' is neither text nor a number"),
     "a set": ("stage: dpo\nrun_name: !!set {a, b}", "is neither text nor a number"),

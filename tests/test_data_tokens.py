@@ -128,6 +128,7 @@ FAILING = {
     "{{ 1 / 0 }}": "division by zero",
     "{{ messages[0].content + 1 }}": "can only concatenate str",
     "{{ messages.nothing.at_all }}": "has no attribute 'nothing'",
+    "{{ 'a' * 2000000 }}": "it makes 2,000,000 characters of a row",
     "{{ [].pop() }}": "is unsafe",
     "{{ messages.__class__.__mro__ }}": "is unsafe",
     "{% for i in range(1000000) %}{% endfor %}": "Range too big",

@@ -108,6 +108,7 @@ def test_a_policy_whose_reward_model_was_trained_again_is_refused(run):
             "has the weight model.layers.2.mlp",
         ),
         ({"model__norm__weight": lambda w: torch.ones(16)}, r"model.norm.weight is \(16,\) in its files, and \(32,\)"),
+        ({"model__norm__weight": lambda w: w.to(torch.int32)}, "model.norm.weight holds integers"),
         ({"model__norm__weight": lambda w: w.index_fill(0, torch.tensor([3]), torch.nan)}, "not finite"),
     ],
 )

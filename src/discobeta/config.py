@@ -328,7 +328,9 @@ def parse_yaml(text: str) -> Any:
         raise UserError(f"is not valid YAML: {shorten(' '.join(str(error).split()))}") from None
     except RecursionError:
         raise UserError("is not valid YAML: nested too deeply, or in itself") from None
-    except (ValueError, OverflowError, TypeError) as error:  # of a constructor: !!int abc, a number of 5,000 digits
+    except UserError:
+        raise
+    except Exception as error:  # of a constructor: !!int abc, !!timestamp x, !!bool maybe, a number of 5,000 digits
         raise UserError(f"is not valid YAML: {first_line(error)}") from None
     return value
 

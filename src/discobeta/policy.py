@@ -48,7 +48,7 @@ def load_causal_lm(config: RunConfig) -> PreTrainedModel:
             config.model_name_or_path, ignore_mismatched_sizes=True, output_loading_info=True,
             **_hub(config), **_weights(config),
         )  # fmt: skip
-    _check_weights(model, config.model_name_or_path, info)
+    _check_weights(model, config, info)
     _check_head(model, config.model_name_or_path)
     return model
 
@@ -71,7 +71,7 @@ def load_scorer(config: RunConfig, *, must_have_score: bool = False) -> PreTrain
         raise UserError(f"{name}: {type(model).__name__} has no linear `score`")
     if any(key.startswith("score") for key, *_ in info["mismatched_keys"]):
         raise UserError(f"{name} has a `score` of another size than a reward model's, which has one output")
-    _check_weights(model, name, info, fresh="score.")
+    _check_weights(model, config, info, fresh="score.")
     model.score.float()
     if any(key.startswith("score.") for key in info["missing_keys"]):
         if must_have_score:
@@ -399,12 +399,13 @@ def _loading(config: RunConfig, what: str):
         logging.set_verbosity(verbosity)
 
 
-def _check_weights(model: PreTrainedModel, name: str, info: dict, *, fresh: str = "") -> None:
-    """Refuse a model some of whose weights are not those of its files: absent, of another size, left over, or NaN.
+def _check_weights(model: PreTrainedModel, config: RunConfig, info: dict, *, fresh: str = "") -> None:
+    """Refuse a model some of whose weights are not as in its files: absent, left over, of another size, integers, NaN.
 
     info: transformers' loading info. fresh: prefix of weights that may be new. What is left over counts if the trunk
     would compute with it (a layer more than config.json says); another head than the one in use does not.
     """
+    name = config.model_name_or_path
     missing = sorted(key for key in info["missing_keys"] if not (fresh and key.startswith(fresh)))
     if missing:
         raise UserError(f"{name} lacks the weight {missing[0]}{_and_more(missing)}: its files are not whole")
@@ -417,12 +418,27 @@ def _check_weights(model: PreTrainedModel, name: str, info: dict, *, fresh: str 
     )
     if extra:
         raise UserError(f"{name} has the weight {extra[0]}{_and_more(extra)}, for which its config.json has no place")
+    if integer := _integer_weight(folder_of(name, "config.json", config, "model_name_or_path")):
+        raise UserError(f"{name}: the weight {integer} holds integers: quantised bases are not supported")
     if bad := non_finite(model):
         raise UserError(f"{name}: the weight {bad} holds numbers that are not finite (NaN or infinity)")
 
 
 def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _integer_weight(folder: Path) -> str | None:
+    """The first weight of the folder's files that is not stored in floating point; transformers casts it in silence."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                is_floating = tensors.get_slice(name).get_dtype().removeprefix("B").startswith("F")
+                if not is_floating and name.endswith("weight"):
+                    return name
+    return None
 
 
 @torch.no_grad()

@@ -32,6 +32,8 @@ LAYOUT = 2
 AGAIN = "delete the folder and it is made again"
 LONGEST_RENDERING = 5.0
 """Seconds of computing that a chat template may take for one row: templates can loop. A usual one takes 1 ms."""
+MOST_ADDED = 1_000_000
+"""Characters that a chat template may make of an empty row."""
 CHUNK = 1000
 QUIET_BELOW = 5000
 """Rows; fewer take a moment and get no progress bar."""
@@ -387,6 +389,8 @@ def _apply_template(
         )
         if not isinstance(text, str):
             raise TypeError(f"it gives a {type(text).__name__} and no text")
+        if len(text) > MOST_ADDED + 100 * sum(len(message["content"]) for message in messages):
+            raise ValueError(f"it makes {len(text):,} characters of a row")
     except Exception as error:  # a template is a program that came with the tokenizer
         raise Unusable(Reason.TEMPLATE_REFUSED) from error
     return text
