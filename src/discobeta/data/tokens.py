@@ -616,6 +616,7 @@ def _write(data: TokenisedData, recipe: dict[str, Any], folder: Path) -> None:
         {
             "made_from": recipe,
             "counts": {part: len(rows) for part, rows in data.parts().items()},
+            "keys": {part: rows.key() for part, rows in data.parts().items()},
             "files": {part: files.sha256(folder / f"{part}.parquet") for part in data.parts()},
             "report": data.report,
         },
