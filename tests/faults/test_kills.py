@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "prepare": (["prepare", "full.yaml"], ["shared/tokens"]),
     "reference": (["reference", "full.yaml"], ["shared/reference"]),
     "evaluate": (["evaluate", "runs/dpo"], []),
-    "tables": (["tables", *STUDY], ["results/tiny/tables/rm"]),
+    "tables": (["tables", *STUDY], []),
     "figures": (["figures", *STUDY], []),
     "corpus": (["world", "corpus", "--output", "world", "--sft-examples", "64"], ["world"]),
     "pairs": (["world", "pairs", "--world", "world", "--base", "world-base", "--output", "pairs", "--train", "8"]
