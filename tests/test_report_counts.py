@@ -119,7 +119,7 @@ def test_the_run_of_another_learning_rate_whose_provenance_is_gone_is_in_no_mean
 
 
 @pytest.mark.parametrize("command", ["report", "tables", "figures"])
-def test_strict_writes_nothing_unless_every_run_counts(command):
+def test_strict_writes_nothing_unless_every_run_counts(command, capsys):
     made = Study(SETTINGS | {"idle_arms": "prove", "arms": [*ARMS, "disco-idle_beta-absent"]})
     Path("study.yaml").write_text(yaml.safe_dump(made.settings))
     for run in made.runs():
@@ -131,6 +131,12 @@ def test_strict_writes_nothing_unless_every_run_counts(command):
     assert cli.main(words) == 2
     assert {path.name for path in made.directory.iterdir()} == {"runs"}
     (proof / "log.jsonl").write_bytes(kept)
+    weights = proof / "adapter" / "adapter_model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1])
+    assert cli.main(words) == 2 and "adapter_model.safetensors was changed" in capsys.readouterr().err
+    assert {path.name for path in made.directory.iterdir()} == {"runs"}
+    weights.write_bytes(kept)
     assert cli.main(words) == 0
     assert {path.name for path in made.directory.iterdir()} >= {"runs"} | ({command} - {"report"})
 

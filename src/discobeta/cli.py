@@ -285,7 +285,7 @@ def figures(arguments: argparse.Namespace) -> None:
 def _results(arguments: argparse.Namespace, *, curves: bool):
     from discobeta.report.collect import Results
 
-    results = Results(_study(arguments), curves=curves)
+    results = Results(_study(arguments), curves=curves, weights=arguments.strict)
     if arguments.strict:
         results.require_all()
     return results

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from discobeta import __version__, files, identity
+from discobeta import __version__, files, identity, lock
 from discobeta.config import RunConfig, read_yaml, write_yaml
 from discobeta.errors import UserError, shown
 
@@ -238,7 +238,8 @@ def _checkpoints(directory: Path) -> bool:
 
 def has_leftovers(directory: Path) -> bool:
     """Whether a kill has left something in a finished run that `remove_checkpoints` would clear away."""
-    return os.path.lexists(directory / "checkpoints") or any(".partial-" in name for name in os.listdir(directory))
+    names = os.listdir(directory)
+    return {"checkpoints", lock.NAME} & set(names) or any(".partial-" in name or ".before-" in name for name in names)
 
 
 def remove_checkpoints(directory: Path) -> None:
@@ -423,18 +424,18 @@ def measurement_fault(directory: Path) -> str | None:
     return None
 
 
-def fault(directory: Path, wanted: RunConfig) -> str | None:
+def fault(directory: Path, wanted: RunConfig, *, weights: bool = False) -> str | None:
     """Why `directory` does not hold the finished run `wanted`, in a few words; None if it does.
 
-    Weights are not read.
+    weights: whether weight files are read too.
     """
     directory = Path(directory)
     if not (directory / "provenance.json").exists():
         return "not finished" if (directory / "log.jsonl").exists() else "not trained"
     try:
-        if read_facts(directory, weights=False).get("settings") == settings_hash(wanted):
+        if read_facts(directory, weights=weights).get("settings") == settings_hash(wanted):
             return None  # config.yaml is what it was, by its sha256, and thirty times as slow to read
-        found = read(directory, weights=False)
+        found = read(directory, weights=weights)
     except UserError as error:
         return f"damaged: {error}"
     if different := difference(found.config.resolved(), wanted.replace(trust_remote_code=False).resolved()):

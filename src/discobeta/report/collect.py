@@ -61,13 +61,13 @@ class Found:
 class Results:
     """The runs of a study as they stand on the disk now, each read once.
 
-    curves: read logs and examples too, which figures draw.
+    curves: read logs and examples too, which figures draw. weights: look whether weight files are undamaged too.
     """
 
-    def __init__(self, study: Study, *, curves: bool = False) -> None:
+    def __init__(self, study: Study, *, curves: bool = False, weights: bool = False) -> None:
         self.study = study
         self.base: dict[str, str] | None = None  # the base's and the tokenizer's hash, if they are to be found
-        self.found = {run: _read(study, run, curves) for run in study.runs()}
+        self.found = {run: _read(study, run, curves, weights) for run in study.runs()}
         self._check_world()
         self._check_base()
         self._check_rows()
@@ -238,11 +238,11 @@ def collect(results: Results) -> pd.DataFrame:
 # --- reading one run: whatever a file of it holds, the outcome is a Found
 
 
-def _read(study: Study, run: Run, curves: bool) -> Found:
+def _read(study: Study, run: Run, curves: bool, weights: bool) -> Found:
     directory = run.directory
     try:
         with telling("unreadable"):
-            if fault := record.fault(directory, study.config(run)):
+            if fault := record.fault(directory, study.config(run), weights=weights):
                 return Found(_named(fault, directory))
             found = Found(facts=files.read_sealed(directory / "provenance.json"))
             if (directory / "cost.json").exists():
