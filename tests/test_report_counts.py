@@ -141,6 +141,22 @@ def test_strict_writes_nothing_unless_every_run_counts(command, capsys):
     assert {path.name for path in made.directory.iterdir()} >= {"runs"} | ({command} - {"report"})
 
 
+@pytest.mark.parametrize("name", ["tables/dpo.csv", "tables/config.yaml", "figures/learning-curves-dpo.svg"])
+def test_somebodys_files_with_the_names_of_ours_stay(name, capsys):
+    made = Study(SETTINGS)
+    Path("study.yaml").write_text(yaml.safe_dump(made.settings))
+    for run in made.runs():
+        finish(made, run, measured(run))
+    path = made.directory / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    words = [path.parent.name, "--configfile", "study.yaml"]
+    assert cli.main(words) == 2 and "discobeta has not written it" in capsys.readouterr().err
+    assert [other.name for other in path.parent.iterdir()] == [path.name] and path.read_text() == "mine"
+    path.unlink()
+    assert cli.main(words) == 0 and cli.main(words) == 0
+
+
 # --- what makes a run another one than the study's
 
 

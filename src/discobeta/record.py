@@ -154,6 +154,15 @@ def write_mark(directory: Path, made_by: str, parts: list[str]) -> None:
     files.write_sealed(directory / MARK, {"made_by": made_by, "parts": sorted(parts)})
 
 
+def claim(folder: Path, made_by: str, names: Iterable[str]) -> None:
+    """Mark these files of `folder` as ours, to be written; refuse where somebody else's have their names."""
+    ours = set((mark_of(folder) or {}).get("parts", []))
+    for name in sorted(set(names) - ours):
+        if os.path.lexists(folder / name):
+            raise UserError(f"{folder / name} is there, and discobeta has not written it; move it away")
+    write_mark(folder, made_by, sorted(ours.union(names)))
+
+
 def check_replaceable(folder: Path, key: str) -> None:
     """Refuse a folder that is to be replaced as a whole and holds what this package did not write.
 
