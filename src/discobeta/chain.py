@@ -60,3 +60,14 @@ def _check_beta_head(config: RunConfig, directory: Path) -> None:
             f"beta_head: {directory} was trained on another base than {config.model_name_or_path}, and its Beta Head "
             "reads other hidden states"
         )
+
+
+def hashes(config: RunConfig) -> dict[str, str]:
+    """Run key -> sha256 of what it names among our runs, as it is now."""
+    known, judge = {}, Path(config.reward_model)
+    if (judge / "config.yaml").exists():
+        parts = (judge / "adapter", judge / "model")
+        known["reward_model"] = identity.folders_hash(*(part for part in parts if part.exists()))
+    if config.beta_head and config.arm.beta is not State.ABSENT:
+        known["beta_head"] = identity.file_hash(Path(config.beta_head) / "heads.safetensors")
+    return known

@@ -23,10 +23,8 @@ from discobeta.config import RunConfig
 from discobeta.data.batches import Batch, EndlessSchedule, Pairs, longest_first, pack
 from discobeta.data.tokens import Rows
 from discobeta.errors import UserError
-from discobeta.flags import State
 from discobeta.generation import generate, has_ended, stop_ids
 from discobeta.heads import WIDTH, Heads, full_precision
-from discobeta.identity import file_hash, folders_hash
 from discobeta.policy import (
     at,
     check_context,
@@ -171,14 +169,7 @@ class ProximalPolicy(Stage):
 
     @classmethod
     def read_of_others(cls, config: RunConfig) -> dict[str, str]:
-        known, judge = {}, Path(config.reward_model)
-        if (judge / "config.yaml").exists():
-            known["reward_model"] = folders_hash(
-                *(part for part in (judge / "adapter", judge / "model") if part.exists())
-            )
-        if config.beta_head and config.arm.beta is not State.ABSENT:
-            known["beta_head"] = file_hash(Path(config.beta_head) / "heads.safetensors")
-        return known
+        return chain.hashes(config)
 
     def facts(self) -> dict[str, str]:
         return {**self.read_of_others(self.config), "reward_model": self.reward_fingerprint}
