@@ -243,7 +243,7 @@ def test_what_is_ignored_is_said_once_with_its_reason():
     _, notes = parsed(template="llama3", ddp_timeout=180000000, enable_thinking=True, use_swanlab=False, packing=False)
     assert [note.partition(" ")[0] for note in notes] == ["template", "ddp_timeout", "enable_thinking", "use_swanlab"]
     assert "tokenizer's own chat template" in notes[0] and "Assistant:" in notes[0]
-    assert "responses without thoughts, and ppo's, get the template's empty thought" in notes[2]
+    assert "without thoughts, and in ppo, the template's empty thought stands in the prompt" in notes[2]
 
 
 # --- values

@@ -17,7 +17,8 @@ NEUTRAL = (None, False, 0, "", "none", [], {})
 
 _IGNORED_BECAUSE = {
     "the tokenizer's own chat template is used, and without one the form '\\n\\nHuman: … \\n\\nAssistant:'": "template",
-    "each row decides: responses without thoughts, and ppo's, get the template's empty thought, in the prompt": "enable_thinking",
+    "each row decides: without thoughts, and in ppo, the template's empty thought stands in the prompt": """
+        enable_thinking""",
     "`discobeta train` trains, whatever this says": "do_train",
     "what is measured depends on eval_dataset, val_size, eval_strategy and num_eval_generations": """
         do_eval do_predict predict_with_generate compute_accuracy eval_delay eval_on_start prediction_loss_only
