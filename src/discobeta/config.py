@@ -342,13 +342,13 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
         if not sign or not name:
             raise UserError(f"--set {shorten(word, 80)}: write key=value")
         try:
-            settings[name.strip()] = _as_written(value)
+            settings[name.strip()] = as_written(value)
         except UserError as error:
             raise UserError(f"--set {shorten(word, 80)}: the value {error}") from None
     return settings
 
 
-def _as_written(text: str) -> Any:
+def as_written(text: str) -> Any:
     """A number, true, false, null, a quoted text or a `[list]` or `{mapping}`; else the text, all of it.
 
     YAML itself would drop a comment (`a #b`), an anchor (`&a b`) or a line's end, and see a list in `- a`.
