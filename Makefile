@@ -1,6 +1,6 @@
 # make ablation     the whole study on the embedded world, from nothing to tables (minutes on two cores)
 # make test         the tests                    make lint      style of code and workflow
-# make test-kernels the numeric tests, with each of the kernels (plain, AVX2, AVX-512) that this processor can run
+# make test-kernels the numeric tests again, with the lesser kernels (plain, AVX2) that this processor can run
 # make smoke        a study in small, for real   make dry-run   every shipped study, planned only
 # make slurm-test   the same on a real Slurm of one node, which is installed, started and removed (root, Debian)
 # make test-faults  kills and hostile inputs, an hour of them on two cores; FAULTS=0.1: a tenth
@@ -42,9 +42,10 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(RUN) p
 test: $(READY)
 	$(PYTEST) --numprocesses auto
 
-# torch takes the best kernels that the processor has, unless told to take lesser ones; each rounds in its own way.
+# torch takes the best kernels that the processor has, as in `make test`, unless told to take lesser ones; each rounds
+# in its own way.
 KERNELS := import torch; best = torch.backends.cpu.get_cpu_capability().lower(); of_x86 = ["default", "avx2", "avx512"]; \
-	print(*(of_x86[: of_x86.index(best) + 1] if best in of_x86 else ["default"]))
+	print(*(of_x86[: of_x86.index(best)] if best in of_x86 else []))
 test-kernels: $(READY)
 	@all=$$(env -u ATEN_CPU_CAPABILITY $(RUN) python -c '$(KERNELS)') && for kernels in $$all; do \
 		echo "=== $$kernels kernels"; \

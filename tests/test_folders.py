@@ -233,6 +233,14 @@ def test_a_finished_run_is_cleared_of_what_a_kill_left(run):
     (path / "checkpoints" / "step-2.pt").touch()
     run("dpo", save_steps=2)
     assert not (path / "checkpoints").exists()
+    dead = subprocess.run(
+        [sys.executable, "-c", "from discobeta import lock; import json; print(json.dumps(lock._me()))"],
+        capture_output=True,
+        text=True,
+    )
+    (path / lock.NAME).write_text(dead.stdout)
+    run("dpo", save_steps=2)
+    assert not (path / lock.NAME).exists()
 
 
 def test_a_damaged_checkpoint_is_set_aside(run, capsys, monkeypatch):

@@ -11,6 +11,7 @@ import time
 import pytest
 import yaml
 
+from discobeta import record
 from discobeta.errors import UserError
 from discobeta.launch import train
 from discobeta.study import Study
@@ -78,6 +79,8 @@ def test_two_processes_resume(command, tmp_path):
     assert not (tmp_path / "killed" / "provenance.json").exists()
     (tmp_path / "alone").mkdir()
     shutil.copytree(tmp_path / "killed" / "checkpoints", tmp_path / "alone" / "checkpoints")
+    for name in (record.MARK, "config.yaml"):
+        shutil.copy(tmp_path / "killed" / name, tmp_path / "alone" / name)
     alone = subprocess.run(command("alone", 1, **changes), env=ENVIRONMENT, capture_output=True, text=True)
     assert alone.returncode == 0 and "is of other settings" in alone.stdout  # its steps would have other rows
     again = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True)

@@ -10,6 +10,7 @@ from report_study import FACTS, evaluate, finish, reseal, results, rewrite, stud
 
 from discobeta import cli, files, identity, report
 from discobeta.config import RunConfig
+from discobeta.data.sources import contents_hash
 from discobeta.report import figures, tables
 from discobeta.report.collect import provenance
 from discobeta.report.render import escape, markdown
@@ -118,7 +119,7 @@ def test_the_run_of_another_learning_rate_whose_provenance_is_gone_is_in_no_mean
 
 
 @pytest.mark.parametrize("command", ["report", "tables", "figures"])
-def test_strict_writes_nothing_unless_every_run_counts(command):
+def test_strict_writes_nothing_unless_every_run_counts(command, capsys):
     made = Study(SETTINGS | {"idle_arms": "prove", "arms": [*ARMS, "disco-idle_beta-absent"]})
     Path("study.yaml").write_text(yaml.safe_dump(made.settings))
     for run in made.runs():
@@ -130,8 +131,30 @@ def test_strict_writes_nothing_unless_every_run_counts(command):
     assert cli.main(words) == 2
     assert {path.name for path in made.directory.iterdir()} == {"runs"}
     (proof / "log.jsonl").write_bytes(kept)
+    weights = proof / "adapter" / "adapter_model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1])
+    assert cli.main(words) == 2 and "adapter_model.safetensors was changed" in capsys.readouterr().err
+    assert {path.name for path in made.directory.iterdir()} == {"runs"}
+    weights.write_bytes(kept)
     assert cli.main(words) == 0
     assert {path.name for path in made.directory.iterdir()} >= {"runs"} | ({command} - {"report"})
+
+
+@pytest.mark.parametrize("name", ["tables/dpo.csv", "tables/config.yaml", "figures/learning-curves-dpo.svg"])
+def test_somebodys_files_with_the_names_of_ours_stay(name, capsys):
+    made = Study(SETTINGS)
+    Path("study.yaml").write_text(yaml.safe_dump(made.settings))
+    for run in made.runs():
+        finish(made, run, measured(run))
+    path = made.directory / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    words = [path.parent.name, "--configfile", "study.yaml"]
+    assert cli.main(words) == 2 and "discobeta has not written it" in capsys.readouterr().err
+    assert [other.name for other in path.parent.iterdir()] == [path.name] and path.read_text() == "mine"
+    path.unlink()
+    assert cli.main(words) == 0 and cli.main(words) == 0
 
 
 # --- what makes a run another one than the study's
@@ -235,6 +258,46 @@ def test_runs_whose_rows_cannot_be_told_are_stale(content):
     (made.tokens("all") / "tokens.json").write_text(content)
     (reason,) = {found.absence for found in results(made).found.values()}
     assert reason == "stale (there are no rows in results/fixture/shared/data/all/tokens)"
+
+
+def test_runs_on_a_data_set_that_has_changed_are_stale():
+    made = Study(SETTINGS)
+    Path("rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    Path("held-out.jsonl").write_text('{"prompt": "d", "chosen": "e", "rejected": "f"}\n')
+    now = contents_hash(made.config(made.runs()[0]))
+    for run in made.runs():
+        finish(made, run, measured(run), sources=now)
+    assert {found.absence for found in results(made).found.values()} == {None}
+    Path("held-out.jsonl").write_text('{"prompt": "d", "chosen": "e", "rejected": "g"}\n')
+    assert {found.absence for found in results(made).found.values()} == {"stale (dataset has changed)"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"train": 64}, "stale (pairs.json: train: 9600 there, 64 here)"),
+        ({"noise": "homoscedastic"}, "stale (world.json: noise: 'heteroscedastic' there, 'homoscedastic' here)"),
+        ({"seed": 2}, "stale (world.json: seed: 1 there, 2 here)"),
+    ],
+)
+def test_runs_of_another_world_are_stale(changes, reason):
+    """Run configs hold paths of the world's rows and nothing of the world."""
+    settings = SETTINGS | {"data": {"world": {}}, "base": {"sft": {"model_type": "qwen3"}}}
+    made = Study(settings)
+    for run in made.runs():
+        finish(made, run, measured(run))
+    world = made.world_directory / "world.json"
+    files.write_sealed(world, {"seed": 1, "sft_examples": 6000, "noise": "heteroscedastic"})
+    for seed in made.seeds:
+        pairs = {"seed": seed, "train": 9600, "evaluation": 1600, "world": files.sha256(world)}
+        files.write_sealed(made.pairs(f"seed-{seed}") / "pairs.json", pairs)
+    assert {found.absence for found in results(made).found.values()} == {None}
+    assert {found.absence for found in results(Study(settings | {"data": {"world": changes}})).found.values()} == {
+        reason
+    }
+    files.write_sealed(made.pairs("seed-2") / "pairs.json", pairs | {"seed": 2, "world": "0" * 64})
+    stale = {run.seed for run, found in results(made).found.items() if found.absence}
+    assert stale == {2}
 
 
 # --- ppo reads other runs

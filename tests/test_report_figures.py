@@ -198,7 +198,7 @@ def test_reward_by_noise_without_sampled_responses_says_missing():
 def test_figures_of_a_study_with_ppo():
     made = study(arms=["baseline"], **WORLD)
     figures.write(results(made))
-    names = {path.stem for path in (made.directory / "figures").iterdir()}
+    names = {path.stem for path in (made.directory / "figures").glob("[!.]*")}
     assert names == {f"{name}-{stage}" for stage in ("rm", "dpo") for name in ("learning-curves", "reliability")} | {
         "learning-curves-ppo",
         "reward-by-noise-ppo",
@@ -214,12 +214,12 @@ def test_figures_are_files_that_do_not_change_when_they_are_drawn_again():
         finish(made, run, {"ece": 0.1}, log=log_of(run.seed))
     folder = made.directory / "figures"
     figures.write(results(made))
-    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    first = {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
     assert sorted(first) == sorted(
         f"{name}-dpo.{ending}" for name in ("learning-curves", "reliability") for ending in ("pdf", "svg", "png")
     )
     figures.write(results(made))
-    assert first == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert first == {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
 
 
 def test_loss_curve_of_one_run(tmp_path):

@@ -346,7 +346,7 @@ ELSEWHERE = {
     "train_dpo": {"data/tokens", "data/formats", "data/sources", "metrics"},
     "train_ppo": {"data/tokens", "data/formats", "data/sources", "metrics"},
     "reference": {"data/tokens", "seeds"},
-    "world_pairs": {"policy", "data/tokens"},
+    "world_pairs": {"policy", "data/tokens", "data/sources"},
     "prepare": {"metrics"},
     "sft": {"policy", "metrics"},
     "evaluate": {

@@ -52,8 +52,9 @@ def _say(error: Exception) -> None:
     """One line for whatever went wrong. What is no UserError was not foreseen, and its traceback can be asked for."""
     if os.environ.get("DISCOBETA_TRACEBACK"):
         traceback.print_exception(error)
-    if not _is_main_process():  # the first process has the same to say, and ends this one
-        time.sleep(3)
+    is_main = _is_main_process()
+    if "RANK" in os.environ and not (is_main and isinstance(error, UserError)):
+        time.sleep(1.5 if is_main else 3)  # another process has this to say, and what started them ends the others
     if isinstance(error, UserError):
         text = str(error)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -284,7 +285,7 @@ def figures(arguments: argparse.Namespace) -> None:
 def _results(arguments: argparse.Namespace, *, curves: bool):
     from discobeta.report.collect import Results
 
-    results = Results(_study(arguments), curves=curves)
+    results = Results(_study(arguments), curves=curves, weights=arguments.strict)
     if arguments.strict:
         results.require_all()
     return results

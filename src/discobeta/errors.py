@@ -28,8 +28,10 @@ def telling(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"{what}: {first_line(error)}") from error
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # of what is written in Rust
+            raise UserError(f"{what}: {first_line(error)}") from error
+        raise
 
 
 def first_line(error: BaseException) -> str:

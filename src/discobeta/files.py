@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from discobeta import processes
-from discobeta.errors import UserError
+from discobeta.errors import UserError, shorten
 
 
 @contextmanager
@@ -161,6 +162,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 def sha256(path: str | Path) -> str:
     """Of a file's content, in hexadecimal."""
+    check_regular(path)
     try:
         with Path(path).open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -168,7 +170,20 @@ def sha256(path: str | Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
+def check_regular(path: str | Path) -> None:
+    """Refuse what is there and is no file with an end: a directory, a pipe, a device."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: not even a name
+        return
+    except OSError as error:
+        raise UserError(f"cannot read {shorten(str(path), 80)}: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is not a regular file")
+
+
 def read_json(path: str | Path) -> Any:
+    check_regular(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:

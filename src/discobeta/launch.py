@@ -122,7 +122,9 @@ def _work(parent: int, words: list[str]) -> int:
         return 128 + signal.SIGTERM
     from discobeta import cli
 
-    return cli.main(words)
+    status = cli.main(words)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is held any more: no exception while Python takes its leave
+    return status
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from discobeta import __version__, files, identity
+from discobeta import __version__, files, identity, lock
 from discobeta.config import RunConfig, read_yaml, write_yaml
 from discobeta.errors import UserError, shown
 
@@ -154,6 +154,15 @@ def write_mark(directory: Path, made_by: str, parts: list[str]) -> None:
     files.write_sealed(directory / MARK, {"made_by": made_by, "parts": sorted(parts)})
 
 
+def claim(folder: Path, made_by: str, names: Iterable[str]) -> None:
+    """Mark these files of `folder` as ours, to be written; refuse where somebody else's have their names."""
+    ours = set((mark_of(folder) or {}).get("parts", []))
+    for name in sorted(set(names) - ours):
+        if os.path.lexists(folder / name):
+            raise UserError(f"{folder / name} is there, and discobeta has not written it; move it away")
+    write_mark(folder, made_by, sorted(ours.union(names)))
+
+
 def check_replaceable(folder: Path, key: str) -> None:
     """Refuse a folder that is to be replaced as a whole and holds what this package did not write.
 
@@ -251,7 +260,8 @@ def named_checkpoint(config: RunConfig) -> Path | None:
 
 def has_leftovers(directory: Path) -> bool:
     """Whether a kill has left something in a finished run that `remove_checkpoints` would clear away."""
-    return os.path.lexists(directory / "checkpoints") or any(".partial-" in name for name in os.listdir(directory))
+    names = os.listdir(directory)
+    return {"checkpoints", lock.NAME} & set(names) or any(".partial-" in name or ".before-" in name for name in names)
 
 
 def remove_checkpoints(directory: Path) -> None:
@@ -436,18 +446,18 @@ def measurement_fault(directory: Path) -> str | None:
     return None
 
 
-def fault(directory: Path, wanted: RunConfig) -> str | None:
+def fault(directory: Path, wanted: RunConfig, *, weights: bool = False) -> str | None:
     """Why `directory` does not hold the finished run `wanted`, in a few words; None if it does.
 
-    Weights are not read.
+    weights: whether weight files are read too.
     """
     directory = Path(directory)
     if not (directory / "provenance.json").exists():
         return "not finished" if (directory / "log.jsonl").exists() else "not trained"
     try:
-        if read_facts(directory, weights=False).get("settings") == settings_hash(wanted):
+        if read_facts(directory, weights=weights).get("settings") == settings_hash(wanted):
             return None  # config.yaml is what it was, by its sha256, and thirty times as slow to read
-        found = read(directory, weights=False)
+        found = read(directory, weights=weights)
     except UserError as error:
         return f"damaged: {error}"
     if different := difference(found.config.resolved(), wanted.replace(trust_remote_code=False).resolved()):

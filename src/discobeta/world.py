@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from discobeta import files, identity
-from discobeta.data.sources import check_regular
 from discobeta.errors import UserError
+from discobeta.files import check_regular
 from discobeta.seeds import derive, generator, uniforms
 
 if TYPE_CHECKING:

@@ -63,16 +63,8 @@ WORLD_BASE = {
 }  # fmt: skip
 
 
-class Place:
-    """A folder in which commands run. `fresh` gives copies of a template, which itself is never changed."""
-
-    def __init__(self, template: Path, folder: Path):
-        self.template, self.folder = template, folder
-
-    def fresh(self) -> Path:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        shutil.copytree(self.template, self.folder, symlinks=True)
-        return self.folder
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name != "test_study.py")  # the longest first
 
 
 def done(words, folder: Path) -> harness.Outcome:
@@ -115,11 +107,18 @@ def finished(inputs, tmp_path_factory) -> Path:
 
 
 def _train_study() -> None:
+    """What Snakemake would have run, short of the tables."""
+    from discobeta.config import RunConfig
+    from discobeta.data.tokens import load_or_tokenise
     from discobeta.evaluate import evaluate
+    from discobeta.policy import load_tokenizer
     from discobeta.study import Study
     from discobeta.train import train
 
     study = Study.read(["study.yaml"], [])
+    for draw in study.draws():
+        config, _ = RunConfig.from_mapping(study.prepare_settings(draw))
+        load_or_tokenise(config, load_tokenizer(config))
     for run in study.runs():
         train(study.config(run))
         evaluate(study.config(run).output_dir)

@@ -6,7 +6,7 @@ of torch ever starts in it), and forks for each command. The kernel then gives e
 
 from __future__ import annotations
 
-import errno
+import fcntl
 import hashlib
 import importlib
 import json
@@ -16,7 +16,6 @@ import select
 import signal
 import stat
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -80,18 +79,19 @@ def run(
     limit: float = 60.0,
     kill_after: tuple[float, int] | None = None,
     largest_file: int | None = None,
-    stdin: bytes = b"",
 ) -> Outcome:
     """`discobeta WORDS` (or a function) in `folder`. limit: seconds, after which it is said to hang.
 
     kill_after: (seconds, signal).
     """
-    return start(words, folder, fault, largest_file=largest_file, stdin=stdin).wait(limit, kill_after)
+    return start(words, folder, fault, largest_file=largest_file).wait(limit, kill_after)
 
 
 class Child:
-    def __init__(self, number: int, log: Path, started: float):
-        self.number, self.log, self.started = number, log, started
+    """A command that runs. What it prints and does goes through pipes: a limit on its files is none on them."""
+
+    def __init__(self, number: int, printed: int, done: int, started: float):
+        self.number, self.printed, self.done, self.started = number, printed, done, started
         self.handle = os.pidfd_open(number)
 
     def wait(self, limit: float, kill_after: tuple[float, int] | None = None) -> Outcome:
@@ -104,16 +104,29 @@ class Child:
         _, code = os.waitpid(self.number, 0)
         os.close(self.handle)
         seconds = time.monotonic() - self.started
-        output = self.log.read_text(errors="replace")
-        operations = self.log.with_suffix(".operations")
-        told = operations.read_text(errors="surrogateescape").splitlines() if operations.exists() else []
-        self.log.unlink()
-        operations.unlink(missing_ok=True)
-        return Outcome(os.waitstatus_to_exitcode(code), output, seconds, told, hung)
+        output, operations = (_drained(pipe) for pipe in (self.printed, self.done))
+        return Outcome(os.waitstatus_to_exitcode(code), output, seconds, operations.splitlines(), hung)
 
     def ends_within(self, seconds: float) -> bool:
         ready, _, _ = select.select([self.handle], [], [], max(0.0, self.started + seconds - time.monotonic()))
         return bool(ready)
+
+
+def _pipe() -> tuple[int, int]:
+    """Both ends of a pipe that holds all that a well-behaved command has to say."""
+    ends = os.pipe()
+    fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 1 << 20)
+    return ends
+
+
+def _drained(pipe: int) -> str:
+    os.set_blocking(pipe, False)
+    content = b""
+    with suppress(BlockingIOError):  # somebody whom the command has left behind holds the other end
+        while part := os.read(pipe, 1 << 20):
+            content += part
+    os.close(pipe)
+    return content.decode(errors="replace")
 
 
 def start(
@@ -122,19 +135,18 @@ def start(
     fault: Fault | None = None,
     *,
     largest_file: int | None = None,
-    stdin: bytes = b"",
 ) -> Child:
-    number, name = tempfile.mkstemp(prefix="faults-")
-    os.close(number)
-    log, started = Path(name), time.monotonic()
+    printed, done, started = _pipe(), _pipe(), time.monotonic()
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child:
-        return Child(child, log, started)
+        os.close(printed[1])
+        os.close(done[1])
+        return Child(child, printed[0], done[0], started)
     status = 70
     try:
-        _become(folder, log, fault, largest_file, stdin)
+        _become(folder, printed[1], done[1], fault, largest_file)
         record.STARTED = time.monotonic()
         try:
             status = (cli.main(words) if isinstance(words, list) else words()) or 0
@@ -151,33 +163,28 @@ def start(
         os._exit(status)
 
 
-def _become(folder: Path, log: Path, fault: Fault | None, largest_file: int | None, stdin: bytes) -> None:
+def _become(folder: Path, printed: int, done: int, fault: Fault | None, largest_file: int | None) -> None:
     """A process like one that a shell has started in `folder`, whose file operations are counted."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.chdir(folder)
     os.umask(0o022)
-    with tempfile.TemporaryFile() as content:
-        content.write(stdin)
-        content.seek(0)
-        os.dup2(content.fileno(), 0)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number in (1, 2):
-        os.dup2(output, number)
+        os.dup2(printed, number)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False, buffering=1) for n in (1, 2))  # noqa: SIM115
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     lock.BEAT = 0.2
-    _count_operations(str(folder), log.with_suffix(".operations"), fault)
+    _count_operations(str(folder), done, fault)
 
 
-def _count_operations(folder: str, told: Path, fault: Fault | None) -> None:
+def _count_operations(folder: str, done: int, fault: Fault | None) -> None:
     count, written = 0, ""
-    stream = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def watch(event: str, values: tuple) -> None:
         nonlocal count, written
@@ -199,7 +206,7 @@ def _count_operations(folder: str, told: Path, fault: Fault | None) -> None:
         if not path.startswith(f"{folder}/") or is_idle.get(event):
             return
         count += 1
-        os.write(stream, f"{event} {path[len(folder) + 1 :]}\n".encode(errors="surrogateescape"))
+        os.write(done, f"{event} {path[len(folder) + 1 :]}\n".encode(errors="surrogateescape"))
         if fault and count == fault.at:
             if fault.torn and written and os.path.isfile(written):
                 os.truncate(written, os.path.getsize(written) // 2)
@@ -248,9 +255,9 @@ def _state(path: Path, times: bool) -> tuple[str, str]:
 
 
 def _timeless(value):
-    """A record without the checksums of files that hold times, and without the seal over them."""
+    """A record without the commit, the checksums of files that hold times, and the seal over them."""
     if isinstance(value, dict):
-        left_out = {*TIMES, "seal", "run"}
+        left_out = {*TIMES, "seal", "run", "commit", "dirty"}
         return {name: _timeless(part) for name, part in value.items() if name not in left_out}
     return value
 
@@ -262,6 +269,3 @@ def differences(before: dict, after: dict) -> list[str]:
         for name in sorted({*before, *after})
         if before.get(name) != after.get(name)
     ]
-
-
-ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)

@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "prepare": (["prepare", "full.yaml"], ["shared/tokens"]),
     "reference": (["reference", "full.yaml"], ["shared/reference"]),
     "evaluate": (["evaluate", "runs/dpo"], []),
-    "tables": (["tables", *STUDY], ["results/tiny/tables/rm"]),
+    "tables": (["tables", *STUDY], []),
     "figures": (["figures", *STUDY], []),
     "corpus": (["world", "corpus", "--output", "world", "--sft-examples", "64"], ["world"]),
     "pairs": (["world", "pairs", "--world", "world", "--base", "world-base", "--output", "pairs", "--train", "8"]
@@ -61,7 +61,9 @@ class Attempts:
         assert undisturbed.status == 0, undisturbed.output
         self.operations, self.seconds = len(undisturbed.operations), undisturbed.seconds
         self.wanted = snapshot(self.folder)
-        assert self.wanted != snapshot(self.template) or name == "evaluate"
+        before = snapshot(self.template)
+        modes = {path: mode for path, (mode, _) in self.wanted.items() if path not in before}
+        assert not {path for path, mode in modes.items() if mode not in (oct(0o100644), oct(0o40755))}
 
     def fresh(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

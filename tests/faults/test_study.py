@@ -12,14 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SCALE
+import yaml
+from conftest import SCALE, STUDY
 from harness import differences, snapshot
 
 pytest.importorskip("snakemake")
 
 ROOT = Path(__file__).parent.parent.parent
-LEFT = (".snakemake", "results/tiny/logs", "results/tiny/figures")
-"""What is of Snakemake, and figures, which hold their date."""
+LEFT = (".snakemake", *(f"results/tiny/{part}" for part in ("logs", "figures", "tables/cost.", "tables/metrics.csv")))
+"""What is of Snakemake, figures, which hold their date, and what the jobs took."""
 
 
 def snakemake(place: Path) -> subprocess.Popen:
@@ -41,14 +42,17 @@ def finish(place: Path) -> dict:
 
 
 def test_a_study_that_is_killed(inputs, tmp_path, tally):
-    place, failures, dice = tmp_path / "place", [], random.Random("study")
-    shutil.copytree(inputs, place)
+    template, place, failures, dice = tmp_path / "template", tmp_path / "place", [], random.Random("study")
+    shutil.copytree(inputs, template)
+    two = STUDY | {"arms": ["baseline", "disco-used_beta-absent"]}
+    (template / "study.yaml").write_text(yaml.safe_dump(two))
+    shutil.copytree(template, place)
     started = time.monotonic()
     wanted = finish(place)
     took = time.monotonic() - started
     for _ in range(max(1, round(10 * SCALE))):
         shutil.rmtree(place)
-        shutil.copytree(inputs, place)
+        shutil.copytree(template, place)
         told = []
         for _ in range(dice.choice((1, 1, 2))):
             after, whole = took * dice.uniform(0.2, 0.95), dice.random() < 0.5

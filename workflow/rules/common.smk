@@ -16,8 +16,8 @@ from discobeta.errors import UserError
 from discobeta.identity import CONFIGS, TOKENIZER, WEIGHTS
 from discobeta.study import Study, as_text
 
-if set("{}") & set(str(SOURCE)):
-    raise WorkflowError(f"{SOURCE}: Snakemake takes braces in paths for wildcards: move the clone, or start it inside")
+if set("{}") & set(f"{SOURCE} {SOURCE.resolve()} {sys.executable}"):
+    raise WorkflowError(f"{SOURCE.resolve()}: Snakemake takes braces in paths for wildcards: move the clone")
 
 
 def as_meant(value):

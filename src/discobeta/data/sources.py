@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import stat
 import sys
 import zlib
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from typing import Any
 from discobeta.config import RunConfig, read_yaml
 from discobeta.data.formats import COLUMNS, TAGS, Example, Kind, Reason, Unusable, find_layout, read_example
 from discobeta.errors import UserError, shown, telling
-from discobeta.files import read_json, sha256
+from discobeta.files import check_regular, read_json, sha256
 
 FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 TEXTS = ("file_name", "hf_hub_url", "subset", "folder", "split", "script_url")
@@ -214,18 +213,6 @@ def _is_text(value: Any) -> bool:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         return False
-
-
-def check_regular(path: Path) -> None:
-    """Refuse what is there and is no file with an end: a directory, a pipe, a device."""
-    try:
-        mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: not even a name
-        return
-    except OSError as error:
-        raise UserError(f"cannot read {shown(str(path))}: {error.strerror}") from None
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{path} is not a regular file")
 
 
 def _entries(folder: Path) -> dict[str, Any]:

@@ -24,8 +24,9 @@ import numpy as np
 from discobeta import files, seeds
 from discobeta.config import RunConfig
 from discobeta.data.formats import KINDS, Example, Kind, Message, Prompt, Reason, Unusable
-from discobeta.data.sources import RowReport, check_regular, read_examples, resolve
+from discobeta.data.sources import RowReport, read_examples, resolve
 from discobeta.errors import UserError, first_line, telling
+from discobeta.files import check_regular
 
 LAYOUT = 2
 """Of the folder. Raised when tokenisation or the files change, so that old folders are refused."""
@@ -616,6 +617,7 @@ def _write(data: TokenisedData, recipe: dict[str, Any], folder: Path) -> None:
         {
             "made_from": recipe,
             "counts": {part: len(rows) for part, rows in data.parts().items()},
+            "keys": {part: rows.key() for part, rows in data.parts().items()},
             "files": {part: files.sha256(folder / f"{part}.parquet") for part in data.parts()},
             "report": data.report,
         },

@@ -22,6 +22,7 @@ import yaml
 
 from discobeta import files, identity, record
 from discobeta.config import RunConfig
+from discobeta.data.sources import contents_hash
 from discobeta.errors import UserError, shorten, shown, telling
 from discobeta.report.measures import DRAWN, LANDMARKS, METRICS
 from discobeta.study import Run, Study
@@ -60,13 +61,14 @@ class Found:
 class Results:
     """The runs of a study as they stand on the disk now, each read once.
 
-    curves: read logs and examples too, which figures draw.
+    curves: read logs and examples too, which figures draw. weights: look whether weight files are undamaged too.
     """
 
-    def __init__(self, study: Study, *, curves: bool = False) -> None:
+    def __init__(self, study: Study, *, curves: bool = False, weights: bool = False) -> None:
         self.study = study
         self.base: dict[str, str] | None = None  # the base's and the tokenizer's hash, if they are to be found
-        self.found = {run: _read(study, run, curves) for run in study.runs()}
+        self.found = {run: _read(study, run, curves, weights) for run in study.runs()}
+        self._check_world()
         self._check_base()
         self._check_rows()
         self._check_upstream()
@@ -112,6 +114,20 @@ class Results:
 
     # --- what a run was made from, against what is there now
 
+    def _check_world(self) -> None:
+        """Refuse runs of another world than the study's, or of another number of pairs: run configs say neither."""
+        study = self.study
+        if not study.world:
+            return
+        corpus, pairs = ({key: study.world[key] for key in keys} for keys in (WORLD, PAIRS))
+        record_of_world = study.world_directory / "world.json"
+        self._refuse(study.runs(), _other(record_of_world, corpus))
+        if record_of_world.exists():
+            pairs["world"] = files.sha256(record_of_world)
+        for seed in study.seeds:
+            fault = _other(study.pairs(study.draw(seed)) / "pairs.json", pairs | {"seed": seed})
+            self._refuse([run for run in study.runs() if run.seed == seed], fault)
+
     def _check_base(self) -> None:
         """Refuse runs on another base than the study's; where that is not here, those on another than most."""
         study = self.study
@@ -119,7 +135,12 @@ class Results:
         if fault:
             self._refuse(study.runs(), f"stale (the base is {_named(fault, study.base_directory)})")
             return
-        self.base = _base_now(study.config(study.runs()[0]))
+        try:
+            with telling("the base cannot be read"):
+                self.base = _base_now(study.config(study.runs()[0]))
+        except UserError as error:
+            self._refuse(study.runs(), f"stale ({shorten(str(error), LONGEST_REASON)})")
+            return
         for key in ("base", "tokenizer"):
             self._compare(study.runs(), key, self.base)
 
@@ -140,6 +161,12 @@ class Results:
                     continue
             for key in ("data", "held_out"):
                 self._compare(runs, key, now)
+            try:
+                with telling("no data"):
+                    now = {"sources": contents_hash(study.config(runs[0]))}
+            except UserError:  # not on this machine
+                now = None
+            self._compare(runs, "sources", now)
 
     def _check_upstream(self) -> None:
         """A ppo run is the study's if the runs that it has read are, and still say the same."""
@@ -155,18 +182,19 @@ class Results:
     def _compare(self, runs: list[Run], key: str, now: dict[str, Any] | None) -> None:
         """Refuse runs whose `key` is not what it is now, or, where nobody knows that, not what it is in most."""
         runs = [run for run in runs if self.counts(run)]
+        name = "dataset" if key == "sources" else key
         there = {run: _hashable(self.found[run].facts.get(key)) for run in runs}
         if now is not None:
-            self._refuse([run for run in runs if there[run] != now[key]], f"stale ({key} has changed)")
+            self._refuse([run for run in runs if there[run] != now[key]], f"stale ({name} has changed)")
             return
         ranks = Counter(there.values()).most_common(2)
         is_tied = len(ranks) == 2 and ranks[0][1] == ranks[1][1]
         odd = [run for run in runs if is_tied or there[run] != ranks[0][0]]
-        self._refuse(odd, f"stale ({key} is not the other runs')")
+        self._refuse(odd, f"stale ({name} is not the other runs')")
 
-    def _refuse(self, runs: Iterable[Run], fault: str) -> None:
+    def _refuse(self, runs: Iterable[Run], fault: str | None) -> None:
         for run in runs:
-            if self.counts(run):
+            if fault and self.counts(run):
                 self.found[run] = Found(fault)
 
     # --- shared work
@@ -210,11 +238,11 @@ def collect(results: Results) -> pd.DataFrame:
 # --- reading one run: whatever a file of it holds, the outcome is a Found
 
 
-def _read(study: Study, run: Run, curves: bool) -> Found:
+def _read(study: Study, run: Run, curves: bool, weights: bool) -> Found:
     directory = run.directory
     try:
         with telling("unreadable"):
-            if fault := record.fault(directory, study.config(run)):
+            if fault := record.fault(directory, study.config(run), weights=weights):
                 return Found(_named(fault, directory))
             found = Found(facts=files.read_sealed(directory / "provenance.json"))
             if (directory / "cost.json").exists():
@@ -314,6 +342,24 @@ def _examples(path: Path) -> pd.DataFrame:
 
 
 # --- what is there now
+
+WORLD = ("seed", "sft_examples", "noise")
+PAIRS = ("train", "evaluation")
+"""Of the study's `data: world:`, what world.json and pairs.json say that they were made with."""
+
+
+def _other(path: Path, wanted: dict[str, Any]) -> str | None:
+    """In what a sealed record of the world is not what is wanted; None if it is, or is not there."""
+    if not path.exists():
+        return None
+    try:
+        there = files.read_sealed(path)
+    except UserError as error:
+        return f"stale ({shorten(str(error), LONGEST_REASON)})"
+    for key, value in wanted.items():
+        if there.get(key) != value:
+            return f"stale ({path.name}: {key}: {shown(there.get(key))} there, {shown(value)} here)"
+    return None
 
 
 def _base_now(config: RunConfig) -> dict[str, str] | None:

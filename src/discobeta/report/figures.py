@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from discobeta.files import replacing
 from discobeta.flags import CORNERS, Arm, State
 from discobeta.metrics import reliability
+from discobeta.record import claim
 from discobeta.report.collect import Found, Results, provenance_line, read_log
 from discobeta.report.measures import COMPARED, METRICS, TESTED
 from discobeta.report.render import printable
@@ -74,9 +75,11 @@ def write(results: Results) -> None:
         "interaction": interaction,
         "reward-by-noise": reward_by_noise,
     }
-    for stage in study.stages:
-        for name in study.figures_of(stage):
-            save(draw[name](results, stage), study.directory / "figures" / f"{name}-{stage}")
+    directory = study.directory / "figures"
+    figures = {f"{name}-{stage}": (draw[name], stage) for stage in study.stages for name in study.figures_of(stage)}
+    claim(directory, "discobeta figures", [f"{stem}.{ending}" for stem in figures for ending in FORMATS])
+    for stem, (draw_figure, stage) in figures.items():
+        save(draw_figure(results, stage), directory / stem)
 
 
 def save(figure: Figure, stem: Path) -> None:

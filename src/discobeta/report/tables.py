@@ -16,6 +16,7 @@ import pandas as pd
 from discobeta.files import write_text
 from discobeta.flags import FLAGS, Arm, Cell, grid
 from discobeta.identity import WEIGHTS, file_hash
+from discobeta.record import claim
 from discobeta.report.collect import Results, collect, config_text, provenance, provenance_line
 from discobeta.report.effects import comparisons_table, effects_table
 from discobeta.report.measures import LANDMARKS, METRICS, PANELS, Metric
@@ -50,14 +51,19 @@ def write(results: Results) -> None:
     directory = study.directory / "tables"
     metrics = collect(results)
     proofs = neutrality_frame(results)
+    tables = [
+        *(stage_table(results, stage, metrics, proofs) for stage in study.stages),
+        effects_table(results, metrics),
+        comparisons_table(results, metrics),
+        neutrality_table(results, proofs),
+        cost_table(results),
+    ]
+    written = [f"{table.name}.{ending}" for table in tables for ending in ("csv", "md", "tex")]
+    claim(directory, "discobeta tables", ["config.yaml", "metrics.csv", *written])
     write_text(directory / "config.yaml", config_text(study))
     write_text(directory / "metrics.csv", metrics.to_csv(index=False))
-    for stage in study.stages:
-        stage_table(results, stage, metrics, proofs).write(directory)
-    effects_table(results, metrics).write(directory)
-    comparisons_table(results, metrics).write(directory)
-    neutrality_table(results, proofs).write(directory)
-    cost_table(results).write(directory)
+    for table in tables:
+        table.write(directory)
 
 
 # --- the 16 cells of a stage
