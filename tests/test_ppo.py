@@ -535,7 +535,7 @@ top_p: 0.9
 """
     (tmp_path / "llama3_lora_ppo.yaml").write_text(config)
     assert main(["train", str(tmp_path / "llama3_lora_ppo.yaml")]) == 0
-    assert "template: means nothing here and is ignored" in capsys.readouterr().err
+    assert "template is ignored: the tokenizer's own chat template is used" in capsys.readouterr().err
     saved = {path.name for path in (tmp_path / "saves").iterdir()}
     assert {"adapter", "log.jsonl", "loss.png", "metrics.json", "generations.jsonl"} <= saved
     assert log_of(tmp_path / "saves")[-1]["step"] == 8  # 3 epochs of 20 prompts, 8 an update

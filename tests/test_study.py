@@ -358,7 +358,8 @@ REFUSALS = {
     ),
     "run key of no meaning": (
         settings(common={"ddp_timeout": 5}),
-        "x.yaml: rm, arm baseline, seed 3: ddp_timeout: means nothing here: leave it out of a study",
+        "x.yaml: rm, arm baseline, seed 3: ddp_timeout is ignored: processes are started by `discobeta train RUN.yaml "
+        "--processes N`: leave it out of a study",
     ),
     "wrong value in a run": (
         settings(rm={"lora_rank": "many"}),

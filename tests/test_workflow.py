@@ -200,9 +200,11 @@ def commands(output: str, program: str) -> list[list[str]]:
 def test_jobs_are_asked_for_resolved_settings(tmp_path: Path):
     """A default that changes reruns what it changes: Snakemake compares the text of params, and `discobeta tables`
     the run's settings with what the study says now, so the two must say the same."""
-    done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"], "--printshellcmds", "--config", "seeds=[2, 5]")
-    study = Study.read(ROOT / "config" / "smoke.yaml", ["seeds=[2, 5]"])
+    said = ["seeds=[2, 5]", "common={run_name: 'a #b'}"]
+    done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"], "--printshellcmds", "--config", *said)
+    study = Study.read(ROOT / "config" / "smoke.yaml", said)
     asked = [json.loads(words[2]) for words in commands(done.stdout, "train")]
+    assert {settings["run_name"] for settings in asked if settings["stage"] != "sft"} == {"a #b"}
     by_folder = {settings["output_dir"]: settings for settings in asked}
     assert len(asked) == 1 + len(study.runs())
     for run in study.runs():

@@ -1,88 +1,30 @@
 """One run = one flat YAML: read, checked, and saved resolved.
 
-The names are those that users of LLaMA-Factory already have in their files. A name of theirs that
-means nothing here is accepted with one line saying so; an unknown name is an error that offers the
-nearest known one. This module imports neither torch nor transformers: the workflow checks every
-run of a study with it before anything starts.
+The names are those that users of LLaMA-Factory already have in their files. Names of theirs that are
+no keys here are ignored with one line, or refused where they would change the result
+(`config_names.py`); an unknown name is an error that offers the nearest known one, if one is near.
+This module imports neither torch nor transformers: the workflow checks every run of a study with it
+before anything starts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from discobeta.errors import UserError, first_line, shorten, shown
+from discobeta.config_names import IGNORED, REFUSED, RENAMED, SAME_ADAMW, is_neutral
+from discobeta.errors import UserError, did_you_mean, first_line, shorten, shown
 from discobeta.flags import FLAGS, Arm, State
-
-IGNORED = frozenset(
-    [
-        "do_train",
-        "do_eval",
-        "do_predict",
-        "template",
-        "overwrite_cache",
-        "preprocessing_num_workers",
-        "preprocessing_batch_size",
-        "dataloader_num_workers",
-        "dataloader_pin_memory",
-        "ddp_timeout",
-        "ddp_find_unused_parameters",
-        "save_only_model",
-        "save_strategy",
-        "save_total_limit",
-        "save_safetensors",
-        "include_num_input_tokens_seen",
-        "include_tokens_per_second",
-        "logging_dir",
-        "logging_first_step",
-        "remove_unused_columns",
-        "overwrite_logging",
-        "streaming",
-        "use_fast_tokenizer",
-        "low_cpu_mem_usage",
-        "additional_target",
-        "reward_model_type",
-        "load_best_model_at_end",
-        "metric_for_best_model",
-        "greater_is_better",
-        "disable_tqdm",
-        "log_level",
-        "print_param_status",
-    ]
-)
-"""Names of LLaMA-Factory and of transformers' Trainer that mean nothing here."""
-
-REFUSED = {
-    "fp16": "use bf16: true (the losses are float32 in any case)",
-    "deepspeed": "runs are data parallel only (`discobeta train RUN.yaml --processes N`)",
-    "fsdp": "runs are data parallel only (`discobeta train RUN.yaml --processes N`)",
-    "quantization_bit": "quantised bases are not supported",
-    "use_dora": "only plain LoRA is supported",
-    "use_rslora": "only plain LoRA is supported",
-    "pref_ftx": "an extra SFT loss would change what the study compares",
-    "dpo_label_smoothing": "label smoothing would change what the study compares",
-    "simpo_gamma": "only the sigmoid loss and its probit counterpart are compared here",
-    "ref_model": "the reference is the base model that the policy starts from",
-    "ref_model_adapters": "the reference is the base model that the policy starts from",
-    "packing": "pairs are not packed",
-    "neat_packing": "pairs are not packed",
-    "use_unsloth": "only transformers models are supported",
-    "use_galore": "only AdamW is supported",
-    "mix_strategy": "datasets named together are concatenated",
-}
-"""Names that would change the result: refused when set to anything but their neutral value."""
-
-NEUTRAL = (None, False, 0, "none", "", "concat")
 
 STAGE_DEFAULTS: dict[str, dict[str, float]] = {
     "rm": {"disco_mean_penalty": 0.01, "disco_spread_penalty": 0.001, "num_eval_generations": 0},
@@ -170,12 +112,12 @@ class RunConfig:
         option("linear", "schedule of the learning rate after warm-up")
     )
     warmup_ratio: float = option(0.0, "share of the steps", least=0, most=1)
-    warmup_steps: int = option(0, "overrides warmup_ratio if positive", least=0)
+    warmup_steps: int = option(0, "overrides warmup_ratio if positive; below 1: a share, as warmup_ratio", least=0)
     optim: Literal["adamw_torch"] = option("adamw_torch", "optimiser")
     adam_beta1: float = option(0.9, "AdamW", least=0, most=0.999999)
     adam_beta2: float = option(0.999, "AdamW", least=0, most=0.999999)
     adam_epsilon: float = option(1e-8, "AdamW", least=0)
-    weight_decay: float = option(0.0, "AdamW; never applied to heads", least=0)
+    weight_decay: float = option(0.0, "AdamW, also of biases and norms (sft: as HF's Trainer, not); no head's", least=0)
     max_grad_norm: float = option(1.0, "clipping of the model's gradient", least=0)
     bf16: bool = option(False, "bf16 autocast; sums, losses and heads stay float32")
     deterministic: bool = option(False, "deterministic kernels on a GPU")
@@ -214,21 +156,24 @@ class RunConfig:
 
     @classmethod
     def from_mapping(cls, settings: dict[str, Any], where: str = "run config") -> tuple[RunConfig, list[str]]:
-        """The checked config, and one line for each name that was accepted and means nothing here."""
+        """The checked config, and one line for each setting that was accepted and means nothing here."""
         known = {entry.name: entry for entry in dataclasses.fields(cls)}
         hints = _hints(cls)
-        values, notes = {}, []
+        settings, notes = _said_as_here(settings)
+        values = {}
         for name, value in settings.items():
             if name in known:
                 values[name] = _typed(name, value, hints[name], known[name], where)
             elif name in IGNORED:
-                notes.append(f"{name}: means nothing here and is ignored")
+                notes.append(f"{name} is ignored: {IGNORED[name]}")
             elif name in REFUSED:
-                if value not in NEUTRAL:
-                    raise UserError(f"{where}: {name}: {shown(value)} is not supported: {REFUSED[name]}")
+                neutral, why = REFUSED[name]
+                if not is_neutral(value, neutral):
+                    raise UserError(f"{where}: {name}: {shown(value)} is not supported: {why}")
+            elif name in RENAMED:
+                raise UserError(f"{where}: unknown key {shown(name)}: it is {RENAMED[name]} here")
             else:
-                near = difflib.get_close_matches(str(name)[:100], [*known, *IGNORED], n=1, cutoff=0.5)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, known) or did_you_mean(name, (*IGNORED, *REFUSED))
                 raise UserError(f"{where}: unknown key {shown(name)}{hint}")
         if "stage" not in values:
             raise UserError(f"{where}: stage is missing (sft, rm, dpo or ppo)")
@@ -276,12 +221,35 @@ class RunConfig:
             raise UserError("stage sft needs either model_name_or_path or model_type (a base from scratch)")
         if self.stage == "sft" and self.finetuning_type != "full":
             raise UserError("stage sft trains all weights of the base: set finetuning_type: full")
+        if self.stage == "sft" and isinstance(self.resume_from_checkpoint, str):
+            raise UserError("stage sft writes no checkpoints: leave resume_from_checkpoint out")
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs == 0):
             raise UserError("max_steps and num_train_epochs leave nothing to train")
         if self.stage == "ppo" and self.eval_strategy != "no":
             raise UserError("stage ppo is measured after training: set eval_strategy: no")
         if self.stage == "ppo" and self.arm.beta is State.USED and not self.beta_head:
             raise UserError("use_dynamic_beta: true in stage ppo needs beta_head: a dpo run that used its Beta Head")
+
+
+def _said_as_here(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings with transformers' spellings of a value in ours, and a line where one is another word."""
+    settings, notes = dict(settings), []
+    report_to = settings.get("report_to", "none")
+    if report_to in (None, []):
+        settings["report_to"] = "none"
+    elif isinstance(report_to, list) and len(report_to) == 1:
+        settings["report_to"] = report_to[0]
+    share = _number(settings.get("warmup_steps"))
+    if share is not None and 0 < share < 1:
+        settings |= {"warmup_steps": 0, "warmup_ratio": share}
+    optim = settings.get("optim")
+    if isinstance(optim, str) and optim in SAME_ADAMW:
+        settings["optim"] = "adamw_torch"
+        notes.append(f"optim: {optim} is ignored: adamw_torch computes the same")
+    for name in ("output_dir", "gradient_checkpointing"):  # transformers' defaults
+        if name in settings and settings[name] is None:
+            del settings[name]
+    return settings, notes
 
 
 _hints = cache(typing.get_type_hints)  # which compiles every annotation anew
@@ -301,6 +269,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         with nullcontext(sys.stdin.buffer) if str(path) == "-" else Path(path).open("rb") as stream:
             content = stream.read(LONGEST_FILE + 1)
         text = content.decode("utf-8-sig")
+        if str(path).endswith(".json"):
+            text = text.replace("\t", " ")  # of which YAML makes no indentation, and JSON no part of a text
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -365,17 +335,37 @@ def _is_unicode(text: str) -> bool:
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
-    """`key=value` words; the value is read as YAML."""
+    """`key=value` words; the value is what was written, read as YAML where YAML reads all of it."""
     settings = {}
     for word in overrides:
         name, sign, value = word.partition("=")
         if not sign or not name:
             raise UserError(f"--set {shorten(word, 80)}: write key=value")
         try:
-            settings[name.strip()] = parse_yaml(value)
+            settings[name.strip()] = as_written(value)
         except UserError as error:
             raise UserError(f"--set {shorten(word, 80)}: the value {error}") from None
     return settings
+
+
+def as_written(text: str) -> Any:
+    """A number, true, false, null, a quoted text or a `[list]` or `{mapping}`; else the text, all of it.
+
+    YAML itself would drop a comment (`a #b`), an anchor (`&a b`) or a line's end, and see a list in `- a`.
+    """
+    value, written = parse_yaml(text), text.strip()
+    tokens = list(yaml.scan(text))
+    if any("#" in text[one.end_mark.index : other.start_mark.index] for one, other in pairwise(tokens)):
+        return written
+    if not all(isinstance(token, _IN_A_WORD) for token in tokens):
+        return written
+    return written if isinstance(value, str) and written[:1] not in ("'", '"') else value
+
+
+_IN_A_WORD = (
+    yaml.StreamStartToken, yaml.StreamEndToken, yaml.ScalarToken, yaml.KeyToken, yaml.ValueToken, yaml.FlowEntryToken,
+    yaml.FlowSequenceStartToken, yaml.FlowSequenceEndToken, yaml.FlowMappingStartToken, yaml.FlowMappingEndToken,
+)  # fmt: skip
 
 
 def write_yaml(settings: dict[str, Any], path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,3 +54,9 @@ def shown(value: Any) -> str:
 
 def shorten(text: str, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A question after the one of `names` that `name` may be a slip of; "" if it merely has some letters in common."""
+    near = difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.8)
+    return f"; did you mean {near[0]!r}?" if near else ""

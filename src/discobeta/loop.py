@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from discobeta import record
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs, Schedule
 from discobeta.errors import UserError
@@ -337,12 +338,9 @@ class Checkpoints:
 
     def resume(self, config: RunConfig, accelerator: Accelerator) -> tuple[int, dict[str, float]]:
         """Load the latest checkpoint, if it is this run's. Returns its step and what was spent on it."""
-        wish = config.resume_from_checkpoint
-        if wish is False:
+        if config.resume_from_checkpoint is False:
             return 0, {}
-        named = Path(wish) if isinstance(wish, str) else None
-        if named and not named.is_file():
-            raise UserError(f"resume_from_checkpoint: there is no file {named}")
+        named = record.named_checkpoint(config)
         with accelerator.main_process_first():
             path, state = (named, read_whole(named)) if named else self.latest(accelerator)
         if path is None:

@@ -245,6 +245,19 @@ def _checkpoints(directory: Path) -> bool:
     return any((directory / "checkpoints").glob("step-*.pt"))
 
 
+def named_checkpoint(config: RunConfig) -> Path | None:
+    """The file that resume_from_checkpoint names, or None. UserError for a path that is none, with those that are."""
+    if not isinstance(config.resume_from_checkpoint, str):
+        return None
+    path, folder = Path(config.resume_from_checkpoint), Path(config.output_dir) / "checkpoints"
+    if path.is_file():
+        return path
+    what = "is a directory and no checkpoint of a run" if path.is_dir() else "is not there"
+    there = sorted(folder.glob("step-*.pt"), key=lambda path: (len(path.name), path.name))
+    own = f"{', '.join(map(str, there))} is there" if there else f"{config.output_dir} holds no checkpoint"
+    raise UserError(f"resume_from_checkpoint: {path} {what}; {own}, and a run goes on from its own without this key")
+
+
 def has_leftovers(directory: Path) -> bool:
     """Whether a kill has left something in a finished run that `remove_checkpoints` would clear away."""
     names = os.listdir(directory)

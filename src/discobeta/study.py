@@ -6,7 +6,6 @@ tables and the tests agree on it. The workflow only calls this module; it works 
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from discobeta.config import RunConfig, parse_overrides, read_yaml
-from discobeta.errors import UserError, shown
+from discobeta.errors import UserError, did_you_mean, shown
 from discobeta.flags import ARMS, CORNERS, FLAGS, STAGES, Arm, State
 
 KEYS = [
@@ -535,7 +534,7 @@ class Study:
         where = f"{self._where}: {label}"
         config, notes = RunConfig.from_mapping(settings, where)
         if notes:
-            raise UserError(f"{where}: {notes[0].replace(' and is ignored', '')}: leave it out of a study")
+            raise UserError(f"{where}: {notes[0]}: leave it out of a study")
         if config.stage == "ppo" and not config.num_eval_generations:
             raise UserError(f"{where}: num_eval_generations: 0: nothing else of a ppo run can be measured")
         return config
@@ -602,8 +601,7 @@ def _known(settings: dict[str, Any], names: Iterable[str], where: str) -> None:
     names = list(names)
     for key in settings:
         if key not in names:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(names)}"
+            hint = did_you_mean(key, names) or f"; the keys are {', '.join(names)}"
             raise UserError(f"{where}: unknown key {shown(key)}{hint}")
 
 

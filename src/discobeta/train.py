@@ -76,6 +76,7 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.stages import stage_class
 
+    record.named_checkpoint(config)  # said before anything expensive
     policy.use_deterministic_kernels(config)
     kind = stage_class(config.stage)
     directory = Path(config.output_dir)

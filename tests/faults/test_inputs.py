@@ -29,7 +29,8 @@ from hostile import (
 )  # fmt: skip
 from hypothesis import strategies as st
 
-from discobeta.config import IGNORED, REFUSED, RunConfig
+from discobeta.config import RunConfig
+from discobeta.config_names import IGNORED, REFUSED
 from discobeta.study import KEYS
 
 RUN_KEYS = [

@@ -11,6 +11,7 @@ from snakemake.utils import update_config, validate
 SOURCE = Path(os.path.relpath(Path(workflow.basedir).parent / "src"))
 sys.path.insert(0, str(SOURCE.resolve()))
 
+from discobeta.config import as_written
 from discobeta.errors import UserError
 from discobeta.identity import CONFIGS, TOKENIZER, WEIGHTS
 from discobeta.study import Study, as_text
@@ -25,11 +26,11 @@ def as_meant(value):
         return {key: as_meant(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [as_meant(inner) for inner in value]
-    return yaml.safe_load(value) if isinstance(value, str) else value
+    return as_written(value) if isinstance(value, str) else value
 
 
-update_config(config, as_meant(workflow.config_settings.config or {}))
 try:
+    update_config(config, as_meant(workflow.config_settings.config or {}))
     # before the schema, because it offers the nearest name for a misspelt key
     study = Study(config, where=", ".join(map(str, workflow.overwrite_configfiles)) or "config/config.yaml")
 except UserError as error:

@@ -6,7 +6,6 @@ standard one; the other stages have a loop of their own (loop.py).
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import resource
@@ -14,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from discobeta import files, identity, record
 from discobeta.config import RunConfig, read_yaml, write_yaml
 from discobeta.data.sources import contents_hash, read_examples
 from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
-from discobeta.errors import UserError, first_line
+from discobeta.errors import UserError, did_you_mean, first_line
 from discobeta.policy import ATTENTION, load_causal_lm, load_tokenizer
 from discobeta.seeds import derive, global_stream
 
@@ -191,7 +190,9 @@ def build_architecture(model_type: str, overrides: str, tokenizer: PreTrainedTok
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
     if model_type not in CAUSAL_LMS:
-        raise UserError(f"model_type: transformers has no causal LM {model_type!r}{nearest(model_type, CAUSAL_LMS)}")
+        raise UserError(
+            f"model_type: transformers has no causal LM {model_type!r}{did_you_mean(model_type, CAUSAL_LMS)}"
+        )
     default = AutoConfig.for_model(model_type)
     known = {**default.to_dict(), **{alias: getattr(default, alias) for alias in default.attribute_map}}
     if "rope_parameters" in known:
@@ -204,7 +205,7 @@ def build_architecture(model_type: str, overrides: str, tokenizer: PreTrainedTok
         if name in FROM_TOKENIZER:
             raise UserError(f"config_overrides: {name} comes from the tokenizer; leave it out")
         if name not in known:
-            raise UserError(f"config_overrides: {model_type} has no {name!r}{nearest(name, known)}")
+            raise UserError(f"config_overrides: {model_type} has no {name!r}{did_you_mean(name, known)}")
         sizes[name] = typed(name, text, known[name])
     special = {name: getattr(tokenizer, name) for name in FROM_TOKENIZER[1:]}
     try:
@@ -224,11 +225,6 @@ def typed(name: str, text: str, default: Any) -> Any:
     elif default is None or type(value) is type(default):
         return value
     raise UserError(f"config_overrides: {name}={text} should be like {default!r}")
-
-
-def nearest(name: str, known: Container[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 # --- training
