@@ -31,9 +31,9 @@ def main(words: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # peft still calls what transformers has renamed; nothing that a user could act on
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    arguments = parser().parse_args(words)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what is held is let go
     try:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what is held is let go
+        arguments = parser().parse_args(words)
         status = arguments.command(arguments) or 0
         sys.stdout.flush()
         return status
