@@ -98,7 +98,9 @@ READERS = {
 def results(folder: Path) -> dict[str, str]:
     """What commands compute, and nothing that holds a time: path -> sha256."""
     found = {}
-    for name, (_, digest) in snapshot(folder).items():
+    for name, (mode, digest) in snapshot(folder).items():
+        if mode == "link" and (folder / name).is_file():  # a link stays one, and what it points to is written
+            digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         is_of_a_run = name.startswith("runs") and name.endswith(tuple(f"/{part}" for part in (*MEASURED, *TRAINED)))
         is_shared = name.startswith(("shared", "world", "pairs", "results/tiny/tables"))
         if is_of_a_run or (is_shared and Path(name).name not in (*TIMES, *RECORDS) and "/." not in name):
