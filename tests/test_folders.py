@@ -341,3 +341,12 @@ def test_an_sft_base_is_replaced_only_if_all_of_it_is_ours(settings, tmp_path, p
     inside = {"dataset": str(shutil.copy(pairs["train"], tmp_path / "run" / "config.json.jsonl"))}
     path.write_text(yaml.safe_dump(wanted | inside))
     assert main(["train", str(path)]) == 2 and Path(inside["dataset"]).exists()
+
+
+def test_a_tracker_that_is_dropped_on_the_way_stays_ours(run):
+    """report_to is no part of what a run is: the same run goes on without it, and is later replaced as a whole."""
+    path = run("dpo", report_to="tensorboard")
+    (path / "provenance.json").unlink()
+    run("dpo")
+    run("dpo", learning_rate=2e-3, overwrite_output_dir=True)
+    assert not (path / "tracker").exists()

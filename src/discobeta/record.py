@@ -219,7 +219,7 @@ def begin(config: RunConfig) -> None:
         if not (goes_on and name in UNFINISHED):
             files.remove(directory / name)
     left_out = {"adapter" if config.finetuning_type == "full" else "model"}
-    left_out |= set() if config.report_to != "none" else {"tracker"}
+    left_out |= set() if config.report_to != "none" or "tracker" in _there(directory) else {"tracker"}
     write_mark(directory, f"discobeta train, stage {config.stage}", [name for name in PARTS if name not in left_out])
     write_yaml(config.resolved(), directory / "config.yaml")
 
