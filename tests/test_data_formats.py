@@ -164,7 +164,7 @@ UNUSABLE = [
     (TALK, {"rejected": [{"role": "user", "content": "ho"}, GO]}, "prompts differ"),
     (TALK, {"rejected": [USER]}, "last turn is not the assistant's"),
     (TALK, {"rejected": []}, "last turn is not the assistant's"),
-    (TALK, {"rejected": [USER, {"role": "tool", "content": "b"}]}, "unknown role"),
+    (TALK, {"rejected": [USER, {"role": "critic", "content": "b"}]}, "unknown role"),
     (TALK, {"rejected": [USER, {"role": "assistant", "content": None}]}, "wrong types"),
     (TALK, {"rejected": [USER, "b"]}, "wrong types"),
     (TALK, {"chosen": [SYSTEM, HELLO], "rejected": [SYSTEM, GO]}, "empty prompt"),

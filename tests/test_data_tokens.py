@@ -112,7 +112,9 @@ def test_templates_that_think_put_the_empty_thought_into_the_prompt():
 
 def test_a_template_whose_conversation_does_not_continue_its_prompt_is_an_error():
     tokenizer = word_tokenizer(template=TEMPLATE + "{% if add_generation_prompt %}<think>{% endif %}")
-    with pytest.raises(UserError, match="does not render a conversation as its prompt followed by .*file:7"):
+    with pytest.raises(
+        UserError, match="renders none of the 1 conversations as the prompt followed by the response: the prompt ends"
+    ):
         ids(Example([USER], "c", "d", source="file:7"), tokenizer)
 
 
@@ -121,7 +123,7 @@ def test_rows_that_the_template_refuses_are_counted():
     examples = [Example([{"role": "system", "content": "d"}, USER], "c", "d", source="f:1"), Example([USER], "c", "d")]
     report = RowReport("data", total=2)
     assert len(encode(examples, word_tokenizer(template=refusing), 32, "pairs", report)) == 1
-    assert report.first == {"refused by the chat template": ["f:1"]}
+    assert report.first == {"refused by the chat template: no system": ["f:1"]}
 
 
 FAILING = {
@@ -149,13 +151,15 @@ def test_a_template_that_fails_on_every_row_is_one_line(template):
     assert FAILING[template] in line
 
 
-@pytest.mark.parametrize("template", list(FAILING)[:-2])
-def test_a_template_that_fails_on_a_row_costs_that_row(template):
-    template = f"{{% if messages[0].content == 'b' %}}{TEMPLATE}{{% else %}}{template}{{% endif %}}"
+@pytest.mark.parametrize("row_fault", list(FAILING)[:-2])
+def test_a_template_that_fails_on_a_row_costs_that_row(row_fault):
+    template = f"{{% if messages[0].content == 'b' %}}{TEMPLATE}{{% else %}}{row_fault}{{% endif %}}"
     examples = [Example([USER], "c", "d", source="f:1"), Example([{"role": "user", "content": "b"}], "c", "d")]
     report = RowReport("data", total=2)
     assert len(encode(examples, word_tokenizer(template=template), 32, "pairs", report)) == 1
-    assert report.first == {"refused by the chat template": ["f:1"]}
+    ((reason, places),) = report.first.items()
+    assert reason.startswith("refused by the chat template: ") and FAILING[row_fault] in reason
+    assert places == ["f:1"]
 
 
 @pytest.mark.parametrize(
