@@ -562,20 +562,58 @@ def _ids_of(items: list[Rendered], tokenizer: Any) -> Iterator[list[list[int]]]:
     Where they would merge across the border, the prompt keeps the ids that it has alone, which are those that an
     answer is generated behind, and the response is tokenised apart.
     """
+    if tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel":
+        # Two words that meet would be one that it does not know: there is nothing to be had from one text.
+        ids = iter(_bare_ids(tokenizer, [text for item in items for text in (item.prompt, *item.responses)]))
+        yield from ([next(ids) for _ in range(1 + len(item.responses))] for item in items)
+        return
     prompts = _bare_ids(tokenizer, [item.prompt for item in items])
-    wholes = iter(_bare_ids(tokenizer, [item.prompt + text for item in items for text in item.responses]))
+    tails = _tails(tokenizer, [item.prompt for item in items], prompts)
+    wholes = iter(
+        _bare_ids(
+            tokenizer,
+            [tail + text for item, (tail, _) in zip(items, tails, strict=True) for text in item.responses],
+        )
+    )
     found: list[list[list[int] | str]] = []
-    for item, prompt in zip(items, prompts, strict=True):
+    for item, prompt, (_, tail) in zip(items, prompts, tails, strict=True):
         parts: list[list[int] | str] = [prompt]
         for text in item.responses:
             whole = next(wholes)
             # An unknown token may hide that the prompt's last word has gone on.
-            meets = whole[: len(prompt)] == prompt and not (prompt and prompt[-1] == tokenizer.unk_token_id)
-            parts.append(whole[len(prompt) :] if meets else text)
+            meets = whole[: len(tail)] == tail and not (tail and tail[-1] == tokenizer.unk_token_id)
+            parts.append(whole[len(tail) :] if meets else text)
         found.append(parts)
     apart = iter(_ids_apart(tokenizer, [part for parts in found for part in parts if isinstance(part, str)]))
     for parts in found:
         yield [next(apart) if isinstance(part, str) else part for part in parts]
+
+
+def _tails(tokenizer: Any, prompts: list[str], ids: list[list[int]]) -> list[tuple[str, list[int]]]:
+    """For each prompt a part at its end that is enough to go on from, and its ids: from its last word's space, which no
+    token crosses, if the tokenizer splits words before it looks for tokens. Else all of it."""
+    if not (tokenizer.is_fast and _splits_words(tokenizer.backend_tokenizer.pre_tokenizer)):
+        return list(zip(prompts, ids, strict=True))
+    tails = [prompt[_last_space(prompt) :] for prompt in prompts]
+    return [
+        (tail, own) if whole[len(whole) - len(own) :] == own else (prompt, whole)
+        for prompt, whole, tail, own in zip(prompts, ids, tails, _bare_ids(tokenizer, tails), strict=True)
+    ]
+
+
+def _splits_words(pre_tokenizer: Any) -> bool:
+    return pre_tokenizer is not None and any(
+        f'"type": "{kind}"' in json.dumps(json.loads(pre_tokenizer.__getstate__()))
+        for kind in ("ByteLevel", "Whitespace", "WhitespaceSplit", "BertPreTokenizer")
+    )
+
+
+def _last_space(text: str) -> int:
+    """Where the last single space between two characters stands; 0 if none does."""
+    place = text.rfind(" ", 0, -1)
+    while place > 0 and (text[place - 1].isspace() or text[place + 1].isspace()):
+        place = text.rfind(" ", 0, place)
+    return max(place, 0)
 
 
 def _ids_apart(tokenizer: Any, texts: list[str]) -> list[list[int]]:
