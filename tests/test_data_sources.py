@@ -434,3 +434,50 @@ def test_the_shipped_entries_can_be_resolved():
         ("Anthropic/hh-rlhf", "test"),
         ("trl-lib/ultrafeedback_binarized", "test"),
     ]
+
+
+ROW = '{"prompt": "hi", "chosen": "a", "rejected": "b"}'
+
+
+@pytest.mark.parametrize(
+    "text", [f"[{ROW}, {ROW}]", f"[\n {ROW},\n {ROW}\n]\n", f"[{ROW},\n{ROW}]", f"[\n{{}},{ROW},{ROW}]"]
+)
+def test_a_jsonl_file_that_is_one_array_is_read_as_one(read, tmp_path, text):
+    (tmp_path / "a.jsonl").write_text("\ufeff" + text)
+    examples, report = read("a.jsonl")
+    assert len(examples) == 2 and report.total == 2 + text.count("{}")
+
+
+@pytest.mark.parametrize("line", ["[{}]", "[{broken", '[{"a": 1},', "[[{}]]"])
+def test_a_first_line_that_is_a_list_does_not_make_lines_an_array(read, tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(f"{line}\n{ROW}\n{ROW}\n")
+    assert sources(read("a.jsonl")[0]) == ["a.jsonl:2", "a.jsonl:3"]
+
+
+def test_entries_may_hold_a_checksum_that_nobody_checks(read, tmp_path):
+    (tmp_path / "a.jsonl").write_text(ROW)
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "a.jsonl", "file_sha1": "0" * 40}}))
+    assert len(read("mine")[0]) == 1
+
+
+def test_columns_that_an_entry_leaves_out_are_named(read, tmp_path):
+    rows = [{"instruction": "hi", "input": "there", "system": "s", "chosen": "a", "rejected": "b"}] * 2
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    entry = {"file_name": "a.json", "ranking": True, "columns": columns}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    examples, report = read("mine")
+    assert examples[0].prompt == [{"role": "user", "content": "hi"}]
+    assert report.lines() == [
+        "mine: 2 of 2 rows are usable",
+        "  not read: input, system (not named by the dataset's entry in its `columns`)",
+    ]
+
+
+def test_reasons_of_many_kinds_stay_few(read, tmp_path):
+    """Each row another unknown role: the first few are named."""
+    rows = [{"prompt": [{"role": f"role {i}", "content": "hi"}], "chosen": "a", "rejected": "b"} for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, PAIR])))
+    reasons = read("a.jsonl")[1].reasons
+    assert reasons["unknown role: 'role 0' in prompt"] == 1 and reasons["unknown role"] == 22
+    assert len(reasons) == 9 and sum(reasons.values()) == 30

@@ -390,7 +390,8 @@ def render(example: Example, tokenizer: Any) -> Rendered:
         )
     suffixes = [whole[len(prompt) :].rstrip() for whole in wholes]
     _check_whole(example, messages, prompt, suffixes)
-    closed = all(not suffix.endswith(text) for suffix, text in zip(suffixes, map(_spoken, messages), strict=True))
+    said = map(_spoken, messages)
+    closed = all(not (text and suffix.endswith(text)) for suffix, text in zip(suffixes, said, strict=True))
     closed = closed and closing_id(tokenizer) is not None
     return Rendered(prompt, suffixes, plain=False, closed=closed)
 
