@@ -167,6 +167,7 @@ UNUSABLE = [
     (TALK, {"rejected": [USER, {"role": "critic", "content": "b"}]}, "unknown role"),
     (TALK, {"rejected": [USER, {"role": "assistant", "content": None}]}, "wrong types"),
     (TALK, {"rejected": [USER, "b"]}, "wrong types"),
+    (TALK, {"rejected": [{"role": "user", "content": None, "name": "b"}, GO]}, "wrong types"),
     (TALK, {"chosen": [SYSTEM, HELLO], "rejected": [SYSTEM, GO]}, "empty prompt"),
     (SCRIPT, {"rejected": "\n\nHuman: ho\n\nAssistant: b"}, "prompts differ"),
     (SCRIPT, {"rejected": "\n\nHuman: hi\n\nAssistant: b\n\nHuman: no"}, "last turn is not the assistant's"),

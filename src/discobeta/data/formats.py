@@ -447,7 +447,7 @@ def _messages(value: Any, layout: Layout, column: str) -> list[Message]:
                 raise Unusable(Reason.MEDIA, f"{name} in {column}")
         more = {name: message[name] for name in FIELDS if _is_given(_readable(message.get(name)))}
         content = message.get(layout.content_key or ("content" if plain else "value"))
-        if not (content is None and more):
+        if not (content is None and roles[role] == "assistant" and more.keys() - {"name"}):
             content = _content(content, column)
         if "tool_calls" in more:
             more["tool_calls"] = _objects(more["tool_calls"], f"tool_calls in {column}")
