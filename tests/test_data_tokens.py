@@ -875,6 +875,27 @@ def test_where_both_merge_the_prompt_keeps_its_own_ids(legacy):
     assert tokenizer.decode(chosen[:-1]) == "o 12."
 
 
+@pytest.mark.parametrize("name", ["byte level", "legacy", "metaspace", "crossing"])
+def test_the_end_of_a_prompt_is_enough_to_go_on_from(byte_level, name):
+    """Random texts, with blanks of all kinds at and around the border, against the tokens of the one text."""
+    import random
+
+    tokenizer = byte_level() if name == "byte level" else sentence_piece(legacy=name == "legacy")
+    if name == "crossing":
+        tokenizer.add_tokens(["to 12"])  # no token of the model itself
+    rng, compared = random.Random(0), 0
+    words = ["Count", "to", "12.", "done", "<think>", "é", "tall ", " tide", "\n", "\n\n", "  ", "\t", "?", "o", " "]
+    for _ in range(400):
+        prompt, response = (rng.choice(["", " "]).join(rng.choices(words, k=rng.randint(2, 9))) for _ in range(2))
+        alone, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + response))
+        if not prompt.strip() or whole[: len(alone)] != alone:
+            continue
+        rendered = tokens.Rendered(prompt, [response])
+        assert next(tokens._ids_of([rendered], tokenizer)) == [alone, whole[len(alone) :]], (prompt, response)
+        compared += 1
+    assert compared > 200
+
+
 def test_byte_level_tokens_are_those_of_prompt_and_response_apart(byte_level):
     tokenizer = byte_level()
     for prompt, chosen in (("Count to 12.", " 1 done"), ("Count to", "12."), ("How tall is ", "tower"), ("a\n", "\nb")):

@@ -591,22 +591,39 @@ def _ids_of(items: list[Rendered], tokenizer: Any) -> Iterator[list[list[int]]]:
 
 
 def _tails(tokenizer: Any, prompts: list[str], ids: list[list[int]]) -> list[tuple[str, list[int]]]:
-    """For each prompt a part at its end that is enough to go on from, and its ids: from its last word's space, which no
-    token crosses, if the tokenizer splits words before it looks for tokens. Else all of it."""
-    if not (tokenizer.is_fast and _splits_words(tokenizer.backend_tokenizer.pre_tokenizer)):
+    """For each prompt a part at its end that is enough to go on from, and its ids: from its last space on, if no token
+    of the tokenizer crosses one. Else all of it."""
+    shift = _behind_a_space(tokenizer)
+    if shift is None:
         return list(zip(prompts, ids, strict=True))
-    tails = [prompt[_last_space(prompt) :] for prompt in prompts]
+    tails = [prompt[place + shift if (place := _last_space(prompt)) else 0 :] for prompt in prompts]
     return [
         (tail, own) if whole[len(whole) - len(own) :] == own else (prompt, whole)
         for prompt, whole, tail, own in zip(prompts, ids, tails, _bare_ids(tokenizer, tails), strict=True)
     ]
 
 
-def _splits_words(pre_tokenizer: Any) -> bool:
-    return pre_tokenizer is not None and any(
-        f'"type": "{kind}"' in json.dumps(json.loads(pre_tokenizer.__getstate__()))
-        for kind in ("ByteLevel", "Whitespace", "WhitespaceSplit", "BertPreTokenizer")
-    )
+@lru_cache(maxsize=8)
+def _behind_a_space(tokenizer: Any) -> int | None:
+    """How many characters behind a single space a text may be taken up again; None: tokens may cross spaces.
+
+    0 for tokenizers that split words first, and for those whose tokens hold "▁", a space, only in front; 1 where such
+    a tokenizer puts it in front of any text.
+    """
+    if not tokenizer.is_fast:
+        return None
+    split = str(json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"])
+    if not any(f"'{kind}'" in split for kind in ("ByteLevel", "Whitespace", "WhitespaceSplit", "BertPreTokenizer")):
+        vocabulary = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+        if not any("▁" in token for token in vocabulary) or any(re.search("[^▁]▁", token) for token in vocabulary):
+            return None
+    return int(_marks_beginnings(tokenizer))
+
+
+def _marks_beginnings(tokenizer: Any) -> bool:
+    """Whether a text begins as if there were a space before it (SentencePiece)."""
+    word, both = _bare_ids(tokenizer, ["a", "\na"])
+    return both[len(both) - len(word) :] != word
 
 
 def _last_space(text: str) -> int:
@@ -622,9 +639,9 @@ def _ids_apart(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
     bare = _bare_ids(tokenizer, texts)
-    word, line, both = _bare_ids(tokenizer, ["a", "\n", "\na"])
-    if both[-len(word) :] == word:
+    if not _marks_beginnings(tokenizer):
         return bare
+    (line,) = _bare_ids(tokenizer, ["\n"])
     behind = _bare_ids(tokenizer, [f"\n{text}" for text in texts])
     return [new[len(line) :] if new[: len(line)] == line else old for old, new in zip(bare, behind, strict=True)]
 
