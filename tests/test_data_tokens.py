@@ -814,6 +814,17 @@ def test_a_row_without_a_border_costs_itself():
     assert reason.startswith("not rendered as the prompt followed by the response: the prompt ends '<u> b <m> <think>'")
 
 
+def test_of_two_responses_that_need_two_prompts_neither_is_left_out():
+    """With thoughts the prompt ends <m>, without them <m> <think>: no prompt serves both."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<u> {{ m.content }} {% elif '<think>' in m.content %}"
+        "<m> {{ m.content }} <end>{% else %}<m> <think> {{ m.content }} <end>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<m> {% if enable_thinking %}c{% else %}<think>{% endif %} {% endif %}"
+    )
+    (reason,) = reasons(Example([USER], "c <think> d", "d"), word_tokenizer(template=template))
+    assert reason.startswith("not rendered as the prompt followed by the response: the prompt ends '<u> a <m> c '")
+
+
 # --- the end of a response, and control tokens in its text
 
 

@@ -381,8 +381,8 @@ def render(example: Example, tokenizer: Any) -> Rendered:
         if all(whole.startswith(prompt) for whole in wholes):
             break
     else:
-        whole = next(whole for whole in wholes if not whole.startswith(prompt))
-        if not all(_is_in(text, whole) for text in map(_spoken, messages[:1])):
+        message, whole = next(pair for pair in zip(messages, wholes, strict=True) if not pair[1].startswith(prompt))
+        if not all(_is_in(text, whole) for text in texts_of(message)):
             raise Unusable(Reason.LEFT_OUT, "the response, or its thoughts")
         raise Unusable(
             Reason.NO_BORDER,
