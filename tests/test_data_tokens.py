@@ -786,6 +786,12 @@ def test_what_a_template_leaves_out_makes_the_row_unusable_by_name(byte_level, t
     assert reasons(example, byte_level(template)) == [f"left out by the chat template: {left_out}"]
 
 
+def test_a_name_that_a_template_does_not_print_costs_nothing(byte_level):
+    named = {"role": "assistant", "content": "c", "name": "bot", "tool_call_id": "7"}
+    assert said(Example([USER | {"name": "ann"}], named, "d"), byte_level(CHATML))[1] == "c<|im_end|>"
+    assert ids(Example([USER | {"name": "ann"}], named, "d"), word_tokenizer())[1] == [C, EOS]
+
+
 def test_thoughts_of_past_turns_may_go(byte_level):
     turns = [USER, {"role": "assistant", "content": "<think>old</think>b"}, USER]
     prompt, chosen, _ = said(Example(turns, "c", "d"), byte_level(STRIPPING))

@@ -50,7 +50,8 @@ KNOWN: dict[Kind, str] = {
 }
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 ROLES |= {"tool": "tool"}
-FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "reasoning")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+FIELDS = ("tool_calls", "tool_call_id", "name", *THOUGHTS)
 """Of a message, beside role and content: chat templates read these."""
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 SHAPING = ("instruction", "input", "history", "system", "tools", "chat_template_kwargs")
@@ -127,7 +128,7 @@ def texts_of(turn: Response | None) -> list[str]:
     """A response's, or a message's, content and thoughts."""
     if turn is None or isinstance(turn, str):
         return [] if turn is None else [turn]
-    return [turn[key] for key in ("content", *FIELDS) if isinstance(turn.get(key), str)]
+    return [turn[key] for key in ("content", *THOUGHTS) if isinstance(turn.get(key), str)]
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from discobeta import files, seeds
 from discobeta.config import RunConfig
 from discobeta.data.formats import (
     KINDS,
+    THOUGHTS,
     Example,
     Kind,
     Message,
@@ -367,9 +368,10 @@ def render(example: Example, tokenizer: Any) -> Rendered:
     responses = [response for response in (example.chosen, example.rejected) if response is not None]
     if not tokenizer.chat_template or isinstance(example.prompt, str):
         _check_plain(example, responses)
+        texts = [response["content"] if isinstance(response, dict) else response for response in responses]
         if isinstance(example.prompt, str):
-            return Rendered(example.prompt, responses)
-        return Rendered(transcript(example.prompt), [f" {response}" for response in responses])
+            return Rendered(example.prompt, texts)
+        return Rendered(transcript(example.prompt), [f" {text}" for text in texts])
     # Preference data holds no thoughts, so a template that can think is told not to, and the empty
     # thought is part of the prompt. Responses that do hold thoughts take the other form.
     messages = [
@@ -411,12 +413,12 @@ def _check_plain(example: Example, responses: list[Response]) -> None:
     for name, is_there in (
         ("tools", bool(example.tools)),
         ("chat_template_kwargs", bool(example.variables)),
-        *((f"{key} of a message", True) for turn in turns for key in turn.keys() - {"role", "content", "name"}),
+        *((f"{key} of a message", True) for turn in turns for key in turn.keys() & {"tool_calls", *THOUGHTS}),
         *(
             (f"{key} of a response", True)
             for r in responses
             if isinstance(r, dict)
-            for key in r.keys() - {"role", "content"}
+            for key in r.keys() & {"tool_calls", *THOUGHTS}
         ),
         ("a turn of a tool", any(turn["role"] == "tool" for turn in turns)),
     ):
