@@ -571,69 +571,25 @@ def _ids_of(items: list[Rendered], tokenizer: Any) -> Iterator[list[list[int]]]:
         yield from ([next(ids) for _ in range(1 + len(item.responses))] for item in items)
         return
     prompts = _bare_ids(tokenizer, [item.prompt for item in items])
-    tails = _tails(tokenizer, [item.prompt for item in items], prompts)
-    wholes = iter(
-        _bare_ids(
-            tokenizer,
-            [tail + text for item, (tail, _) in zip(items, tails, strict=True) for text in item.responses],
-        )
-    )
+    wholes = iter(_bare_ids(tokenizer, [item.prompt + text for item in items for text in item.responses]))
     found: list[list[list[int] | str]] = []
-    for item, prompt, (_, tail) in zip(items, prompts, tails, strict=True):
+    for item, prompt in zip(items, prompts, strict=True):
         parts: list[list[int] | str] = [prompt]
         for text in item.responses:
             whole = next(wholes)
             # An unknown token may hide that the prompt's last word has gone on.
-            meets = whole[: len(tail)] == tail and not (tail and tail[-1] == tokenizer.unk_token_id)
-            parts.append(whole[len(tail) :] if meets else text)
+            meets = whole[: len(prompt)] == prompt and not (prompt and prompt[-1] == tokenizer.unk_token_id)
+            parts.append(whole[len(prompt) :] if meets else text)
         found.append(parts)
     apart = iter(_ids_apart(tokenizer, [part for parts in found for part in parts if isinstance(part, str)]))
     for parts in found:
         yield [next(apart) if isinstance(part, str) else part for part in parts]
 
 
-def _tails(tokenizer: Any, prompts: list[str], ids: list[list[int]]) -> list[tuple[str, list[int]]]:
-    """For each prompt a part at its end that is enough to go on from, and its ids: from its last space on, if no token
-    of the tokenizer crosses one. Else all of it."""
-    shift = _behind_a_space(tokenizer)
-    if shift is None:
-        return list(zip(prompts, ids, strict=True))
-    tails = [prompt[place + shift if (place := _last_space(prompt)) else 0 :] for prompt in prompts]
-    return [
-        (tail, own) if whole[len(whole) - len(own) :] == own else (prompt, whole)
-        for prompt, whole, tail, own in zip(prompts, ids, tails, _bare_ids(tokenizer, tails), strict=True)
-    ]
-
-
-@lru_cache(maxsize=8)
-def _behind_a_space(tokenizer: Any) -> int | None:
-    """How many characters behind a single space a text may be taken up again; None: tokens may cross spaces.
-
-    0 for tokenizers that split words first, and for those whose tokens hold "▁", a space, only in front; 1 where such
-    a tokenizer puts it in front of any text.
-    """
-    if not tokenizer.is_fast:
-        return None
-    split = str(json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"])
-    if not any(f"'{kind}'" in split for kind in ("ByteLevel", "Whitespace", "WhitespaceSplit", "BertPreTokenizer")):
-        vocabulary = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
-        if not any("▁" in token for token in vocabulary) or any(re.search("[^▁]▁", token) for token in vocabulary):
-            return None
-    return int(_marks_beginnings(tokenizer))
-
-
 def _marks_beginnings(tokenizer: Any) -> bool:
     """Whether a text begins as if there were a space before it (SentencePiece)."""
     word, both = _bare_ids(tokenizer, ["a", "\na"])
     return both[len(both) - len(word) :] != word
-
-
-def _last_space(text: str) -> int:
-    """Where the last single space between two characters stands; 0 if none does."""
-    place = text.rfind(" ", 0, -1)
-    while place > 0 and (text[place - 1].isspace() or text[place + 1].isspace()):
-        place = text.rfind(" ", 0, place)
-    return max(place, 0)
 
 
 def _ids_apart(tokenizer: Any, texts: list[str]) -> list[list[int]]:
