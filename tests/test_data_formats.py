@@ -164,9 +164,10 @@ UNUSABLE = [
     (TALK, {"rejected": [{"role": "user", "content": "ho"}, GO]}, "prompts differ"),
     (TALK, {"rejected": [USER]}, "last turn is not the assistant's"),
     (TALK, {"rejected": []}, "last turn is not the assistant's"),
-    (TALK, {"rejected": [USER, {"role": "tool", "content": "b"}]}, "unknown role"),
+    (TALK, {"rejected": [USER, {"role": "critic", "content": "b"}]}, "unknown role"),
     (TALK, {"rejected": [USER, {"role": "assistant", "content": None}]}, "wrong types"),
     (TALK, {"rejected": [USER, "b"]}, "wrong types"),
+    (TALK, {"rejected": [{"role": "user", "content": None, "name": "b"}, GO]}, "wrong types"),
     (TALK, {"chosen": [SYSTEM, HELLO], "rejected": [SYSTEM, GO]}, "empty prompt"),
     (SCRIPT, {"rejected": "\n\nHuman: ho\n\nAssistant: b"}, "prompts differ"),
     (SCRIPT, {"rejected": "\n\nHuman: hi\n\nAssistant: b\n\nHuman: no"}, "last turn is not the assistant's"),
@@ -201,3 +202,253 @@ def test_a_dataset_without_the_columns_is_refused_as_a_whole():
         find_layout([{"a": 1}, {"b": 2}], {}, "pairs", "data")
     with pytest.raises(UserError, match="messages is the column 'turns'"):
         find_layout([{"a": 1}], {"formatting": "sharegpt", "columns": {"messages": "turns"}}, "pairs", "data")
+
+
+# --- what shapes the prompt
+
+TOOL = {"type": "function", "function": {"name": "look_up_tide", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "look_up_tide", "arguments": {"port": "P"}}}
+ASKED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+ANSWERED = {"role": "tool", "content": "high"}
+WORDS = {"prompt": "hi", "chosen": "hello", "rejected": "go away"}
+MESSAGES = {"prompt": [USER], "chosen": [HELLO], "rejected": [GO]}
+EXCHANGE = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+
+
+def example_of(row, kind="pairs", entry=None):
+    return read_example(row, find_layout([row], entry or {}, kind, "data"), kind)
+
+
+def reason_of(row, kind="pairs", entry=None, beside=()):
+    """Why the row cannot be used: the reason, and what it is about. beside: other rows of the data set."""
+    layout = find_layout([row, *beside], entry or {}, kind, "data")
+    with pytest.raises(Unusable) as caught:
+        read_example(row, layout, kind)
+    return caught.value.reason.value, caught.value.detail
+
+
+IN_FRONT = {
+    "text": WORDS,
+    "messages": MESSAGES,
+    "implicit": {"chosen": [USER, HELLO], "rejected": [USER, GO]},
+    "transcript": {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: go away"},
+    "alpaca": {"instruction": "hi", "chosen": "hello", "rejected": "go away"},
+    "sharegpt": {"conversations": [HUMAN], "chosen": GPT, "rejected": BAD},
+    "openai": {"messages": [USER], "chosen": HELLO, "rejected": GO},
+    "prompt repeated": {"prompt": [USER], "chosen": [USER, HELLO], "rejected": [USER, GO]},
+}
+
+
+@pytest.mark.parametrize("name", IN_FRONT)
+@pytest.mark.parametrize("kind", ["pairs", "supervised", "prompts"])
+def test_system_and_history_stand_in_front_in_every_format(name, kind):
+    row = IN_FRONT[name] | {"system": "be brief", "history": [["one", "two"]]}
+    assert read(row, kind)[0] == [SYSTEM, *EXCHANGE, USER]
+    assert read(IN_FRONT[name] | {"system": "be brief"}, kind)[0] == [SYSTEM, USER]
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_a_text_prompt_stays_text_where_no_row_has_a_system(empty):
+    assert read(WORDS | {"system": empty, "history": [], "tools": empty})[0] == "hi"
+    layout = find_layout([WORDS | {"system": empty}, WORDS | {"system": "be brief"}], {}, "pairs", "data")
+    assert read_example(WORDS | {"system": empty}, layout, "pairs").prompt == [USER]  # like the other rows
+
+
+def test_a_system_that_the_conversation_repeats_stands_once_and_another_one_is_unusable():
+    row = {"prompt": [SYSTEM, USER], "chosen": [HELLO], "rejected": [GO]}
+    assert read(row | {"system": "be brief"})[0] == [SYSTEM, USER]
+    assert reason_of(row | {"system": "be long"}) == ("prompt stated twice, differently", "system")
+
+
+@pytest.mark.parametrize("tools", [[TOOL], TOOL, '[{"type": "function", "function": {"name": "look_up_tide", '
+                                   '"parameters": {"type": "object"}}}]', [TOOL["function"]]])  # fmt: skip
+def test_tools_are_kept_whatever_their_form(tools):
+    example = example_of(MESSAGES | {"tools": tools})
+    assert example.tools == [TOOL] and example.prompt == [USER]
+    assert example_of(WORDS | {"tools": tools}).prompt == [USER]
+
+
+@pytest.mark.parametrize("tools", [None, "", [], "[]"])
+def test_no_tools_are_none(tools):
+    assert example_of(MESSAGES | {"tools": tools}).tools is None
+
+
+@pytest.mark.parametrize("tools", ["{", 3, ["look_up_tide"], "3"])
+def test_tools_that_are_none_are_wrong_types(tools):
+    assert reason_of(MESSAGES | {"tools": tools}) == ("wrong types", "tools")
+
+
+def test_variables_of_the_template_are_kept():
+    example = example_of(MESSAGES | {"chat_template_kwargs": {"enable_thinking": True, "gap": None}})
+    assert example.variables == {"enable_thinking": True}
+    for name in ("tokenize", "add_generation_prompt", "messages"):
+        assert reason_of(MESSAGES | {"chat_template_kwargs": {name: True}}) == (
+            "wrong types",
+            f"chat_template_kwargs: {name}",
+        )
+
+
+def test_calls_of_tools_and_thoughts_stay_in_their_messages():
+    chosen = HELLO | {"thinking": "a friend", "weight": 1}
+    example = example_of({"prompt": [USER, ASKED, ANSWERED], "chosen": [chosen], "rejected": [GO], "tools": [TOOL]})
+    assert example.prompt == [USER, ASKED, ANSWERED]
+    assert example.chosen == HELLO | {"thinking": "a friend"} and example.rejected == "go away"
+    example = example_of({"prompt": [USER], "chosen": [ASKED], "rejected": [GO]})
+    assert example.chosen == ASKED
+    silent = {key: value for key, value in ASKED.items() if key != "content"}
+    assert example_of({"prompt": [USER], "chosen": [silent], "rejected": [GO]}).chosen == silent | {"content": None}
+
+
+def test_text_in_parts_is_text():
+    parts = {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}
+    said = {"role": "assistant", "content": [{"type": "text", "text": "hello"}]}
+    assert read({"prompt": [parts], "chosen": [said], "rejected": [GO]}) == ([USER], "hello", "go away")
+
+
+@pytest.mark.parametrize("name", ["images", "image", "videos", "audios"])
+@pytest.mark.parametrize("entry", [None, {"columns": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}}])
+def test_rows_with_pictures_and_sounds_are_unusable_by_name(name, entry):
+    reason, detail = reason_of(WORDS | {name: ["a.jpg"]}, entry=entry)
+    assert (reason, detail) == ("images, videos or audios, which are not read", name)
+    assert example_of(WORDS | {name: []}, entry=entry).chosen == "hello"
+    part = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi"}]}
+    assert reason_of(MESSAGES | {"prompt": [part]})[1] == "'image' in prompt"
+    named = {"formatting": "sharegpt", "columns": {"messages": "turns", "chosen": "a", "rejected": "b", "images": "p"}}
+    assert reason_of({"turns": [HUMAN], "a": GPT, "b": BAD, "p": ["x.jpg"]}, entry=named)[1] == "p"
+
+
+# --- the prompt stated twice
+
+TALL, WELL, AND = "How tall is it?", "Quite tall.", "And wide?"
+FIRST, LAST = {"role": "user", "content": TALL}, {"role": "user", "content": AND}
+LONG = [FIRST, {"role": "assistant", "content": WELL}, LAST]
+TWICE = "prompt stated twice, differently"
+
+
+def answers(before):
+    return {"chosen": [*before, HELLO], "rejected": [*before, GO]}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "chosen"),
+    [
+        ({"prompt": TALL, **answers(LONG)}, LONG, "hello"),
+        ({"prompt": AND, **answers(LONG)}, LONG, "hello"),
+        ({"prompt": LONG, **answers(LONG)}, LONG, "hello"),
+        ({"prompt": [LAST], **answers(LONG)}, LONG, "hello"),
+        ({"prompt": "\n\nHuman: How tall is it?\n\nAssistant:", **answers([FIRST])}, [FIRST], "hello"),
+        ({"prompt": TALL, "chosen": f"{TALL} 2 m", "rejected": f"{TALL} No idea."}, TALL, " 2 m"),
+        ({"instruction": TALL, "chosen": f"{TALL} 2 m", "rejected": f"{TALL} No idea."}, [FIRST], "2 m"),
+        (
+            {
+                "prompt": f"\n\nHuman: {TALL}\n\nAssistant:",
+                "chosen": f"\n\nHuman: {TALL}\n\nAssistant: 2 m",
+                "rejected": f"\n\nHuman: {TALL}\n\nAssistant: No",
+            },
+            f"\n\nHuman: {TALL}\n\nAssistant:",
+            " 2 m",
+        ),
+        (
+            {
+                "prompt": TALL,
+                "chosen": f"\n\nHuman: {TALL}\n\nAssistant: 2 m",
+                "rejected": f"\n\nHuman: {TALL}\n\nAssistant: No",
+            },
+            [FIRST],
+            "2 m",
+        ),
+    ],
+)
+def test_a_prompt_that_is_repeated_to_the_letter_is_taken_once(row, prompt, chosen):
+    assert read(row)[:2] == (prompt, chosen)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": TALL, **answers([{"role": "user", "content": f"{TALL} \n"}])},
+        {"prompt": f"### Question: {TALL}\n### Answer:", **answers([FIRST])},
+        {"prompt": [SYSTEM, FIRST], **answers([FIRST])},
+        {"prompt": [FIRST], **answers([{"role": "user", "content": f"{TALL} "}])},
+        {"prompt": [FIRST], **answers([SYSTEM, LAST])},
+        {"prompt": WELL, **answers(LONG)},  # what the assistant said
+        {"prompt": AND, **answers([FIRST, GO, LAST, GO, USER])},  # neither the first nor the last
+        {"messages": [FIRST], "chosen": "\n\nHuman: x\n\nAssistant: 0", "rejected": "\n\nHuman: x\n\nAssistant: no"},
+    ],
+)
+@pytest.mark.parametrize("kind", ["pairs", "supervised", "prompts"])
+def test_a_prompt_that_is_stated_in_other_words_is_unusable(row, kind):
+    assert reason_of(row, kind)[0] == TWICE
+
+
+def test_what_is_no_second_prompt_goes_on_from_the_first():
+    more = [HELLO, {"role": "user", "content": "more"}]
+    row = {"prompt": [FIRST], "chosen": [*more, HELLO], "rejected": [*more, GO]}
+    assert read(row)[0] == [FIRST, *more] == read(row | {"prompt": TALL})[0]
+    assert read({"prompt": [FIRST, GO], **answers([LAST])})[0] == [FIRST, GO, LAST]
+    assert read({"prompt": "hi", "chosen": "hi there", "rejected": "hi, go away"})[1] == "hi there"  # one word
+    assert read({"prompt": TALL, "chosen": f"{TALL} 2 m", "rejected": "No idea."})[1] == f"{TALL} 2 m"  # quoted
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [HUMAN, GPT], "chosen": GPT, "rejected": BAD},
+        {"prompt": [USER, HELLO], "chosen": [HELLO], "rejected": [GO]},
+        {"chosen": [USER, HELLO, HELLO], "rejected": [USER, HELLO, GO]},
+        {"messages": [USER, HELLO], "chosen": HELLO, "rejected": GO},
+    ],
+)
+@pytest.mark.parametrize("kind", ["pairs", "supervised", "prompts"])
+def test_a_conversation_that_ends_with_the_assistant_before_the_answers_is_unusable(row, kind):
+    assert reason_of(row, kind)[0] == "the conversation ends with the assistant before the answers"
+
+
+# --- entries of dataset_info.json
+
+ALPACA_COLUMNS = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+FULL = {"instruction": "hi", "input": "NOTE", "system": "NOTE", "history": [["NOTE", "NOTE"]], "tools": [TOOL]}
+FULL |= {"chosen": "hello", "rejected": "go away"}
+
+
+@pytest.mark.parametrize("more", [{}, {"query": ""}, {"system": None}])
+def test_columns_that_an_entry_does_not_name_are_not_read(more):
+    entry = {"ranking": True, "columns": ALPACA_COLUMNS | more}
+    assert read(FULL, entry=entry) == ([USER], "hello", "go away")
+    assert find_layout([FULL], entry, "pairs", "data").not_read == ("input", "history", "system", "tools")
+    talk = {"conversations": [HUMAN], "system": "NOTE", "chosen": GPT, "rejected": BAD}
+    columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
+    assert read(talk, entry={"formatting": "sharegpt", "columns": columns})[0] == [USER]
+    named = {"formatting": "sharegpt", "columns": columns | {"system": "system"}}
+    assert read(talk, entry=named)[0] == [{"role": "system", "content": "NOTE"}, USER]
+    with pytest.raises(UserError, match=r"no known format of pairs \(its entry's `columns` does not name rejected\)"):
+        find_layout([FULL], {"columns": {"prompt": "instruction", "chosen": "chosen"}}, "pairs", "data")
+
+
+def test_an_entry_without_columns_has_the_defaults_of_llamafactory():
+    row = {"instruction": "hi", "input": "there", "system": "NOTE", "output": "hello"}
+    assert read(row, "supervised", {"file_name": "a.json"})[0] == [{"role": "user", "content": "hi\nthere"}]
+    assert read(row, "supervised")[0][0]["role"] == "system"  # a file without an entry
+
+
+def test_openai_formatting_and_a_messages_column_beside_the_answers():
+    row = {"messages": [SYSTEM, USER], "chosen": HELLO, "rejected": GO}
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    columns = {"messages": "messages", "chosen": "chosen", "rejected": "rejected"}
+    for entry in (None, {"formatting": "openai"}, {"formatting": "openai", "columns": columns, "tags": tags}):
+        assert read(row, entry=entry) == ([SYSTEM, USER], "hello", "go away")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (WORDS | {"chosen": 3}, ("wrong types", "chosen")),
+        (WORDS | {"prompt": {"a": 1}}, ("wrong types", "prompt")),
+        (MESSAGES | {"chosen": [{"role": "critic", "content": "b"}]}, ("unknown role", "'critic' in chosen")),
+        (MESSAGES | {"rejected": [USER]}, ("last turn is not the assistant's", "rejected")),
+        (MESSAGES | {"rejected": [{"role": "assistant", "content": 3}]}, ("wrong types", "rejected")),
+        (WORDS | {"truth": "no"}, ("wrong types", "truth")),
+    ],
+)
+def test_reasons_name_the_column_and_the_role(row, reason):
+    assert reason_of(row) == reason

@@ -49,7 +49,7 @@ def test_broken_lines_cost_only_themselves(read, tmp_path, name):
     examples, report = read(name)
     assert sources(examples) == [f"{name}:1", f"{name}:8"]
     assert report.total == 7 and report.usable == 2
-    assert report.reasons == {"not UTF-8": 1, "not JSON": 2, "wrong types": 1, "missing column": 1}
+    assert report.reasons == {"not UTF-8": 1, "not JSON": 2, "wrong types": 1, "missing column: chosen": 1}
     assert report.first["not JSON"] == [f"{name}:4", f"{name}:6"]
 
 
@@ -82,7 +82,7 @@ def test_parquet(read, tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     examples, report = read("a.parquet")
     assert sources(examples) == ["a.parquet:1"] and examples[0].truth == {"noise": 0.5}
-    assert report.first == {"not UTF-8": ["a.parquet:2"], "wrong types": ["a.parquet:3"]}
+    assert report.first == {"not UTF-8": ["a.parquet:2"], "wrong types: rejected": ["a.parquet:3"]}
     (tmp_path / "b.parquet").write_bytes(LINE)
     with pytest.raises(UserError, match="b.parquet is not a readable parquet file"):
         read("b.parquet")
@@ -114,7 +114,7 @@ def test_rows_that_python_would_read_as_something_else(read, tmp_path):
         assert report.first == {
             "a key stands twice": [f"{name}:1", f"{name}:2"],
             "truth that cannot be kept": [f"{name}:4", f"{name}:5"],
-            "wrong types": [f"{name}:6"],
+            "wrong types: prompt": [f"{name}:6"],
         }
 
 
@@ -162,7 +162,7 @@ def test_a_parquet_cell_that_cannot_be_read_costs_the_row_where_it_is_read(read,
     asked = {"instruction": ["hi", "hi"], "chosen": ["a", "a"], "rejected": ["b", "b"]}
     for system, reason in (
         (pa.array([None, 2**62], pa.timestamp("us")), "a value that cannot be read"),
-        (pa.array([None, b"\xff"]), "wrong types"),
+        (pa.array([None, b"\xff"]), "wrong types: system"),
         (bad, "not UTF-8"),
     ):
         pq.write_table(pa.table(asked | {"system": system}), tmp_path / "a.parquet")
@@ -267,7 +267,7 @@ def test_entries_of_dataset_info_and_datasets_yaml(read, tmp_path):
     entry = {"file_name": "a.json", "ranking": True, "formatting": "sharegpt", "columns": columns, "num_samples": 2}
     (tmp_path / "dataset_info.json").write_text(json.dumps({"one": entry}))
     (tmp_path / "datasets.yaml").write_text(
-        "two: {file_name: a.json, formatting: sharegpt, columns: {messages: turns}}"
+        "two: {file_name: a.json, formatting: sharegpt, columns: {messages: turns, chosen: chosen, rejected: rejected}}"
     )
     assert len(read("one")[0]) == 2
     assert len(read("two")[0]) == 3
@@ -281,8 +281,8 @@ def test_entries_of_dataset_info_and_datasets_yaml(read, tmp_path):
         ({"file_name": "gone.json"}, "no such file: .*gone.json"),
         ({"file": "a.json"}, "'file' is not supported; known: file_name"),
         ({"file_name": "a.json", "columns": {"promt": "x"}}, "'promt' is not supported; known: prompt"),
-        ({"file_name": "a.json", "columns": {"images": "x"}}, "'images' is not supported"),
-        ({"file_name": "a.json", "formatting": "chatml"}, "should be alpaca or sharegpt"),
+        ({"file_name": "a.json", "columns": {"kto_tag": "x"}}, "'kto_tag' is not supported"),
+        ({"file_name": "a.json", "formatting": "chatml"}, "should be alpaca, sharegpt or openai"),
         ({"file_name": "a.json", "num_samples": "all"}, "num_samples"),
         ({"file_name": 3}, "file_name: 3 should be text"),
         ({"file_name": "a.json", "columns": {"prompt": ["x"]}}, r"columns: prompt: \['x'\] should be text"),
@@ -291,7 +291,7 @@ def test_entries_of_dataset_info_and_datasets_yaml(read, tmp_path):
         ({"file_name": "a.json", "num_samples": True}, "num_samples: True should be a whole number"),
         ({"file_name": "a.json", "num_samples": 1.5}, "num_samples: 1.5 should be a whole number"),
         ({"file_name": "a.json", "columns": {"prompt": "\ud83d"}}, "columns: prompt: .* should be text"),
-        ({"file_name": "a.json", "formatting": ["alpaca"]}, "formatting: .* should be alpaca or sharegpt"),
+        ({"file_name": "a.json", "formatting": ["alpaca"]}, "formatting: .* should be alpaca, sharegpt or openai"),
         ({"hf_hub_url": ".."}, "hf_hub_url: '..' is no hub id"),
         ({"hf_hub_url": "/etc"}, "hf_hub_url: '/etc' is no hub id"),
         ({"hf_hub_url": "https://huggingface.co/a/b"}, "is no hub id"),
@@ -434,3 +434,50 @@ def test_the_shipped_entries_can_be_resolved():
         ("Anthropic/hh-rlhf", "test"),
         ("trl-lib/ultrafeedback_binarized", "test"),
     ]
+
+
+ROW = '{"prompt": "hi", "chosen": "a", "rejected": "b"}'
+
+
+@pytest.mark.parametrize(
+    "text", [f"[{ROW}, {ROW}]", f"[\n {ROW},\n {ROW}\n]\n", f"[{ROW},\n{ROW}]", f"[\n{{}},{ROW},{ROW}]"]
+)
+def test_a_jsonl_file_that_is_one_array_is_read_as_one(read, tmp_path, text):
+    (tmp_path / "a.jsonl").write_text("\ufeff" + text)
+    examples, report = read("a.jsonl")
+    assert len(examples) == 2 and report.total == 2 + text.count("{}")
+
+
+@pytest.mark.parametrize("line", ["[{}]", "[{broken", '[{"a": 1},', "[[{}]]"])
+def test_a_first_line_that_is_a_list_does_not_make_lines_an_array(read, tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(f"{line}\n{ROW}\n{ROW}\n")
+    assert sources(read("a.jsonl")[0]) == ["a.jsonl:2", "a.jsonl:3"]
+
+
+def test_entries_may_hold_a_checksum_that_nobody_checks(read, tmp_path):
+    (tmp_path / "a.jsonl").write_text(ROW)
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "a.jsonl", "file_sha1": "0" * 40}}))
+    assert len(read("mine")[0]) == 1
+
+
+def test_columns_that_an_entry_leaves_out_are_named(read, tmp_path):
+    rows = [{"instruction": "hi", "input": "there", "system": "s", "chosen": "a", "rejected": "b"}] * 2
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    entry = {"file_name": "a.json", "ranking": True, "columns": columns}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    examples, report = read("mine")
+    assert examples[0].prompt == [{"role": "user", "content": "hi"}]
+    assert report.lines() == [
+        "mine: 2 of 2 rows are usable",
+        "  not read: input, system (not named by the dataset's entry in its `columns`)",
+    ]
+
+
+def test_reasons_of_many_kinds_stay_few(read, tmp_path):
+    """Each row another unknown role: the first few are named."""
+    rows = [{"prompt": [{"role": f"role {i}", "content": "hi"}], "chosen": "a", "rejected": "b"} for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, PAIR])))
+    reasons = read("a.jsonl")[1].reasons
+    assert reasons["unknown role: 'role 0' in prompt"] == 1 and reasons["unknown role"] == 22
+    assert len(reasons) == 9 and sum(reasons.values()) == 30

@@ -214,3 +214,27 @@ def test_a_tokenizer_without_an_end_leaves_it_to_the_model_or_is_refused(model):
     silent.generation_config.eos_token_id = None
     with pytest.raises(UserError, match="has no end-of-sequence token"):
         sample(silent, other, PROMPTS[:3])
+
+
+def test_what_closes_a_training_response_stops_generation(model):
+    """A chat template that closes a turn with another token than <eos>, as base models with <|im_end|> have it."""
+    import copy
+
+    from discobeta.generation import has_ended, response_text, stop_ids
+
+    network, tokenizer = model[0], copy.deepcopy(model[1])
+    eos, end = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("?")
+    assert stop_ids(network, tokenizer) == [eos]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }}{% if m.role == 'assistant' %} ? {% else %} {% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    stops = stop_ids(network, tokenizer)
+    assert stops == sorted([eos, end])
+    responses = sample(network, tokenizer, PROMPTS * 8, max_new_tokens=30)
+    assert {int(response[-1]) for response in responses if len(response) < 30} == {eos, end}
+    assert not any(end in response[:-1] or eos in response[:-1] for response in responses)
+    closed = next(response for response in responses if response[-1] == end)
+    assert has_ended(closed, stops) and "?" not in response_text(tokenizer, closed)
+    before = np.append(closed[:-1], eos)
+    assert response_text(tokenizer, closed) == response_text(tokenizer, before) != ""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from discobeta.data.tokens import closing_id
 from discobeta.errors import UserError
 from discobeta.policy import check_context, plain
 
@@ -112,12 +113,12 @@ class InverseCDF:
 
 
 def response_text(tokenizer: PreTrainedTokenizerBase, response_ids: np.ndarray) -> str:
-    """The text of a response without its final <eos>.
+    """The text of a response without its final <eos>, or the token that closes a turn of its chat template.
 
     Other special tokens stay visible: a response that holds them is not the text without them.
     """
     ids = [int(token) for token in response_ids]
-    if ids and ids[-1] == tokenizer.eos_token_id:
+    if ids and ids[-1] in (tokenizer.eos_token_id, closing_id(tokenizer)):
         ids.pop()
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -152,9 +153,10 @@ def has_ended(response_ids: np.ndarray, stops: list[int]) -> bool:
 
 
 def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's <eos> and those that the model itself stops at (chat models have several)."""
+    """The tokenizer's <eos>, what closes a turn of its chat template (the end of a response that was trained on), and
+    those that the model itself stops at (chat models have several)."""
     own = plain(model).generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    ids = {tokenizer.eos_token_id, closing_id(tokenizer), *(own if isinstance(own, list) else [own])} - {None}
     if not ids:
         raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token (eos_token)")
     return sorted(ids)

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,12 +24,12 @@ from typing import Any
 
 from discobeta.config import RunConfig, read_yaml
 from discobeta.data.formats import COLUMNS, TAGS, Example, Kind, Reason, Unusable, find_layout, read_example
-from discobeta.errors import UserError, shown, telling
+from discobeta.errors import UserError, shorten, shown, telling
 from discobeta.files import check_regular, read_json, sha256
 
 FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 TEXTS = ("file_name", "hf_hub_url", "subset", "folder", "split", "script_url")
-ENTRY = (*TEXTS, "num_samples", "ranking", "formatting", "columns", "tags")
+ENTRY = (*TEXTS, "file_sha1", "num_samples", "ranking", "formatting", "columns", "tags")
 HUB_ID = r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?"
 LONGEST_NAME = 200
 """Characters of the name of a column."""
@@ -52,23 +52,54 @@ class RowReport:
     reasons: dict[str, int] = field(default_factory=dict)
     first: dict[str, list[str]] = field(default_factory=dict)
     """Reason -> where the first few such rows stand."""
+    not_read: list[str] = field(default_factory=list)
+    """Columns that would shape the prompt, and that the dataset's entry does not name."""
+    forged: dict[str, int] = field(default_factory=dict)
+    """Control token -> rows whose texts spell it, so that it becomes the token itself."""
+    first_forged: list[str] = field(default_factory=list)
 
     SHOWN = 3
+    DETAILS = 8
+    """Of one reason; rows of further ones are counted under the reason alone."""
 
     @property
     def usable(self) -> int:
         return self.total - sum(self.reasons.values())
 
-    def count_unusable(self, reason: Reason, source: str) -> None:
-        self.reasons[reason.value] = self.reasons.get(reason.value, 0) + 1
-        shown = self.first.setdefault(reason.value, [])
+    def count_unusable(self, unusable: Unusable, source: str) -> None:
+        reason = shorten(str(unusable), 160)
+        start = unusable.reason.value
+        if reason not in self.reasons and sum(known.startswith(f"{start}: ") for known in self.reasons) >= self.DETAILS:
+            reason = start
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        shown = self.first.setdefault(reason, [])
         if len(shown) < self.SHOWN:
             shown.append(source)
 
+    def count_forged(self, tokens: Iterable[str], source: str) -> None:
+        for token in tokens:
+            self.forged[token] = self.forged.get(token, 0) + 1
+        if len(self.first_forged) < self.SHOWN:
+            self.first_forged.append(source)
+
     def lines(self) -> list[str]:
-        """What the run's log says: one line, and one more per reason."""
+        """What the run's log says: one line, and one more per reason and warning."""
         truncated = f"; {self.truncated_responses} responses cut at cutoff_len" if self.truncated_responses else ""
-        return [f"{self.dataset}: {self.usable} of {self.total} rows are usable{truncated}", *self._reason_lines()]
+        return [
+            f"{self.dataset}: {self.usable} of {self.total} rows are usable{truncated}",
+            *self._reason_lines(),
+            *self._warnings(),
+        ]
+
+    def _warnings(self) -> Iterator[str]:
+        if self.not_read:
+            yield f"  not read: {', '.join(self.not_read)} (not named by the dataset's entry in its `columns`)"
+        if self.forged:
+            spelt = ", ".join(f"{token!r} in {count} rows" for token, count in sorted(self.forged.items())[:5])
+            yield (
+                f"  control tokens spelt in the rows' texts become the tokens themselves: {spelt} "
+                f"({', '.join(self.first_forged)}, …)"
+            )
 
     def _reason_lines(self) -> list[str]:
         order = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
@@ -141,6 +172,8 @@ def read_examples(names: str, config: RunConfig, *, split: str, kind: Kind) -> t
         rows, own, before = source.rows(config), RowReport(source.name), len(examples)
         readable = [row for _, row in rows if isinstance(row, dict)]
         layout = find_layout(readable, source.entry, kind, source.name) if readable else None
+        if layout is not None:
+            report.not_read += [name for name in layout.not_read if name not in report.not_read]
         for where, row in rows:
             own.total, report.total = own.total + 1, report.total + 1
             try:
@@ -148,8 +181,8 @@ def read_examples(names: str, config: RunConfig, *, split: str, kind: Kind) -> t
                     raise row
                 examples.append(read_example(row, layout, kind, where))
             except Unusable as unusable:
-                own.count_unusable(unusable.reason, where)
-                report.count_unusable(unusable.reason, where)
+                own.count_unusable(unusable, where)
+                report.count_unusable(unusable, where)
         own.check(1.0)
         _check_truth_names(examples[before:], str(source.path or source.hub))
     report.check(config.max_unusable_rows)
@@ -264,8 +297,8 @@ def _check_entry(entry: Any, where: str) -> None:
                 raise UserError(f"{where}: {shown(word)} is not supported; known: {', '.join(known)}")
             if key and part[word] is not None and not _is_text(part[word]):
                 raise UserError(f"{where}: {key}: {word}: {shown(part[word])} should be text")
-    if entry.get("formatting") not in (None, "alpaca", "sharegpt"):
-        raise UserError(f"{where}: formatting: {shown(entry['formatting'])} should be alpaca or sharegpt")
+    if entry.get("formatting") not in (None, "alpaca", "sharegpt", "openai"):
+        raise UserError(f"{where}: formatting: {shown(entry['formatting'])} should be alpaca, sharegpt or openai")
     limit = entry.get("num_samples")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise UserError(f"{where}: num_samples: {shown(limit)} should be a whole number of rows")
@@ -294,14 +327,23 @@ def _file_rows(path: Path) -> Iterator[Row]:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
                 start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
                 file.seek(0)
-                if path.name.endswith((".json", ".json.gz")) and start.startswith(b"["):
+                if start.startswith(b"[") and path.name.endswith((".json", ".json.gz")):
                     yield from _array_rows(file.read(), path)
+                elif re.match(rb"\[\s*\{", start) and _is_array(content := file.read()):
+                    yield from _array_rows(content, path)
                 else:
+                    file.seek(0)
                     yield from _line_rows(file, path)
     except UserError as error:
         if isinstance(error.__cause__, gzip.BadGzipFile | EOFError | zlib.error):
             raise UserError(f"{path} is not a whole gzip file") from None
         raise
+
+
+def _is_array(content: bytes) -> bool:
+    """Whether a .jsonl file is one JSON array, and not lines of which the first one is (or should be) a list."""
+    first, _, rest = content.strip().partition(b"\n")
+    return content.rstrip().endswith(b"]") and not (rest and first.rstrip().endswith(b"]"))
 
 
 def _line_rows(file: Any, path: Path) -> Iterator[Row]:

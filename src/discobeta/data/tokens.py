@@ -1,8 +1,9 @@
 """From examples to token ids: once per (data, tokenizer, cutoff), shared by all arms.
 
-A row is prompt ids and response ids, tokenised apart, so that the prompt's end is known exactly and
-is the same for chosen and rejected. The prompt is never cut; a response is cut at the right to what
-cutoff_len leaves. Rows live in flat arrays, so a hundred thousand of them load in well under a second.
+A row is prompt ids and response ids. Prompt and response are tokenised as one text, which is cut where the prompt's
+own ids end, so that a response's ids are those that it has behind its prompt. The prompt is never cut; a response is
+cut at the right to what cutoff_len leaves. Rows live in flat arrays, so a hundred thousand of them load in well
+under a second.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +27,33 @@ import numpy as np
 
 from discobeta import files, seeds
 from discobeta.config import RunConfig
-from discobeta.data.formats import KINDS, Example, Kind, Message, Prompt, Reason, Unusable
+from discobeta.data.formats import (
+    KINDS,
+    THOUGHTS,
+    Example,
+    Kind,
+    Message,
+    Prompt,
+    Reason,
+    Response,
+    Unusable,
+    texts_of,
+    transcript,
+)
 from discobeta.data.sources import RowReport, read_examples, resolve
 from discobeta.errors import UserError, first_line, telling
 from discobeta.files import check_regular
 
-LAYOUT = 2
+LAYOUT = 3
 """Of the folder. Raised when tokenisation or the files change, so that old folders are refused."""
 AGAIN = "delete the folder and it is made again"
 LONGEST_RENDERING = 5.0
 """Seconds of computing that a chat template may take for one row: templates can loop. A usual one takes 1 ms."""
 MOST_ADDED = 1_000_000
 """Characters that a chat template may make of an empty row."""
+TODAY = datetime(2024, 7, 26)
+"""The day on which chat templates are rendered that print the date: the one that Llama 3's fall back to. With the
+day of the run a row would have other tokens tomorrow."""
 CHUNK = 1000
 QUIET_BELOW = 5000
 """Rows; fewer take a moment and get no progress bar."""
@@ -255,25 +274,31 @@ def encode(examples: list[Example], tokenizer: Any, cutoff_len: int, kind: Kind,
     leading = _leading_tokens(tokenizer, next((text for e in examples for text in (e.chosen, e.prompt) if text), "a"))
     quiet = True if len(examples) < QUIET_BELOW else None  # None: quiet unless on a terminal
     columns: list[list[np.ndarray]] = [[] for _ in range({"pairs": 3, "supervised": 2, "prompts": 1}[kind])]
-    kept, refusal = [], None
+    kept, refusal, refused, forged = [], None, 0, _forged_tokens(tokenizer)
     with tqdm(total=len(examples), desc="tokenising", unit="rows", disable=quiet) as progress:
         for start in range(0, len(examples), CHUNK):
             chunk = examples[start : start + CHUNK]
             for example, outcome in zip(chunk, _encode_chunk(chunk, tokenizer, leading, cutoff_len), strict=True):
                 if isinstance(outcome, Unusable):
-                    refusal = refusal or (outcome.reason is Reason.TEMPLATE_REFUSED and outcome)
-                    report.count_unusable(outcome.reason, example.source)
+                    if outcome.reason in (Reason.TEMPLATE_REFUSED, Reason.NO_BORDER):
+                        refusal, refused = refusal or outcome, refused + 1
+                    report.count_unusable(outcome, example.source)
                     continue
                 ids, cut = outcome
+                if spelt := forged(example):
+                    report.count_forged(spelt, example.source)
                 report.truncated_responses += cut
                 kept.append(example)
                 for column, sequence in zip(columns, ids, strict=True):
                     column.append(np.array(sequence, np.int32))
             progress.update(len(chunk))
-    if refusal and report.reasons[Reason.TEMPLATE_REFUSED] == len(examples):
+    if refusal and refused == len(examples):
+        fault = "renders none of the {} conversations"
+        if refusal.reason is Reason.NO_BORDER:
+            fault = "renders none of the {} conversations as the prompt followed by the response"
         raise UserError(
-            f"{report.dataset}: the chat template of {tokenizer.name_or_path!r} renders none of the {len(examples)} "
-            f"conversations: {first_line(refusal.__cause__)}"
+            f"{report.dataset}: the chat template of {tokenizer.name_or_path!r} {fault.format(len(examples))}: "
+            f"{refusal.detail}"
         )
     return Rows(
         *map(Ragged.of, columns),
@@ -292,14 +317,13 @@ def _encode_chunk(
     """For each example its token ids, or why it has none. One call of the tokenizer for all."""
     with _ending(f"the chat template of {tokenizer.name_or_path!r}") as watched:
         rendered = [_render_or_refuse(example, tokenizer) for example in watched(chunk)]
-    texts = [text for item in rendered if isinstance(item, Rendered) for text in (item.prompt, *item.responses)]
-    ids = iter(_bare_ids(tokenizer, texts) if texts else [])
+    usable = [item for item in rendered if isinstance(item, Rendered)]
+    ids = iter(_ids_of(usable, tokenizer) if usable else [])
     for example, item in zip(chunk, rendered, strict=True):
         if isinstance(item, Unusable):
             yield item
             continue
-        prompt = next(ids)
-        responses = [next(ids) for _ in item.responses]
+        prompt, *responses = next(ids)
         if not prompt and example.prompt:
             yield Unusable(Reason.EMPTY_PROMPT)
             continue
@@ -339,34 +363,97 @@ def render(example: Example, tokenizer: Any) -> Rendered:
     """The prompt's text, ending where the response begins, and the responses' texts.
 
     A text prompt stays as it is. A conversation goes through the tokenizer's chat template, or, if
-    it has none, becomes an hh-rlhf transcript. Raises Unusable when the template refuses the row,
-    and UserError when the template cannot be split into prompt and response.
+    it has none, becomes an hh-rlhf transcript. Raises Unusable when the template refuses the row, leaves out
+    something that is said in it, or cannot be split into prompt and response.
     """
     responses = [response for response in (example.chosen, example.rejected) if response is not None]
-    if isinstance(example.prompt, str):
-        return Rendered(example.prompt, responses)
-    if not tokenizer.chat_template:
-        return Rendered(transcript(example.prompt), [f" {response}" for response in responses])
+    if not tokenizer.chat_template or isinstance(example.prompt, str):
+        _check_plain(example, responses)
+        texts = [response["content"] if isinstance(response, dict) else response for response in responses]
+        if isinstance(example.prompt, str):
+            return Rendered(example.prompt, texts)
+        return Rendered(transcript(example.prompt), [f" {text}" for text in texts])
     # Preference data holds no thoughts, so a template that can think is told not to, and the empty
     # thought is part of the prompt. Responses that do hold thoughts take the other form.
+    messages = [
+        response if isinstance(response, dict) else {"role": "assistant", "content": response} for response in responses
+    ]
     for thinking in (False, True):
-        prompt = _apply_template(tokenizer, example.prompt, thinking, add_generation_prompt=True)
-        wholes = [
-            _apply_template(tokenizer, [*example.prompt, {"role": "assistant", "content": response}], thinking)
-            for response in responses
-        ]
+        prompt = _apply_template(tokenizer, example, [], thinking)
+        wholes = [_apply_template(tokenizer, example, [message], thinking) for message in messages]
         if all(whole.startswith(prompt) for whole in wholes):
             break
     else:
-        whole = next(whole for whole in wholes if not whole.startswith(prompt))
-        raise UserError(
-            f"the chat template of {tokenizer.name_or_path!r} does not render a conversation as its prompt "
-            f"followed by the response ({example.source or 'first such row'}): "
-            f"the prompt ends {prompt[-30:]!r}, the conversation goes on {_where_they_part(prompt, whole)!r}"
+        message, whole = next(pair for pair in zip(messages, wholes, strict=True) if not pair[1].startswith(prompt))
+        if not all(_is_in(text, whole) for text in texts_of(message)):
+            raise Unusable(Reason.LEFT_OUT, "the response, or its thoughts")
+        raise Unusable(
+            Reason.NO_BORDER,
+            f"the prompt ends {prompt[-30:]!r}, the conversation goes on {_where_they_part(prompt, whole)!r}",
         )
     suffixes = [whole[len(prompt) :].rstrip() for whole in wholes]
-    closed = all(not suffix.endswith(response.strip()) for suffix, response in zip(suffixes, responses, strict=True))
+    _check_whole(example, messages, prompt, suffixes)
+    said = map(_spoken, messages)
+    closed = all(not (text and suffix.endswith(text)) for suffix, text in zip(suffixes, said, strict=True))
+    closed = closed and closing_id(tokenizer) is not None
     return Rendered(prompt, suffixes, plain=False, closed=closed)
+
+
+def _spoken(message: Message) -> str:
+    return (message.get("content") or "").strip()
+
+
+def _is_in(text: str, rendered: str) -> bool:
+    """Whether a text was rendered, whatever the template does to white space (it trims thoughts, sets them apart)."""
+    return text.strip() in rendered or "".join(text.split()) in "".join(rendered.split())
+
+
+def _check_plain(example: Example, responses: list[Response]) -> None:
+    """Raise Unusable for what has no form in a text or a transcript."""
+    turns = [] if isinstance(example.prompt, str) else example.prompt
+    for name, is_there in (
+        ("tools", bool(example.tools)),
+        ("chat_template_kwargs", bool(example.variables)),
+        *((f"{key} of a message", True) for turn in turns for key in turn.keys() & {"tool_calls", *THOUGHTS}),
+        *(
+            (f"{key} of a response", True)
+            for r in responses
+            if isinstance(r, dict)
+            for key in r.keys() & {"tool_calls", *THOUGHTS}
+        ),
+        ("a turn of a tool", any(turn["role"] == "tool" for turn in turns)),
+    ):
+        if is_there:
+            raise Unusable(Reason.NEEDS_TEMPLATE, name)
+
+
+def _check_whole(example: Example, messages: list[Message], prompt: str, suffixes: list[str]) -> None:
+    """Raise Unusable if the template left out what somebody says.
+
+    Thoughts of past turns may go, as they go when the model is asked, and what a tool says may be written anew.
+    """
+    begun = "<think>" if prompt.rstrip().endswith("<think>") else ""  # as part of the prompt
+    for message, suffix in zip(messages, suffixes, strict=True):
+        if not all(_is_in(text.lstrip().removeprefix(begun), suffix) for text in texts_of(message)):
+            raise Unusable(Reason.LEFT_OUT, "the response, or its thoughts")
+        _check_calls(message, suffix)
+    for turn in example.prompt:
+        if turn["role"] in ("system", "user") and not _is_in(turn["content"], prompt):
+            raise Unusable(Reason.LEFT_OUT, turn["role"])
+        _check_calls(turn, prompt)
+    for tool in example.tools or ():
+        name = tool.get("function", tool)
+        if isinstance(name := name.get("name") if isinstance(name, dict) else None, str) and name not in prompt:
+            raise Unusable(Reason.LEFT_OUT, "tools")
+
+
+def _check_calls(message: Message, rendered: str) -> None:
+    for call in message.get("tool_calls", ()):
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Unusable(Reason.WRONG_TYPES, "tool_calls")
+        if function["name"] not in rendered:
+            raise Unusable(Reason.LEFT_OUT, "tool_calls")
 
 
 def _where_they_part(prompt: str, whole: str) -> str:
@@ -381,20 +468,35 @@ def _render_or_refuse(example: Example, tokenizer: Any) -> Rendered | Unusable:
         return unusable
 
 
-def _apply_template(
-    tokenizer: Any, messages: list[Message], thinking: bool, *, add_generation_prompt: bool = False
-) -> str:
+def _apply_template(tokenizer: Any, example: Example, answer: list[Message], thinking: bool) -> str:
+    """The prompt, as it stands before an answer is generated, or, with an answer, the whole conversation."""
+    messages = [*example.prompt, *answer]
     try:
+        _freeze_clock(tokenizer, bool(example.tools))
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=thinking
+            messages,
+            tools=example.tools,
+            tokenize=False,
+            add_generation_prompt=not answer,
+            **{"enable_thinking": thinking, "date_string": TODAY.strftime("%d %b %Y")} | example.variables,
         )
         if not isinstance(text, str):
             raise TypeError(f"it gives a {type(text).__name__} and no text")
-        if len(text) > MOST_ADDED + 100 * sum(len(message["content"]) for message in messages):
+        if len(text) > MOST_ADDED + 100 * sum(len(text) for message in messages for text in texts_of(message)):
             raise ValueError(f"it makes {len(text):,} characters of a row")
     except Exception as error:  # a template is a program that came with the tokenizer
-        raise Unusable(Reason.TEMPLATE_REFUSED) from error
+        raise Unusable(Reason.TEMPLATE_REFUSED, first_line(error)) from error
     return text
+
+
+def _freeze_clock(tokenizer: Any, tools: bool) -> None:
+    """strftime_now(format), which templates may call, says `TODAY`: a global of the compiled template."""
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return
+    from transformers.utils import chat_template_utils
+
+    template = tokenizer.get_chat_template(tools=[{}] if tools else None)
+    chat_template_utils._compile_jinja_template(template).globals["strftime_now"] = TODAY.strftime
 
 
 class _DoesNotEnd(BaseException):
@@ -436,14 +538,99 @@ def _ending(what: str) -> Iterator[Any]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def transcript(messages: list[Message]) -> str:
-    """hh-rlhf's form of a conversation that the assistant is about to continue."""
-    speakers = {"system": "System", "user": "Human", "assistant": "Assistant"}
-    turns = [f"\n\n{speakers[message['role']]}: {message['content']}" for message in messages]
-    return "".join([*turns, "\n\nAssistant:"])
+def closing_id(tokenizer: Any) -> int | None:
+    """The token that closes an assistant's turn in the chat template, such as <|im_end|>; None: nothing does.
+
+    Of several the first that is a special one, as generation ends there. Several ordinary ones are no sign to stop at.
+    """
+    return _closing_id(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template else None
+
+
+@lru_cache(maxsize=8)
+def _closing_id(tokenizer: Any, template: str) -> int | None:
+    content = "qzx"
+    example = Example([{"role": "user", "content": "a"}])
+    try:
+        text = _apply_template(tokenizer, example, [{"role": "assistant", "content": content}], False)
+    except Unusable:
+        return None
+    _, said, closing = text.rstrip().rpartition(content)
+    ids = _bare_ids(tokenizer, [closing])[0] if said and closing.strip() else []
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return next((token for token in ids if token in special), ids[0] if len(ids) == 1 else None)
+
+
+def _ids_of(items: list[Rendered], tokenizer: Any) -> Iterator[list[list[int]]]:
+    """[prompt ids, response ids …] of each item: prompt and response tokenised as one text, cut at the prompt.
+
+    Where they would merge across the border, the prompt keeps the ids that it has alone, which are those that an
+    answer is generated behind, and the response is tokenised apart.
+    """
+    if tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel":
+        # Two words that meet would be one that it does not know: there is nothing to be had from one text.
+        ids = iter(_bare_ids(tokenizer, [text for item in items for text in (item.prompt, *item.responses)]))
+        yield from ([next(ids) for _ in range(1 + len(item.responses))] for item in items)
+        return
+    prompts = _bare_ids(tokenizer, [item.prompt for item in items])
+    wholes = iter(_bare_ids(tokenizer, [item.prompt + text for item in items for text in item.responses]))
+    found: list[list[list[int] | str]] = []
+    for item, prompt in zip(items, prompts, strict=True):
+        parts: list[list[int] | str] = [prompt]
+        for text in item.responses:
+            whole = next(wholes)
+            # An unknown token may hide that the prompt's last word has gone on.
+            meets = whole[: len(prompt)] == prompt and not (prompt and prompt[-1] == tokenizer.unk_token_id)
+            parts.append(whole[len(prompt) :] if meets else text)
+        found.append(parts)
+    apart = iter(_ids_apart(tokenizer, [part for parts in found for part in parts if isinstance(part, str)]))
+    for parts in found:
+        yield [next(apart) if isinstance(part, str) else part for part in parts]
+
+
+def _marks_beginnings(tokenizer: Any) -> bool:
+    """Whether a text begins as if there were a space before it (SentencePiece)."""
+    word, both = _bare_ids(tokenizer, ["a", "\na"])
+    return both[len(both) - len(word) :] != word
+
+
+def _ids_apart(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The ids of texts that go on from another one: without SentencePiece's mark before a text's first word."""
+    if not texts:
+        return []
+    bare = _bare_ids(tokenizer, texts)
+    if not _marks_beginnings(tokenizer):
+        return bare
+    (line,) = _bare_ids(tokenizer, ["\n"])
+    behind = _bare_ids(tokenizer, [f"\n{text}" for text in texts])
+    return [new[len(line) :] if new[: len(line)] == line else old for old, new in zip(bare, behind, strict=True)]
+
+
+def _forged_tokens(tokenizer: Any) -> Callable[[Example], set[str]]:
+    """Which control tokens the texts of an example spell.
+
+    A text prompt may be rendered already, so of it only <bos> and <eos> count, where they do not stand at its ends.
+    """
+    unknown = tokenizer.unk_token
+    ends = {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token and token != unknown}
+    every = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special} - {unknown}
+    in_text, in_turns = (
+        re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+        for tokens in (ends, every | ends)
+    )
+
+    def spelt(example: Example) -> set[str]:
+        if isinstance(example.prompt, str):
+            first, last = tokenizer.bos_token or "", tokenizer.eos_token or ""
+            texts = [text.strip().removeprefix(first).removesuffix(last) for text in example.texts()]
+            return {token for text in texts for token in in_text.findall(text)}
+        return {token for text in example.texts() for token in in_turns.findall(text)}
+
+    return spelt
 
 
 def _bare_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
     with telling(f"the tokenizer {tokenizer.name_or_path!r} cannot encode"):
         return tokenizer(
             texts,
@@ -456,9 +643,10 @@ def _bare_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
         )["input_ids"]
 
 
-def _leading_tokens(tokenizer: Any, text: Prompt) -> list[int]:
+def _leading_tokens(tokenizer: Any, text: Prompt | Response) -> list[int]:
     """What the tokenizer puts in front of any text by itself: [BOS] or nothing, as a rule."""
-    text = text if isinstance(text, str) else transcript(text)
+    if not isinstance(text, str):
+        text = transcript(text if isinstance(text, list) else [text])
     bare = _bare_ids(tokenizer, [text])[0]
     with telling(f"the tokenizer {tokenizer.name_or_path!r} cannot encode"):
         whole = tokenizer(text, verbose=False)["input_ids"]
@@ -537,6 +725,7 @@ def _check_free(folder: Path) -> None:
 def made_from(config: RunConfig, tokenizer: Any, kind: Kind) -> dict[str, Any]:
     """Everything that the tokenised rows depend on. The seed is part of it only where it draws a split."""
     recipe = {"layout": LAYOUT, "kind": kind, "cutoff_len": config.cutoff_len, "tokenizer": tokenizer_hash(tokenizer)}
+    recipe["date_string"] = TODAY.strftime("%d %b %Y")
     if config.dataset:
         recipe["dataset"] = [source.identity() for source in resolve(config.dataset, config, config.split)]
         recipe["max_samples"] = config.max_samples

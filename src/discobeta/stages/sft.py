@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,13 +133,8 @@ def build_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     if config.model_name_or_path:
         return load_tokenizer(config)
     examples, _ = read_examples(config.dataset, config, split=config.split, kind="supervised")
-    texts = (text for example in examples for text in texts_of(example.prompt, example.chosen))
+    texts = (text for example in examples for text in example.texts())
     return train_tokenizer(texts, config.vocab_size)
-
-
-def texts_of(prompt: str | list[dict[str, str]], completion: str) -> Iterator[str]:
-    yield from [prompt] if isinstance(prompt, str) else (message["content"] for message in prompt)
-    yield completion
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
