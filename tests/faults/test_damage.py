@@ -119,9 +119,12 @@ def writes(name: str) -> tuple[str, ...]:
 OWN = ("train", "evaluate", "prepare", "reference", "corpus")
 """Commands that answer for the first folder that they read: what is damaged there may not stay so."""
 
-TABLE = "results/tiny/tables/rm.md"
-TOLD = ("damaged", "not trained", "stale", "not finished", "not evaluated")
-"""Words with which it says that it leaves a run out."""
+TOLD = ("damaged", "not trained", "stale", "not finished", "not evaluated", "evaluated before it was trained")
+"""Words with which a table says that it leaves a run out; none of them stands in a whole one."""
+
+
+def tells(path: Path) -> bool:
+    return path.suffix == ".md" and any(word in path.read_text() for word in TOLD)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -152,14 +155,14 @@ def test_damage(finished, tmp_path, fuzz, name):
         outcome = run(words, place, limit=90)
         found = judge(outcome, place, before, writes(name))
         found = [pair for pair in found if (name, pair[0], outcome.status) != ("compare", "status", 1)]
-        if outcome.status == 2 and not names(outcome.output, path):
+        if outcome.status == 2 and not names(outcome.output, path) and TOLD[-1] not in outcome.output:
             found.append(("unnamed", f"{path}: {outcome.output[-500:]}"))
         if outcome.status == 0 and name not in ("compare", "cost"):
             now = results(place)
             # what it neither reads nor writes stays damaged, and of all else nothing may differ
             is_its_own = name.startswith(OWN) and "new" not in name and str(path).startswith(read[0])
             wrong = [item for item in wanted if now.get(item) != wanted[item] and (is_its_own or item != str(path))]
-            if name == "tables" and wrong and any(word in (place / TABLE).read_text() for word in TOLD):
+            if name == "tables" and any(tells(place / item) for item in wrong):
                 wrong = []
             if not isinstance(words, list) and outcome.output.splitlines()[-1] != undamaged.output.splitlines()[-1]:
                 wrong.append("what was loaded")
