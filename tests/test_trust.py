@@ -213,6 +213,19 @@ def test_damage_to_a_file_of_a_run_is_named(runs, name, damage):
         assert main(["evaluate", str(runs / stage)]) == 2
 
 
+def test_parts_of_a_run_are_compared_where_they_are_used_alone(runs, run):
+    """The adapter that another run starts from, or that judges."""
+    dpo, rm = runs / "dpo" / "adapter", runs / "rm" / "adapter"
+    start = {"adapter_name_or_path": str(dpo), "lora_rank": 2}
+    run("dpo", name="whole", **start)
+    discobeta.load_reward_model(rm)
+    for adapter in (dpo, rm):
+        flip_a_bit(adapter / "adapter_model.safetensors")
+    for reading in (lambda: run("dpo", name="new", **start), lambda: discobeta.load_reward_model(rm)):
+        with pytest.raises(UserError, match="adapter_model.safetensors is not what was written there when its run"):
+            reading()
+
+
 def test_weights_that_were_put_beside_are_refused(runs):
     torch.save({}, runs / "dpo" / "adapter" / "adapter_model.bin")
     with pytest.raises(UserError, match=r"adapter_model.bin was put there after the run was finished"):

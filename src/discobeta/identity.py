@@ -122,9 +122,13 @@ def _hash_of_state(path: Path, *state: int) -> str:
     return files.sha256(path)
 
 
-def _manifest(folder: Path) -> dict[str, str] | None:
-    """File -> sha256 of a base that stage sft has made; None for any other folder."""
-    record = folder / "provenance.json"
-    if not record.is_file() or "seal" not in files.read_mapping(record):
-        return None
-    return files.read_sealed(record).get("files")
+def _manifest(folder: Path) -> dict[str, str]:
+    """File -> sha256 of a base that stage sft has made, or of the adapter/ or model/ of a run; empty for any other."""
+    for directory, prefix in ((folder, ""), (folder.absolute().parent, f"{folder.absolute().name}/")):
+        record = directory / "provenance.json"
+        if record.is_file() and "seal" in files.read_mapping(record):
+            written = files.read_sealed(record).get("files") or {}
+            found = {name.removeprefix(prefix): digest for name, digest in written.items() if name.startswith(prefix)}
+            if found:
+                return found
+    return {}
