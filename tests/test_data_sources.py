@@ -317,7 +317,7 @@ def test_wrong_entries(read, tmp_path, entry, message, monkeypatch):
         ("folder", "is a directory"),
         ("mime", "did you mean the entry 'mine'"),
         ("table.csv", "unknown kind of file"),
-        (" , ", "names no dataset"),
+        (" , ", "or names none"),
     ],
 )
 def test_wrong_names(read, tmp_path, name, message):

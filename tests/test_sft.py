@@ -271,6 +271,7 @@ def test_a_trained_tokenizer_is_a_function_of_the_texts():
         ({"lr_scheduler_type": "lineal"}, "lineal"),
         ({"tokenizer_name": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"dataset": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"dataset": None, "tokenizer_name": None}, "dataset is missing"),
         ({"output_dir": ""}, "output_dir is missing"),
     ],
 )

@@ -33,7 +33,7 @@ def judge(outcome: Outcome, folder: Path, before: dict, writes: tuple[str, ...] 
         found.append(("unforeseen", output[-700:]))
     if outcome.status == 2 and "discobeta: " not in output:
         found.append(("tracebacks", f"status 2, and no word of what is wrong: {output[-300:]}"))
-    lines = output.splitlines()
+    lines = [line for line in output.splitlines() if "%|" not in line]  # without progress bars
     if outcome.status == 2 and (len(lines) > LINES or len(output) > CHARACTERS):
         found.append(("too long", f"{len(lines)} lines, {len(output)} characters: {output[:300]} … {output[-300:]}"))
     changed = differences(before, after)

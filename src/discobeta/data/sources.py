@@ -202,11 +202,11 @@ def _check_truth_names(examples: list[Example], where: str) -> None:
             raise UserError(f"{where}: truth: {shown(name)} is no name for a column: rename it")
 
 
-def resolve(names: str, config: RunConfig, split: str) -> list[Source]:
+def resolve(names: str | None, config: RunConfig, split: str) -> list[Source]:
     """The datasets behind comma-separated names. Reads no data; raises UserError for what cannot be."""
-    words = [word.strip() for word in names.split(",") if word.strip()]
+    words = [word.strip() for word in (names or "").split(",") if word.strip()]
     if not words:
-        raise UserError("dataset: names no dataset")
+        raise UserError("dataset is missing, or names none: comma-separated names, local files or hub ids")
     entries = _entries(Path(config.dataset_dir))
     return [_resolve(word, entries, config, split) for word in words]
 
