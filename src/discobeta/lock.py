@@ -89,6 +89,7 @@ def holding(directory: Path) -> Iterator[Hold]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         hold = Hold(path, me, _acquire(path, me))
+        files.sweep_all(directory)  # nobody else is writing here
     except OSError as error:
         raise files.writing_error(path, error) from error
     beating = threading.Thread(target=hold.beat, daemon=True)

@@ -214,7 +214,6 @@ def begin(config: RunConfig) -> None:
     """
     directory = Path(config.output_dir)
     goes_on = not (directory / "provenance.json").exists() and not _difference(directory, config)
-    files.sweep_all(directory)
     for name in _there(directory):
         if not (goes_on and name in UNFINISHED):
             files.remove(directory / name)
@@ -265,13 +264,12 @@ def has_leftovers(directory: Path) -> bool:
 
 
 def remove_checkpoints(directory: Path) -> None:
-    """The checkpoints of a run that is finished, and what was being written when an earlier attempt was killed."""
+    """The checkpoints of a run that is finished."""
     folder = directory / "checkpoints"
     for path in [path for pattern in INSIDE["checkpoints"] for path in folder.glob(pattern)]:
         files.remove(path)
     if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()
-    files.sweep_all(directory)
 
 
 # --- which run is it
