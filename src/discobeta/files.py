@@ -72,6 +72,8 @@ def sweep(path: Path) -> None:
 
     One that was killed between its two renamings has left the old directory aside, which goes back.
     """
+    if not path.parent.is_dir():
+        return
     for leftover, kind in _leftovers(path.parent, re.escape(path.stem), re.escape(path.suffix)):
         with suppress(OSError):
             if kind == "before" and not path.exists():

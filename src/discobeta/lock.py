@@ -109,6 +109,7 @@ def holding(directory: Path) -> Iterator[Hold]:
 def _acquire(path: Path, me: dict) -> bool:
     waited = said = False
     while not _create(path, me):
+        path.parent.mkdir(parents=True, exist_ok=True)  # whoever held it may have taken an empty one away
         holder = _read(path)
         if holder is None:  # gone meanwhile
             continue
@@ -147,7 +148,7 @@ def _create(path: Path, me: dict) -> bool:
             with path.open("x", encoding="utf-8") as stream:
                 stream.write(json.dumps(me))
         return True
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):
         return False
     finally:
         mine.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import Rows
 from discobeta.errors import UserError, telling
-from discobeta.files import read_sealed, replacing, sha256, write_json, write_sealed
+from discobeta.files import read_sealed, replacing, sha256, sweep, write_json, write_sealed
 from discobeta.identity import weights_hash
 from discobeta.policy import at, hidden_states, load_reference, response_logps
 from discobeta.record import check_replaceable, write_mark
@@ -37,6 +37,8 @@ def load_or_compute(config: RunConfig, parts: dict[str, Rows], *, write: bool = 
     """
     folder = Path(config.reference_path or Path(config.output_dir) / "reference")
     key = cache_key(config, parts)
+    if write:
+        sweep(folder)
     if (folder / "reference.json").exists():
         made_from = _record(folder)
         if config.reference_path or all(made_from["key"].get(item) == value for item, value in key.items()):

@@ -694,6 +694,8 @@ def load_or_tokenise(
     if not config.tokenized_path:
         return tokenise(config, tokenizer, kind)
     folder = Path(config.tokenized_path)
+    if write:
+        files.sweep(folder)
     if os.path.lexists(folder / "tokens.json"):
         return load(folder, config, tokenizer, kind)
     _check_free(folder)
