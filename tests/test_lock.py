@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from discobeta import lock
+from discobeta.errors import UserError
 from discobeta.loop import Log
 from discobeta.processes import namespace
 
@@ -88,6 +89,19 @@ def test_of_many_processes_one_writes_at_a_time(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)]) for _ in range(6)]
     assert [process.wait() for process in processes] == [0] * 6
     assert not any((tmp_path / "run").iterdir())
+
+
+def test_a_directory_that_went_away_meanwhile_is_made_again(tmp_path):
+    """Its holder had made it, and took it away empty while another one waited."""
+    assert not lock._acquire(tmp_path / "gone" / lock.NAME, lock._me())
+    assert (tmp_path / "gone" / lock.NAME).exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_directory_in_which_nothing_can_be_created_is_said():
+    says = r"cannot write /proc/\.running\.json: No such file"
+    with pytest.raises(UserError, match=says), lock.holding(Path("/proc")):
+        pass
 
 
 def test_only_the_dead_holders_file_is_taken_away(tmp_path):

@@ -148,7 +148,11 @@ def _create(path: Path, me: dict) -> bool:
             with path.open("x", encoding="utf-8") as stream:
                 stream.write(json.dumps(me))
         return True
-    except (FileExistsError, FileNotFoundError):
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        if path.parent.is_dir():  # one in which nothing can be created, such as /proc
+            raise
         return False
     finally:
         mine.unlink(missing_ok=True)
