@@ -343,6 +343,25 @@ def test_an_sft_base_is_replaced_only_if_all_of_it_is_ours(settings, tmp_path, p
     assert main(["train", str(path)]) == 2 and Path(inside["dataset"]).exists()
 
 
+def test_an_sft_base_does_not_keep_its_tokens_in_the_folder_that_it_replaces(settings, tmp_path, capsys):
+    """Said before anything is tokenised or trained."""
+    path = tmp_path / "run.yaml"
+    wanted = settings("sft", finetuning_type="full", max_steps=2, tokenized_path=str(tmp_path / "run" / "tokens"))
+    path.write_text(yaml.safe_dump({name: value for name, value in wanted.items() if not name.startswith("lora")}))
+    assert main(["train", str(path)]) == 2 and not (tmp_path / "run").exists()
+    assert "run would be replaced, and this run reads tokenized_path" in capsys.readouterr().err
+
+
+def test_an_sft_base_on_another_start_is_refused(settings, base, tmp_path, capsys):
+    own, path = shutil.copytree(base, tmp_path / "start"), tmp_path / "run.yaml"
+    wanted = settings("sft", finetuning_type="full", max_steps=2, model_name_or_path=str(own))
+    path.write_text(yaml.safe_dump({name: value for name, value in wanted.items() if not name.startswith("lora")}))
+    assert main(["train", str(path)]) == 0 and main(["train", str(path)]) == 0
+    description = (own / "config.json").read_text()
+    (own / "config.json").write_text(description.replace('"initializer_range": 0.02', '"initializer_range": 0.03'))
+    assert main(["train", str(path)]) == 2 and "another base than" in capsys.readouterr().err
+
+
 def test_a_tracker_that_is_dropped_on_the_way_stays_ours(run):
     """report_to is no part of what a run is: the same run goes on without it, and is later replaced as a whole."""
     path = run("dpo", report_to="tensorboard")

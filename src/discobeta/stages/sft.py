@@ -51,6 +51,8 @@ def train(config: RunConfig) -> None:
     if not is_free(config):
         found = record.read(config.output_dir)
         found.check_fact("sources", contents_hash(config), config.dataset or config.tokenized_path)
+        if config.model_name_or_path:
+            found.check_fact("base", identity.weights_hash(config), config.model_name_or_path)
         files.sweep(Path(config.output_dir))
         print(finished, file=sys.stderr)
         return
