@@ -165,6 +165,11 @@ def settings_of(make):
     return lambda wildcards: as_text(study.resolved(make(wildcards.draw)))
 
 
+def study_text(wildcards):
+    """A params function: the study's config, as text."""
+    return yaml.safe_dump(study.settings, sort_keys=False, allow_unicode=True)
+
+
 def results():
     """What tables and figures read: a whole run is measured, a proof only trained."""
     return [run.directory / ("provenance.json" if run.proof else "metrics.json") for run in study.runs()]

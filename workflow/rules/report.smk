@@ -9,11 +9,6 @@ TABLES = study.directory / "tables"
 FIGURES = study.directory / "figures"
 
 
-def study_text(wildcards):
-    """A params function: the study's config, as text."""
-    return yaml.safe_dump(study.settings, sort_keys=False, allow_unicode=True)
-
-
 rule tables:
     input:
         modules("tables"),
