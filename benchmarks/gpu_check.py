@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from discobeta.design.arms import Arm
 from discobeta.files import write_json, write_text
-from discobeta.flags import Arm
 from discobeta.record import source_state
 from discobeta.report.neutrality import EQUAL, compare
 from discobeta.study import Run, Study

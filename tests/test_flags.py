@@ -8,16 +8,12 @@ import pytest
 
 import discobeta
 from discobeta.config import RunConfig
+from discobeta.design.arms import ARMS, FLAGS, Arm, arms_of, grid
+from discobeta.design.stages import STAGES
 from discobeta.errors import UserError
-from discobeta.flags import ARMS, FLAGS, Arm, arms_of, grid
 
 PACKAGE = Path(discobeta.__file__).parent
-READERS = {
-    "add_disco_head": {"flags.py", "config.py", "heads.py"},
-    "add_beta_head": {"flags.py", "config.py", "heads.py"},
-    "disco_pref": {"flags.py", "config.py", "signals.py"},
-    "use_dynamic_beta": {"flags.py", "config.py", "signals.py"},
-}
+TABLES = {"design/arms.py", "design/stages.py"}
 
 
 def test_the_grid_is_the_table_of_the_design():
@@ -29,7 +25,7 @@ def test_the_grid_is_the_table_of_the_design():
         ("dpo", "run"): 9, ("dpo", "refused"): 7,
         ("ppo", "run"): 9, ("ppo", "refused"): 7,
     }  # fmt: skip
-    assert len({(c.stage, c.add_disco_head, c.disco_pref, c.add_beta_head, c.use_dynamic_beta) for c in cells}) == 48
+    assert len({(c.stage, *(c.flags[flag] for flag in FLAGS)) for c in cells}) == 48
 
 
 @pytest.mark.parametrize(
@@ -44,7 +40,7 @@ def test_the_grid_is_the_table_of_the_design():
     ],
 )
 def test_arm_names(flags, name):
-    arm = Arm.from_flags(*flags)
+    arm = Arm.from_flags(**dict(zip(FLAGS, flags, strict=True)))
     assert arm.name == name and Arm.from_name(name) == arm and tuple(arm.flags.values()) == flags
 
 
@@ -54,7 +50,7 @@ def test_use_without_head_is_refused_and_both_flags_are_named(use, add):
         Arm.from_flags(**{use: True})
     with pytest.raises(UserError, match=f"{use}.*{add}"):
         RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": "m", use: True})
-    refused = [c for c in grid() if getattr(c, use) and not getattr(c, add)]
+    refused = [c for c in grid() if c.flags[use] and not c.flags[add]]
     assert len(refused) == 12 and all(c.status == "refused" and c.arm is None for c in refused)
 
 
@@ -84,23 +80,34 @@ def names_in(tree: ast.AST):
                 yield name
 
 
-def readers_of(flag: str) -> set[str]:
+def mentions(*names: str) -> set[str]:
+    """Files of the package that mention one of these names in code."""
     return {
-        str(path.relative_to(PACKAGE))
+        path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
-        if flag in names_in(ast.parse(path.read_text(encoding="utf-8")))
+        if not set(names).isdisjoint(names_in(ast.parse(path.read_text(encoding="utf-8"))))
     }
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-def test_a_flag_is_read_by_its_one_reader(flag):
-    found = readers_of(flag)
-    assert found <= READERS[flag], f"{flag} is read in {sorted(found - READERS[flag])}"
-    assert READERS[flag] - {"config.py", "flags.py"} <= found
+def test_a_flag_stands_in_the_table_of_ideas_alone(flag):
+    assert mentions(flag) == {"design/arms.py"}
+
+
+def test_the_architecture_goes_to_heads_alone_and_the_use_to_signals():
+    assert mentions("heads_in") == {"stages/__init__.py"}
+    training = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("stages/*.py")}
+    training |= {"losses.py", "heads.py", "signals.py", "loop.py", "train.py", "policy.py", "reference.py"}
+    assert mentions("used", "is_idle", "twin", "states", *FLAGS) & training == {"signals.py"}
 
 
 def test_stages_and_losses_ask_no_arm_for_its_state():
-    """Reading `arm.disco` or `arm.is_idle` would be reading a flag by another name."""
+    """Reading `arm.state(...)` or `arm.is_idle` would be reading a flag by another name."""
     for path in [PACKAGE / "losses.py", PACKAGE / "loop.py", PACKAGE / "evaluate.py", *PACKAGE.glob("stages/*.py")]:
         mentioned = set(names_in(ast.parse(path.read_text(encoding="utf-8"))))
-        assert not mentioned & {"is_idle", "twin", "State", "Use", "absent", "idle", "used", *FLAGS}, path
+        assert not mentioned & {"is_idle", "twin", "State", "absent", "idle", "used", *FLAGS}, path
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_module_asks_for_a_stage_by_its_name_but_its_own(stage):
+    assert mentions(stage) <= {*TABLES, f"stages/{stage}.py"}

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from discobeta.errors import UserError
-from discobeta.flags import Architecture
 from discobeta.heads import BetaHead, DiscoHead, bounded, build, load, save
 
 pytestmark = pytest.mark.numeric
 
-BOTH = Architecture(add_disco_head=True, add_beta_head=True)
+BOTH = ("disco", "beta")
 
 
 def test_bounded_is_the_identity_near_zero_and_stays_within_log_3():
@@ -50,9 +49,9 @@ def test_building_a_head_leaves_every_other_stream_alone():
         heads = build(architecture, 8, seed=2)
         return heads, torch.random.get_rng_state()
 
-    without, before = state_after(Architecture())
+    without, before = state_after([])
     both, after = state_after(BOTH)
-    disco_only, _ = state_after(Architecture(add_disco_head=True))
+    disco_only, _ = state_after(["disco"])
     assert torch.equal(before, after) and not list(without.parameters())
     for name, value in disco_only.state_dict().items():
         assert torch.equal(both.state_dict()[name], value)
@@ -68,7 +67,7 @@ def test_heads_compute_in_float32_under_autocast():
     assert torch.equal(inside[0], heads.disco.log_sigma(states)) and torch.equal(inside[1], heads.beta.log_s(states))
 
 
-@pytest.mark.parametrize("architecture", [Architecture(), Architecture(add_beta_head=True), BOTH])
+@pytest.mark.parametrize("architecture", [[], ["beta"], BOTH])
 @pytest.mark.parametrize("score", [None, torch.ones(1, 8)])
 def test_save_and_load_bitwise(tmp_path, architecture, score):
     heads = build(architecture, 8, seed=4, score_weight=score, prompt_features=torch.randn(9, 8))

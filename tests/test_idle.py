@@ -7,8 +7,9 @@ import pytest
 from safetensors.torch import load_file
 
 from discobeta.config import RunConfig
+from discobeta.design.arms import Arm, State, arms_of
+from discobeta.design.stages import STAGES
 from discobeta.evaluate import evaluate
-from discobeta.flags import STAGES, Arm, State, arms_of
 from discobeta.train import train
 
 pytestmark = pytest.mark.numeric
@@ -40,7 +41,7 @@ def trained(base, pairs, tmp_path_factory):
         if stage == "ppo":
             settings |= {"eval_strategy": "no", "max_steps": 2, "ppo_buffer_size": 2, "ppo_epochs": 2}
             settings["reward_model"] = str(get("rm", Arm.from_name(arm).trained_as("rm").name, dropout))
-            if Arm.from_name(arm).beta is not State.ABSENT:
+            if Arm.from_name(arm).has("beta"):
                 settings["beta_head"] = str(get("dpo", arm, dropout))
         config, _ = RunConfig.from_mapping(settings)
         train(config)
@@ -60,7 +61,7 @@ def test_idle_equals_absent(trained, stage, arm, dropout):
     for name in COMPARED:
         assert (idle / name).read_bytes() == (absent / name).read_bytes(), name
     heads = [set(load_file(run / "heads.safetensors")) for run in (idle, absent)]
-    has_no_head = stage == "ppo" and Arm.from_name(arm).beta is not State.IDLE  # the idle one is the reward model's
+    has_no_head = stage == "ppo" and Arm.from_name(arm).state("beta") is not State.IDLE  # it is the reward model's
     assert heads[0] == heads[1] if has_no_head else heads[0] > heads[1]
 
 
@@ -79,11 +80,10 @@ def test_used_differs_in_rm(trained):
 
 def test_an_idle_head_is_saved_as_it_was_built(trained):
     """Neither trained nor decayed: it starts, and ends, as a head built from the same seed."""
-    from discobeta.flags import Architecture
     from discobeta.heads import build
 
     found = load_file(trained("dpo", "disco-idle_beta-used", 0.0) / "heads.safetensors")
-    fresh = build(Architecture(add_disco_head=True), 32, seed=3).state_dict()
+    fresh = build(["disco"], 32, seed=3).state_dict()
     assert fresh and all(found[name].equal(value) for name, value in fresh.items())
 
 

@@ -7,7 +7,6 @@ import torch
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs, Schedule, collate
 from discobeta.data.tokens import Rows, load_or_tokenise
-from discobeta.flags import Architecture
 from discobeta.heads import build
 from discobeta.policy import hidden_states, load_causal_lm, load_scorer, load_tokenizer, response_logps
 from discobeta.reference import compute
@@ -18,7 +17,7 @@ pytestmark = pytest.mark.numeric
 
 INDICES = np.array([3, 0, 5, 8, 11, 2])
 USED = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_dynamic_beta": True}
-BOTH = Architecture(add_disco_head=True, add_beta_head=True)
+BOTH = ("disco", "beta")
 
 
 @pytest.fixture(params=["last", "mean"])

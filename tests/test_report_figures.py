@@ -134,7 +134,7 @@ def test_learning_curves_of_ppo_are_reward_kl_and_length_over_updates():
     assert [line.get_color() for line in lines(reward)] == ["#4d4d4d", "black"]
     assert [line.get_color() for line in lines(kl)] == ["#4d4d4d", "#0072B2", "black"]
     (baseline, idle), (disco,) = lines(reward), lines(disco_reward)
-    assert reward.get_ylabel() == "Score by reward\nmodel, no Disco"
+    assert reward.get_ylabel() == "Score by reward\nmodel, baseline"
     assert disco_reward.get_ylabel() == "Score by reward\nmodel, Disco"
     assert baseline.get_ydata() == pytest.approx([0.6, 0.8])
     assert disco.get_ydata() == pytest.approx([1.6, 1.8])

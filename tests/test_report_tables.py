@@ -16,8 +16,8 @@ import pytest
 from report_study import evaluate, finish, reseal, results, study
 
 from discobeta import report
+from discobeta.design.arms import FLAGS
 from discobeta.files import write_sealed
-from discobeta.flags import FLAGS
 from discobeta.report import tables
 from discobeta.report.collect import collect, provenance
 from discobeta.report.render import Column, Panel, Table, escape, number
@@ -77,7 +77,7 @@ def golden_ppo_study():
         if run.proof:
             finish(made, run, None, weights=b"weighty" if run.arm.name == "disco-used_beta-idle" else b"weights")
             continue
-        later, by_another_judge = run.seed - 1, run.arm.disco == "used"
+        later, by_another_judge = run.seed - 1, "disco" in run.arm.used
         metrics = {
             "generations": 800,
             "kl_per_sequence": 1.00 + 0.02 * later,
@@ -92,7 +92,7 @@ def golden_ppo_study():
             "eos_rate": 1.0,
             "true_reward_by_topic": {"wine": 1.5},
         }
-        if run.arm.beta == "used":
+        if "beta" in run.arm.used:
             metrics |= {"mean_log_s": -0.01, "sd_log_s": 0.20, "log_s_noise": -0.50, "log_s_familiarity": 0.10}
         finish(made, run, metrics)
     return made

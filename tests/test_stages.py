@@ -16,8 +16,8 @@ from discobeta import record, runs
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import load_or_tokenise
+from discobeta.design.arms import Arm, arms_of
 from discobeta.errors import UserError
-from discobeta.flags import Arm, arms_of
 from discobeta.heads import Heads
 from discobeta.policy import load_tokenizer
 from discobeta.signals import Signals
@@ -57,7 +57,7 @@ def test_gradient_reaches_a_head_exactly_if_it_is_used(fresh, name):
     stage, pairs = fresh("dpo", **arm.flags)
     objective, _ = moved(stage)(pairs.batch(np.arange(8)))
     objective.mean().backward()
-    for part, used in (("disco", arm.use.disco_pref), ("beta", arm.use.use_dynamic_beta)):
+    for part, used in (("disco", "disco" in arm.used), ("beta", "beta" in arm.used)):
         head = getattr(stage.heads, part)
         if head is not None:
             reached = [weight.grad is not None and bool(weight.grad.abs().sum() > 0) for weight in head.parameters()]
@@ -73,7 +73,7 @@ def test_rm_trains_the_score_or_the_mean_in_its_place(fresh, name):
     stage, pairs = fresh("rm", **arm.flags)
     objective, _ = moved(stage)(pairs.batch(np.arange(8)))
     objective.mean().backward()
-    used = arm.use.disco_pref
+    used = "disco" in arm.used
     assert (score(stage.model).weight.grad is None) == used
     if stage.heads.disco is not None:
         assert all((weight.grad is not None) == used for weight in stage.heads.disco.parameters())

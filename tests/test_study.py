@@ -15,8 +15,8 @@ import yaml
 from discobeta import cli
 from discobeta import study as study_module
 from discobeta.config import RunConfig
+from discobeta.design.arms import FLAGS
 from discobeta.errors import UserError
-from discobeta.flags import FLAGS
 from discobeta.study import Study, plan
 
 
@@ -412,11 +412,11 @@ REFUSALS = {
     ),
     "ppo without reward models": (
         settings(stages=["dpo", "ppo"]),
-        "x.yaml: stages: ppo needs the reward models of rm: add rm",
+        "x.yaml: stages: ppo reads the runs of rm (reward_model of baseline): add rm",
     ),
     "ppo without Beta Heads": (
         settings(stages=["rm", "ppo"]),
-        "x.yaml: stages: ppo needs the Beta Head of the dpo run (disco-absent_beta-idle): add dpo",
+        "x.yaml: stages: ppo reads the runs of dpo (beta_head of disco-absent_beta-idle): add dpo",
     ),
     "prompts next to the world": (
         settings(prompts=ALPACA),

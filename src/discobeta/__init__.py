@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "load_policy": "discobeta.runs",
     "load_reward_model": "discobeta.reward",
-    "Arm": "discobeta.flags",
+    "Arm": "discobeta.design.arms",
     "UserError": "discobeta.errors",
 }
 __all__ = sorted(_LAZY)

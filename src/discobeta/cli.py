@@ -7,7 +7,6 @@ Heavy libraries are imported by the command that needs them.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import errno
 import json
 import os
@@ -20,8 +19,9 @@ from pathlib import Path
 
 from discobeta import __version__, launch
 from discobeta.config import RunConfig
+from discobeta.design.arms import FLAGS, grid
+from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.errors import UserError, first_line, shorten
-from discobeta.flags import STAGES, grid
 
 
 def main(words: list[str] | None = None) -> int:
@@ -159,13 +159,11 @@ def parser() -> argparse.ArgumentParser:
 def show_grid(arguments: argparse.Namespace) -> None:
     cells = grid((arguments.stage,) if arguments.stage else STAGES)
     if arguments.json:
-        print(json.dumps([dataclasses.asdict(cell) for cell in cells], indent=1))
+        print(json.dumps([cell.row() for cell in cells], indent=1))
         return
-    names = [field.name for field in dataclasses.fields(cells[0])]
-    print("  ".join(names[:5]), " status", sep="")
+    print("  ".join(("stage", *FLAGS)), " status", sep="")
     for cell in cells:
-        row = dataclasses.asdict(cell)
-        switches = "  ".join(("yes" if row[name] else "-").center(len(name)) for name in names[1:5])
+        switches = "  ".join(("yes" if cell.flags[name] else "-").center(len(name)) for name in FLAGS)
         shown = {"run": cell.arm, "same-as": f"same as {cell.arm}", "refused": f"refused: {cell.reason}"}[cell.status]
         status = f"run ({shown})" if cell.status == "run" else shown
         print(f"{cell.stage:5}  {switches}  {status}")
@@ -180,11 +178,23 @@ def train(arguments: argparse.Namespace) -> int | None:
 
     train_run(config)
     directory = Path(config.output_dir)
-    has_held_out = config.stage in ("rm", "dpo") and (config.eval_dataset or config.val_size)
-    is_measurable = has_held_out or (config.stage == "ppo" and config.num_eval_generations)
-    if is_measurable and _is_main_process() and not arguments.no_evaluate and record.measurement_fault(directory):
+    if (
+        _is_measurable(config)
+        and _is_main_process()
+        and not arguments.no_evaluate
+        and record.measurement_fault(directory)
+    ):
         reader = {"trust_remote_code": config.trust_remote_code, "cache_dir": config.cache_dir}
         evaluate(argparse.Namespace(directory=directory, **reader))
+
+
+def _is_measurable(config: RunConfig) -> bool:
+    """Whether there is anything to measure a finished run on."""
+    if config.stage == BASE_STAGE:
+        return False
+    if STAGES[config.stage].has_pairs:
+        return bool(config.eval_dataset or config.val_size)
+    return bool(config.num_eval_generations)
 
 
 def prepare(arguments: argparse.Namespace) -> None:

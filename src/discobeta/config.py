@@ -23,14 +23,13 @@ from typing import Any, Literal
 import yaml
 
 from discobeta.config_names import IGNORED, REFUSED, RENAMED, SAME_ADAMW, is_neutral
+from discobeta.design.arms import FLAGS, IDEAS, Arm
+from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.errors import UserError, did_you_mean, first_line, shorten, shown
-from discobeta.flags import FLAGS, Arm, State
 
-STAGE_DEFAULTS: dict[str, dict[str, float]] = {
-    "rm": {"disco_mean_penalty": 0.01, "disco_spread_penalty": 0.001, "num_eval_generations": 0},
-    "dpo": {"disco_mean_penalty": 0.1, "disco_spread_penalty": 0.003, "num_eval_generations": 0},
-    "ppo": {"disco_mean_penalty": 0.0, "disco_spread_penalty": 0.0, "num_eval_generations": 64},
-    "sft": {"disco_mean_penalty": 0.0, "disco_spread_penalty": 0.0, "num_eval_generations": 0},
+STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
+    BASE_STAGE: {"disco_mean_penalty": 0.0, "disco_spread_penalty": 0.0, "num_eval_generations": 0},
+    **{name: row.defaults for name, row in STAGES.items()},
 }
 
 
@@ -39,19 +38,22 @@ def option(default: Any, help: str, *, least: float | None = None, most: float |
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """One run. Construct it with `from_mapping` or `read`, which check; never by hand."""
-
-    # --- what
-    stage: Literal["sft", "rm", "dpo", "ppo"]
+class _What:
+    stage: Literal[(BASE_STAGE, *STAGES)]
     output_dir: str = option("", "directory of this run")
     seed: int = option(42, "every random stream of the run is derived from it", least=0)
 
-    # --- the four flags
-    add_disco_head: bool = option(False, "architecture: a Disco Head exists")
-    disco_pref: bool = option(False, "use: the loss reads the Disco Head")
-    add_beta_head: bool = option(False, "architecture: a Beta Head exists on the reference")
-    use_dynamic_beta: bool = option(False, "use: beta becomes pref_beta * s(x)")
+
+_FLAGS = [
+    (flag, bool, option(False, help))
+    for idea in IDEAS
+    for flag, help in ((idea.add, f"architecture: {idea.head}"), (idea.use, f"use: {idea.effect}"))
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), frozen=True, kw_only=True)):
+    """One run. Construct it with `from_mapping` or `read`, which check; never by hand."""
 
     # --- model
     model_name_or_path: str | None = option(None, "hub id or directory of the base model")
@@ -176,7 +178,7 @@ class RunConfig:
                 hint = did_you_mean(name, known) or did_you_mean(name, (*IGNORED, *REFUSED))
                 raise UserError(f"{where}: unknown key {shown(name)}{hint}")
         if "stage" not in values:
-            raise UserError(f"{where}: stage is missing (sft, rm, dpo or ppo)")
+            raise UserError(f"{where}: stage is missing ({BASE_STAGE}, {', '.join(STAGES)})")
         for name, value in STAGE_DEFAULTS[values["stage"]].items():
             if values.get(name) is None:
                 values[name] = value
@@ -205,8 +207,9 @@ class RunConfig:
 
     def _check(self) -> None:
         arm = self.arm  # raises on a use without its head
-        if self.stage == "sft" and arm != Arm():
-            raise UserError(f"stage sft trains the base, before any head: leave {', '.join(FLAGS)} out")
+        is_base = self.stage == BASE_STAGE
+        if is_base and arm != Arm():
+            raise UserError(f"stage {BASE_STAGE} trains the base, before any head: leave {', '.join(FLAGS)} out")
         if self.val_size and self.eval_dataset:
             raise UserError("val_size and eval_dataset contradict each other: give one of them")
         if self.eval_strategy != "no" and not (self.val_size or self.eval_dataset or self.tokenized_path):
@@ -215,20 +218,28 @@ class RunConfig:
             raise UserError(f"val_size: {self.val_size}: a share below 1, or a whole number of rows")
         if self.adapter_name_or_path and self.finetuning_type == "full":
             raise UserError("adapter_name_or_path needs finetuning_type: lora")
-        if self.stage != "sft" and not self.model_name_or_path:
+        if not is_base and not self.model_name_or_path:
             raise UserError(f"stage {self.stage} needs model_name_or_path (a hub id or a directory)")
-        if self.stage == "sft" and bool(self.model_name_or_path) == bool(self.model_type):
-            raise UserError("stage sft needs either model_name_or_path or model_type (a base from scratch)")
-        if self.stage == "sft" and self.finetuning_type != "full":
-            raise UserError("stage sft trains all weights of the base: set finetuning_type: full")
-        if self.stage == "sft" and isinstance(self.resume_from_checkpoint, str):
-            raise UserError("stage sft writes no checkpoints: leave resume_from_checkpoint out")
+        if is_base and bool(self.model_name_or_path) == bool(self.model_type):
+            raise UserError(f"stage {BASE_STAGE} needs either model_name_or_path or model_type (a base from scratch)")
+        if is_base and self.finetuning_type != "full":
+            raise UserError(f"stage {BASE_STAGE} trains all weights of the base: set finetuning_type: full")
+        if is_base and isinstance(self.resume_from_checkpoint, str):
+            raise UserError(f"stage {BASE_STAGE} writes no checkpoints: leave resume_from_checkpoint out")
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs == 0):
             raise UserError("max_steps and num_train_epochs leave nothing to train")
-        if self.stage == "ppo" and self.eval_strategy != "no":
-            raise UserError("stage ppo is measured after training: set eval_strategy: no")
-        if self.stage == "ppo" and self.arm.beta is State.USED and not self.beta_head:
-            raise UserError("use_dynamic_beta: true in stage ppo needs beta_head: a dpo run that used its Beta Head")
+        if is_base:
+            return
+        row = STAGES[self.stage]
+        if not row.has_pairs and self.eval_strategy != "no":
+            raise UserError(f"stage {self.stage} is measured after training: set eval_strategy: no")
+        for reading in row.reads:
+            idea = next((idea for idea in IDEAS if idea.key == reading.idea), None)
+            if idea and idea.key in arm.used and not getattr(self, reading.key):
+                raise UserError(
+                    f"{idea.use}: true in stage {self.stage} needs {reading.key}: a {reading.stage} run that used "
+                    "its head"
+                )
 
 
 def _said_as_here(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -15,9 +15,10 @@ from pathlib import Path
 import pandas as pd
 
 from discobeta.config import read_yaml
+from discobeta.design.arms import Arm
+from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, telling
 from discobeta.files import read_json
-from discobeta.flags import Arm
 from discobeta.study import Run, Study
 
 PUBLISHED = Path("results/published")
@@ -168,7 +169,7 @@ def length(study: Study, run: Run) -> tuple[int, int]:
     """(steps, rows) of a run: steps of the loop, and rows that it trains on, each as often as it comes."""
     config = study.config(run)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * study.gpus_per_run
-    per_step *= config.ppo_buffer_size if run.stage == "ppo" else 1
+    per_step *= config.ppo_buffer_size if not STAGES[run.stage].has_pairs else 1
     steps = config.max_steps
     if steps < 0:
         steps = math.ceil(min(config.num_train_epochs * _rows(study, run) / per_step, 2.0**62))
@@ -180,10 +181,9 @@ def _rows(study: Study, run: Run) -> int:
     """Training rows of the run's data, as tokenised."""
     if study.world:
         return study.world["train"]
-    folder = study.prompts(study.prompt_draw(run.seed)) if run.stage == "ppo" else study.tokens(study.draw(run.seed))
-    record = folder / "tokens.json"
+    record = study.rows_of(run) / "tokens.json"
     if not record.exists():
-        rule = "prepare_prompts" if run.stage == "ppo" else "prepare"
+        rule = "prepare" if STAGES[run.stage].has_pairs else "prepare_prompts"
         raise UserError(
             f"how many steps num_train_epochs makes is known when the rows are: run `snakemake … --until {rule}` first "
             "(on a login node), or set max_steps"

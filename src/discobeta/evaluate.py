@@ -23,6 +23,7 @@ from discobeta import lock, metrics, record, runs
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
+from discobeta.design.stages import STAGES
 from discobeta.errors import UserError
 from discobeta.files import replacing, write_json, write_text
 from discobeta.generation import generate, has_ended, response_text, stop_ids
@@ -45,11 +46,12 @@ def evaluate(directory: str | Path, *, trust_remote_code: bool = False, cache_di
     record.read(directory, weights=False)  # before anything is made there
     with lock.holding(directory):
         reader = {"trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
-        return _evaluate(runs.read_of(directory, "rm", "dpo", "ppo", **reader))
+        return _evaluate(runs.read_of(directory, *STAGES, **reader))
 
 
 def _evaluate(found: record.Record) -> dict[str, Any]:
     directory, config = found.directory, found.config
+    row = STAGES[config.stage]
     started = time.monotonic()
     use_deterministic_kernels(config)
     tokenizer = load_tokenizer(config)
@@ -58,20 +60,22 @@ def _evaluate(found: record.Record) -> dict[str, Any]:
         found.check_fact(key, now, config.dataset or config.tokenized_path)
     for key, now in stage_class(config.stage).read_of_others(config).items():
         found.check_fact(key, now, getattr(config, key))
-    if data.held_out is None and config.stage != "ppo":
+    if data.held_out is None and row.has_pairs:
         raise UserError(f"{directory} has no held-out rows: its config needs eval_dataset or val_size")
-    if config.stage == "ppo" and not config.num_eval_generations:
-        raise UserError(f"{directory}: a ppo run is measured by sampled responses, and num_eval_generations is 0")
+    if not (row.has_pairs or config.num_eval_generations):
+        raise UserError(
+            f"{directory}: a {row.name} run is measured by sampled responses, and num_eval_generations is 0"
+        )
     stage = runs.load_stage(found)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage.to(device)
     examples = answers = None
     measured: dict[str, Any] = {}
-    if config.stage != "ppo":
+    if row.has_pairs:
         columns = stage.columns(config, {"eval": data.held_out}, write=False)
         examples = compare_all(stage, Pairs(data.held_out, columns["eval"]), config.per_device_eval_batch_size, device)
         measured |= preference_metrics(examples)
-    if config.stage != "rm" and config.num_eval_generations:
+    if row.is_policy and config.num_eval_generations:
         answers = answer_prompts(stage, data, found, tokenizer, device)
         measured |= policy_metrics(answers)
         lines = (json.dumps(row, ensure_ascii=False) for row in answers.to_dict("records"))
@@ -239,7 +243,7 @@ def answer_prompts(
             "log_ratio": (policy_logps[:, 0] - reference_logps[:, 0]).double().numpy(),
         }
     )
-    if config.stage == "ppo":
+    if STAGES[config.stage].judge:
         judge = load_reward_model(config.reward_model, **loading(config))
         found.check_fact("reward_model", judge.fingerprint, config.reward_model)
         judge.stage.to(device)

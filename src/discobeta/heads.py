@@ -1,4 +1,4 @@
-"""The heads as modules of a run: what exists. This is the only reader of the add_* flags.
+"""The heads as modules of a run: what exists. This is the only reader of the architecture (`Arm.heads_in`).
 
 Whether an algorithm reads a head is decided in `signals`, never here. Heads live outside the
 language model, so no adapter can wrap or freeze them, and have a file of their own, because PEFT's
@@ -9,6 +9,7 @@ whatever the model's dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 from discobeta.errors import telling
 from discobeta.files import read_mapping, replacing, write_json
-from discobeta.flags import Architecture
 from discobeta.seeds import global_stream
 
 BOUND = math.log(3.0)
@@ -115,7 +115,7 @@ class Heads(nn.Module):
 
 
 def build(
-    architecture: Architecture,
+    present: Collection[str],
     hidden_size: int,
     seed: int,
     *,
@@ -124,13 +124,14 @@ def build(
 ) -> Heads:
     """Fresh heads, each from a random stream of its own.
 
+    present: keys of the ideas whose heads there are (`Arm.heads_in`).
     prompt_features: (N, hidden_size) of the training prompts, for the Beta Head's standardisation.
     """
     disco = beta = None
-    if architecture.add_disco_head:
+    if "disco" in present:
         with global_stream(seed, "disco head"):
             disco = DiscoHead(hidden_size, score_weight)
-    if architecture.add_beta_head:
+    if "beta" in present:
         with global_stream(seed, "beta head"):
             beta = BetaHead(hidden_size)
         if prompt_features is not None:

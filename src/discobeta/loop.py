@@ -28,6 +28,7 @@ from tqdm import tqdm
 from discobeta import record
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs, Schedule
+from discobeta.design.stages import STAGES
 from discobeta.errors import UserError
 from discobeta.files import replacing, write_text, writing_error
 from discobeta.lock import Hold
@@ -162,7 +163,7 @@ def fit(
         return {"seconds": spent.get("seconds", 0.0) + time.monotonic() - started, **counts}
 
     bar = tqdm(
-        total=stop, initial=done, desc=f"{config.stage} {config.arm.name}", unit=stage.unit,
+        total=stop, initial=done, desc=f"{config.stage} {config.arm.name}", unit=STAGES[config.stage].step,
         disable=not accelerator.is_main_process, mininterval=0.5,
     )  # fmt: skip
     with bar, closing(log), closing(speed):

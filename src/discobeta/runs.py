@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from discobeta import record
 from discobeta.config import RunConfig
+from discobeta.design.stages import STAGES
 from discobeta.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def load_policy(directory: str | Path, *, trust_remote_code: bool = False, cache
     """
     from discobeta.policy import load_tokenizer
 
-    stage = load_stage(read_of(directory, "dpo", "ppo", trust_remote_code=trust_remote_code, cache_dir=cache_dir))
+    policies = [row.name for row in STAGES.values() if row.is_policy]
+    stage = load_stage(read_of(directory, *policies, trust_remote_code=trust_remote_code, cache_dir=cache_dir))
     return Policy(stage.model, load_tokenizer(stage.config), stage.heads, stage.config)
 
 

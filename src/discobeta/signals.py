@@ -1,4 +1,4 @@
-"""Which outputs of the heads the algorithm sees. This is the only reader of the use flags.
+"""Which outputs of the heads the algorithm sees. This is the only reader of the use (`Arm.used`).
 
 A head that is not used is not called, not optimised and not mentioned in a log: from here on the
 run is the run without it.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from discobeta.config import RunConfig
-from discobeta.flags import Arm
+from discobeta.design.arms import Arm
 from discobeta.heads import SIGMA0, Heads
 from discobeta.losses import log_scale_penalty, logistic_loss, probit_loss
 from discobeta.metrics import correctness
@@ -75,8 +75,8 @@ class Signals:
     """The view of the heads that an arm's algorithm has."""
 
     def __init__(self, arm: Arm, heads: Heads, config: RunConfig):
-        self.disco = heads.disco if arm.use.disco_pref else None
-        self.beta_head = heads.beta if arm.use.use_dynamic_beta else None
+        self.disco = heads.disco if "disco" in arm.used else None
+        self.beta_head = heads.beta if "beta" in arm.used else None
         self.config = config
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:

@@ -7,6 +7,7 @@ tables and the tests agree on it. The workflow only calls this module; it works 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from discobeta.config import RunConfig, parse_overrides, read_yaml
+from discobeta.design.arms import ARMS, CORNERS, FLAGS, Arm, State
+from discobeta.design.stages import BASE_STAGE, READ_KEYS, STAGES
 from discobeta.errors import UserError, did_you_mean, shown
-from discobeta.flags import ARMS, CORNERS, FLAGS, STAGES, Arm, State
 
 KEYS = [
     "study",
@@ -75,8 +77,7 @@ PATH_KEYS = [
     "reference_path",
     "overwrite_output_dir",
     "stop_after_steps",
-    "reward_model",
-    "beta_head",
+    *READ_KEYS,
 ]
 BELONGS = (
     dict.fromkeys(FLAGS, "it comes from the grid (choose arms with `arms:`)")
@@ -224,34 +225,29 @@ class Study:
 
     def _reads(self, run: Run) -> dict[str, Any]:
         """Run keys of the rows that `run` sees and of what other steps have made for it."""
-        if run.stage == "ppo":
+        row, draw = STAGES[run.stage], self.draw(run.seed)
+        upstream = {key: str(other.directory) for key, other in self.upstream(run).items()}
+        if row.rows == "prompts":
             draw = self.prompt_draw(run.seed)
-            upstream = {key: str(other.directory) for key, other in self.upstream(run).items()}
             return {**self.prompt_data(draw), "tokenized_path": str(self.prompts(draw)), **upstream}
-        draw = self.draw(run.seed)
-        reference = {"reference_path": str(self.reference(draw))} if run.stage == "dpo" else {}
-        return {**self.data(draw), "tokenized_path": str(self.tokens(draw)), **reference}
+        reference = {"reference_path": str(self.reference(draw))} if row.reference_pass else {}
+        return {**self.data(draw), "tokenized_path": str(self.tokens(draw)), **reference, **upstream}
 
     def upstream(self, run: Run) -> dict[str, Run]:
-        """Run key -> the run that a ppo run reads: its reward model and, if its arm has one, its Beta Head.
+        """Run key -> the run that `run` reads: in ppo its reward model and, if its arm has one, its Beta Head.
 
-        Both have the arm's states and seed. Where idle arms are only proved, the twin's whole run
+        They have the arm's states and seed. Where idle arms are only proved, the twin's whole run
         stands for the one that an idle arm does not have: it would be equal. So a proof reads what
-        the twin's proof reads. Only an idle Beta Head comes from a proof: that it is there, and
+        the twin's proof reads. Only an idle head comes from a proof: that it is there, and
         changes nothing, is the point.
         """
-        if run.stage != "ppo":
-            return {}
-
-        def whole(stage: str, arm: Arm) -> Run:
-            arm = arm.trained_as(stage)
-            return self.run(stage, arm.twin if self.idle_arms == "prove" else arm, run.seed)
-
-        found = {"reward_model": whole("rm", run.arm)}
-        if run.arm.beta is State.IDLE and self.idle_arms == "prove":
-            found["beta_head"] = self.run("dpo", run.arm, run.seed, proof=True)
-        elif run.arm.beta is not State.ABSENT:
-            found["beta_head"] = whole("dpo", run.arm)
+        found = {}
+        for reading in STAGES[run.stage].reads:
+            arm, proves = run.arm.trained_as(reading.stage), self.idle_arms == "prove"
+            if reading.idea and proves and run.arm.state(reading.idea) is State.IDLE:
+                found[reading.key] = self.run(reading.stage, arm, run.seed, proof=True)
+            elif not reading.idea or run.arm.has(reading.idea):
+                found[reading.key] = self.run(reading.stage, arm.twin if proves else arm, run.seed)
         return found
 
     def proof_length(self, stage: str) -> int:
@@ -259,29 +255,28 @@ class Study:
 
         In ppo a step is an update, which is ppo_epochs * ppo_buffer_size optimiser steps.
         """
-        if stage != "ppo":
+        if not STAGES[stage].step_factors:
             return self.prove_steps
         if stage not in self._proof_lengths:
-            settings = {"stage": stage, "model_name_or_path": "-", "reward_model": "-"}
-            settings |= self._sections["common"] | self._sections[stage]
+            settings = {"stage": stage, "model_name_or_path": "-", **self._sections["common"], **self._sections[stage]}
             config, _ = RunConfig.from_mapping(settings, f"{self._where}: {stage}")
-            steps = config.ppo_epochs * config.ppo_buffer_size
+            steps = math.prod(getattr(config, key) for key in STAGES[stage].step_factors)
             self._proof_lengths[stage] = -(-self.prove_steps // steps)
         return self._proof_lengths[stage]
 
     def proof_text(self, stage: str) -> str:
         """E.g. `first 20 steps`, or `first 3 updates` in ppo."""
-        length, noun = self.proof_length(stage), "update" if stage == "ppo" else "step"
+        length, noun = self.proof_length(stage), STAGES[stage].step
         return f"first {length} {noun}s" if length > 1 else f"first {noun}"
 
     def figures_of(self, stage: str) -> list[str]:
         """The figures that the report makes of a stage, without the `-<stage>` that their files end in."""
-        names = ["learning-curves"]
-        if stage != "ppo":
+        names, has_pairs = ["learning-curves"], STAGES[stage].has_pairs
+        if has_pairs:
             names.append("reliability")
         elif self.world:
             names.append("reward-by-noise")
-        if set(CORNERS) <= set(self.arms_of(stage)) and (stage != "ppo" or self.world):
+        if set(CORNERS) <= set(self.arms_of(stage)) and (has_pairs or self.world):
             names.append("interaction")
         return names
 
@@ -329,6 +324,16 @@ class Study:
     def reference(self, draw: str) -> Path:
         return self.shared_directory / "data" / draw / "reference"
 
+    @property
+    def reference_stage(self) -> str | None:
+        """The stage whose settings the reference pass has."""
+        return next((stage for stage in self.stages if STAGES[stage].reference_pass), None)
+
+    def rows_of(self, run: Run) -> Path:
+        """The folder of the tokenised rows that `run` sees."""
+        has_pairs = STAGES[run.stage].has_pairs
+        return self.tokens(self.draw(run.seed)) if has_pairs else self.prompts(self.prompt_draw(run.seed))
+
     def data(self, draw: str) -> dict[str, Any]:
         """Run keys of the preference data of one draw."""
         if not self.world:
@@ -343,7 +348,7 @@ class Study:
     def shared(self) -> list[tuple[str, Path]]:
         """What is computed once for many runs, as (label, folder with a cost.json)."""
         folders = [("base", self.base_directory)] if self.sft else []
-        if "dpo" in self.stages:
+        if self.reference_stage:
             folders += [(f"reference, {draw}", self.reference(draw)) for draw in self.draws()]
         return folders
 
@@ -356,7 +361,7 @@ class Study:
             }
         else:
             corpus = {key: self._data[key] for key in CORPUS_KEYS if key in self._data}
-        ours = {"stage": "sft", "output_dir": str(self.base_directory), "finetuning_type": "full"}
+        ours = {"stage": BASE_STAGE, "output_dir": str(self.base_directory), "finetuning_type": "full"}
         return ours | corpus | self.sft | {"overwrite_output_dir": True}
 
     def base_config(self) -> RunConfig:
@@ -365,12 +370,13 @@ class Study:
 
     def prepare_settings(self, draw: str) -> dict[str, Any]:
         """The run YAML of `discobeta prepare`: only what the tokens depend on, so that nothing else remakes them."""
-        stage = next(stage for stage in self.stages if stage != "ppo")
+        stage = next(stage for stage in self.stages if STAGES[stage].has_pairs)
         return self._tokenise(stage, draw, self.data(draw), self.tokens(draw))
 
     def prompt_settings(self, draw: str) -> dict[str, Any]:
         """The run YAML of `discobeta prepare` for the prompts of ppo."""
-        return self._tokenise("ppo", draw, self.prompt_data(draw), self.prompts(draw))
+        stage = next(name for name, row in STAGES.items() if not row.has_pairs)
+        return self._tokenise(stage, draw, self.prompt_data(draw), self.prompts(draw))
 
     def _tokenise(self, stage: str, draw: str, data: dict[str, Any], directory: Path) -> dict[str, Any]:
         return {
@@ -384,12 +390,13 @@ class Study:
 
     def reference_settings(self, draw: str) -> dict[str, Any]:
         """The run YAML of `discobeta reference`: only what the reference's numbers depend on."""
-        dpo = self._sections["common"] | self._sections["dpo"]
+        stage = self.reference_stage
+        sections = self._sections["common"] | self._sections[stage]
         return self.prepare_settings(draw) | {
-            "stage": "dpo",
+            "stage": stage,
             "output_dir": str(self.reference(draw)),
             "reference_path": str(self.reference(draw)),
-            **{key: dpo[key] for key in REFERENCE_KEYS if key in dpo},
+            **{key: sections[key] for key in REFERENCE_KEYS if key in sections},
         }
 
     def resolved(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -497,7 +504,8 @@ class Study:
         section = self._mapping(name)
         for key in section:
             if key in BELONGS:
-                place = "it belongs in `prompts:`" if name == "ppo" and key in DATA_KEYS else BELONGS[key]
+                reads_prompts = name in STAGES and not STAGES[name].has_pairs
+                place = "it belongs in `prompts:`" if reads_prompts and key in DATA_KEYS else BELONGS[key]
                 raise UserError(f"{self._where}: {name}: {key} may not stand here: {place}")
         return section
 
@@ -506,13 +514,14 @@ class Study:
 
     def _check_stages(self) -> None:
         """What a stage reads must be trained too."""
-        if "ppo" not in self.stages:
-            return
-        if "rm" not in self.stages:
-            raise UserError(f"{self._where}: stages: ppo needs the reward models of rm: add rm")
-        with_head = [arm.name for arm in self.arms if arm.beta is not State.ABSENT]
-        if with_head and "dpo" not in self.stages:
-            raise UserError(f"{self._where}: stages: ppo needs the Beta Head of the dpo run ({with_head[0]}): add dpo")
+        for stage in self.stages:
+            for reading in STAGES[stage].reads:
+                needing = [arm.name for arm in self.arms if not reading.idea or arm.has(reading.idea)]
+                if needing and reading.stage not in self.stages:
+                    raise UserError(
+                        f"{self._where}: stages: {stage} reads the runs of {reading.stage} ({reading.key} of "
+                        f"{needing[0]}): add {reading.stage}"
+                    )
 
     def _check_numbers(self) -> None:
         _check_whole(self.prove_steps, 1, f"{self._where}: prove_steps")
@@ -527,7 +536,7 @@ class Study:
         for run in self._runs:
             if run.seed == self.seeds[0]:
                 self.config(run)
-        if self._prompts and "ppo" not in self.stages:
+        if self._prompts and all(STAGES[stage].has_pairs for stage in self.stages):
             self._checked(self.prompt_settings(self.prompt_draw(self.seeds[0])), "prompts")
 
     def _checked(self, settings: dict[str, Any], label: str) -> RunConfig:
@@ -535,8 +544,9 @@ class Study:
         config, notes = RunConfig.from_mapping(settings, where)
         if notes:
             raise UserError(f"{where}: {notes[0]}: leave it out of a study")
-        if config.stage == "ppo" and not config.num_eval_generations:
-            raise UserError(f"{where}: num_eval_generations: 0: nothing else of a ppo run can be measured")
+        in_grid = config.stage in STAGES
+        if in_grid and not STAGES[config.stage].has_pairs and not config.num_eval_generations:
+            raise UserError(f"{where}: num_eval_generations: 0: nothing else of a {config.stage} run can be measured")
         return config
 
 

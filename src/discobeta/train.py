@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from discobeta import identity, lock, record
 from discobeta.config import RunConfig
+from discobeta.design.arms import Arm, cell
+from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.errors import UserError
 from discobeta.files import write_json
-from discobeta.flags import Arm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def train(config: RunConfig) -> None:
     """Train `config` and leave its run directory."""
-    if config.stage == "sft":
+    if config.stage == BASE_STAGE:
         from discobeta.stages import sft
 
         return sft.train(config)
@@ -92,7 +93,7 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
     held_out = None if data.held_out is None else Pairs(data.held_out, columns["eval"])
     if config.eval_strategy != "no" and held_out is None:
         raise UserError(f"eval_strategy: {config.eval_strategy}, and {config.tokenized_path} holds no held-out rows")
-    if config.stage != "rm" and config.num_eval_generations:  # what cannot be measured is not trained
+    if STAGES[config.stage].is_policy and config.num_eval_generations:  # what cannot be measured is not trained
         rows, asked = data.to_answer(config.num_eval_generations)
         policy.check_context(stage.model, max(len(rows.prompt_ids[row]) for row in asked), config.max_new_tokens)
     facts = {
@@ -170,7 +171,7 @@ def _leave_finished(config: RunConfig) -> None:
 def _say_same_as(config: RunConfig, say: Any) -> None:
     trained: Arm = config.arm.trained_as(config.stage)
     if trained != config.arm:
-        say(f"stage {config.stage} has no reference model for a Beta Head: this is the run of {trained.name}")
+        say(f"stage {config.stage}, {cell(config.stage, config.arm.flags).reason}: this is the run of {trained.name}")
 
 
 def _tracker_options(config: RunConfig) -> dict[str, Any]:

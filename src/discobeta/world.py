@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from discobeta import files, identity
+from discobeta.design.stages import BASE_STAGE
 from discobeta.errors import UserError
 from discobeta.files import check_regular
 from discobeta.seeds import derive, generator, uniforms
@@ -331,7 +332,9 @@ def _load_base(base: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         raise UserError(
             f"base: {base} is not a model folder (no config.json); `discobeta train` with stage: sft makes one"
         )
-    config, _ = RunConfig.from_mapping({"stage": "sft", "finetuning_type": "full", "model_name_or_path": str(base)})
+    config, _ = RunConfig.from_mapping(
+        {"stage": BASE_STAGE, "finetuning_type": "full", "model_name_or_path": str(base)}
+    )
     tokenizer, words = load_tokenizer(config), vocabulary()
     if tokenizer.convert_tokens_to_ids(words) != list(range(len(words))):
         raise UserError(f"base: {base} does not have the world's tokenizer (tokenizer_name: <world>/tokenizer)")

@@ -63,7 +63,8 @@ wildcard_constraints:
 # The package files that each step is made of: editing one reruns the steps that list it, no others.
 DATA_MODULES = ["data/formats", "data/sources", "data/tokens"]
 TRAINING = [
-    "flags",
+    "design/arms",
+    "design/stages",
     "seeds",
     "heads",
     "signals",

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
+from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.errors import UserError, shorten, shown
 
 Message = dict[str, Any]
@@ -37,7 +38,7 @@ Response = str | Message
 """A message where it holds more than its text: thoughts, calls of tools."""
 Kind = Literal["pairs", "supervised", "prompts"]
 
-KINDS: dict[str, Kind] = {"sft": "supervised", "rm": "pairs", "dpo": "pairs", "ppo": "prompts"}
+KINDS: dict[str, Kind] = {BASE_STAGE: "supervised", **{name: row.rows for name, row in STAGES.items()}}
 """What each stage trains on."""
 
 KNOWN: dict[Kind, str] = {

@@ -147,9 +147,7 @@ class Results:
     def _check_rows(self) -> None:
         study, of_draw = self.study, {}
         for run in study.runs():
-            is_ppo = run.stage == "ppo"
-            folder = study.prompts(study.prompt_draw(run.seed)) if is_ppo else study.tokens(study.draw(run.seed))
-            of_draw.setdefault(folder, []).append(run)
+            of_draw.setdefault(study.rows_of(run), []).append(run)
         for folder, runs in of_draw.items():
             now = None
             if folder.exists():

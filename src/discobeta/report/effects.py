@@ -13,6 +13,7 @@ A reward model has no reference, so in rm there are two arms and one effect, y_1
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -20,31 +21,48 @@ from typing import Any
 
 import pandas as pd
 
-from discobeta.flags import CORNERS, Arm
+from discobeta.design.arms import CORNERS, IDEAS, Arm, Idea
+from discobeta.design.stages import STAGES
 from discobeta.report.collect import Results, provenance, provenance_line
-from discobeta.report.measures import COMPARED, METRICS, TESTED
+from discobeta.report.measures import METRICS, TESTED
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number
 from discobeta.report.statistics import BOOTSTRAP_FROM, bootstrap, holm, mean_ci, sign_flip_p
 from discobeta.study import Study
 
-BASELINE, LEDPO, DISCO, BOTH = CORNERS
 
-FACTORIAL = {
-    "Disco": {DISCO: 0.5, BOTH: 0.5, BASELINE: -0.5, LEDPO: -0.5},
-    "LeDPO": {LEDPO: 0.5, BOTH: 0.5, BASELINE: -0.5, DISCO: -0.5},
-    "Disco × LeDPO": {BOTH: 1, BASELINE: 1, DISCO: -1, LEDPO: -1},
-}
-COMPARISONS = {
-    "Disco − baseline": {DISCO: 1, BASELINE: -1},
-    "LeDPO − baseline": {LEDPO: 1, BASELINE: -1},
-    "both − baseline": {BOTH: 1, BASELINE: -1},
-    "both − Disco": {BOTH: 1, DISCO: -1},
-    "both − LeDPO": {BOTH: 1, LEDPO: -1},
-}
-"""Contrast -> the weight of each arm."""
+def factorial(ideas: tuple[Idea, ...] = IDEAS) -> dict[str, dict[Arm, float]]:
+    """Effect -> the weight of each arm: of the main effects and the interactions of a 2^k design.
+
+    The effect of a set T of ideas weighs an arm by the product over T of +1 (used) or -1 (not), over 2^(k - |T|): the
+    mean over what the other ideas may be.
+    """
+    effects = {}
+    for size in range(1, len(ideas) + 1):
+        for part in itertools.combinations(ideas, size):
+            signs = {arm: math.prod(1 if idea.key in arm.used else -1 for idea in part) for arm in CORNERS}
+            weights = {arm: sign / 2 ** (len(ideas) - size) for arm, sign in signs.items()}
+            effects[" × ".join(idea.label for idea in part)] = weights
+    return effects
+
+
+def comparisons() -> dict[str, dict[Arm, float]]:
+    """Difference -> the weight of each arm: every arm against those that use a part of what it uses."""
+    order = sorted(CORNERS, key=lambda arm: (len(arm.used), arm.label))
+    return {
+        f"{short_label(arm)} − {short_label(other)}": {arm: 1, other: -1}
+        for arm in order
+        for other in order
+        if other.used < arm.used
+    }
+
+
+def short_label(arm: Arm) -> str:
+    everything = "both" if len(IDEAS) == 2 else "all"
+    return everything if len(arm.used) == len(IDEAS) else arm.label
+
 
 JUDGED_BY_THE_ARM = ("reward_gain",)
-"""Metrics whose unit is that of the arm's reward model: compared where the arms have the same disco state only."""
+"""Metrics whose unit is that of the arm's reward model: compared where the arms have the same kind of it only."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +72,10 @@ class Contrast:
     name: str
     weights: dict[Arm, float]
 
-    def one_judge(self) -> bool:
-        return len({arm.disco for arm in self.weights}) == 1
+    def one_judge(self, stage: str) -> bool:
+        """Whether all of its arms are given the same kind of reward model."""
+        judge = STAGES[stage].judge
+        return judge is None or len({arm.trained_as(judge.stage).used for arm in self.weights}) == 1
 
 
 def contrasts(named: dict[str, dict[Arm, float]], study: Study, stage: str) -> list[Contrast]:
@@ -76,10 +96,10 @@ def effects_frame(study: Study, metrics: pd.DataFrame, named: dict[str, dict[Arm
     rows = [
         {"stage": stage, "metric": metric, "contrast": contrast.name, **_summary(study, values, contrast)}
         for stage in study.stages
-        for metric in COMPARED[stage]
+        for metric in STAGES[stage].compared
         if len(values := metrics[(metrics.stage == stage) & (metrics.metric == metric)])
         for contrast in contrasts(named, study, stage)
-        if metric not in JUDGED_BY_THE_ARM or contrast.one_judge()
+        if metric not in JUDGED_BY_THE_ARM or contrast.one_judge(stage)
     ]
     columns = ["stage", "metric", "contrast", "difference", "ci95", "bootstrap_low", "bootstrap_high"]
     columns += ["n_seeds", "n_expected", "missing_seeds", "differences"]
@@ -115,7 +135,7 @@ def per_seed(values: pd.DataFrame, contrast: Contrast) -> pd.Series:
 
 def effects_table(results: Results, metrics: pd.DataFrame) -> Table:
     """The factorial effects, tested by sign flips; Holm's correction is over the tests of a stage."""
-    frame = effects_frame(results.study, metrics, FACTORIAL)
+    frame = effects_frame(results.study, metrics, factorial())
     tested = frame.metric.isin(TESTED)
     frame["p"] = [
         sign_flip_p(values) if test else math.nan for values, test in zip(frame.differences, tested, strict=True)
@@ -141,7 +161,7 @@ def effects_table(results: Results, metrics: pd.DataFrame) -> Table:
 
 def comparisons_table(results: Results, metrics: pd.DataFrame) -> Table:
     """One arm against another; sums of the factorial effects, so with intervals and without tests of their own."""
-    frame = effects_frame(results.study, metrics, COMPARISONS).drop(columns="differences")
+    frame = effects_frame(results.study, metrics, comparisons()).drop(columns="differences")
     caption = "One arm against another, paired over seeds."
     notes = [
         "These are sums of the effects in the table of effects and therefore not tested once more; of twenty such "

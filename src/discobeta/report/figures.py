@@ -16,12 +16,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from discobeta.design.arms import CORNERS, IDEAS, Arm
+from discobeta.design.stages import STAGES
 from discobeta.files import replacing
-from discobeta.flags import CORNERS, Arm, State
 from discobeta.metrics import reliability
 from discobeta.record import claim
 from discobeta.report.collect import Found, Results, provenance_line, read_log
-from discobeta.report.measures import COMPARED, METRICS, TESTED
+from discobeta.report.measures import METRICS, TESTED
 from discobeta.report.render import printable
 from discobeta.report.statistics import wilson
 from discobeta.study import Run, Study
@@ -29,13 +30,8 @@ from discobeta.study import Run, Study
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LOOKS = {
-    "baseline": ("Baseline", "#4d4d4d"),
-    "disco-used_beta-absent": ("Disco", "#0072B2"),
-    "disco-absent_beta-used": ("LeDPO", "#D55E00"),
-    "disco-used_beta-used": ("Disco + LeDPO", "#009E73"),
-}
-"""Arm without idle heads -> name and colour (Okabe and Ito's, told apart by colour-blind readers)."""
+COLOURS = ("#4d4d4d", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+"""Of the arms without idle heads (Okabe and Ito's, told apart by colour-blind readers)."""
 
 COLUMN = 3.4  # inches, one column of a two-column paper
 FORMATS = ("pdf", "svg", "png")
@@ -100,7 +96,7 @@ def save(figure: Figure, stem: Path) -> None:
 
 def learning_curves(results: Results, stage: str) -> Figure:
     """How the runs of a stage went: `loss_curves`, or `rollout_curves` of ppo."""
-    return rollout_curves(results, stage) if stage == "ppo" else loss_curves(results, stage)
+    return loss_curves(results, stage) if STAGES[stage].has_pairs else rollout_curves(results, stage)
 
 
 def loss_curves(results: Results, stage: str) -> Figure:
@@ -158,12 +154,14 @@ def rollout_curves(results: Results, stage: str) -> Figure:
     arms, drawn = study.arms_of(stage), drawn_arms(study, stage)
     arms = sorted(arms, key=drawn.__contains__, reverse=True)
     panels = [(name, label, arms) for name, label in ROLLOUTS.items()]
-    disco = [arm for arm in arms if arm.disco is State.USED]
-    if 0 < len(disco) < len(arms):
-        others = [arm for arm in arms if arm not in disco]
+    by_judge: dict[Arm, list[Arm]] = {}
+    for arm in arms:
+        by_judge.setdefault(arm.trained_as(STAGES[stage].judge.stage).twin, []).append(arm)
+    if len(by_judge) > 1:
         panels[:1] = [
-            ("reward", "Score by reward\nmodel, no Disco", others),
-            ("reward", "Score by reward\nmodel, Disco", disco),
+            ("reward", f"Score by reward\nmodel, {judge.label}", by_judge[judge])
+            for judge in CORNERS
+            if judge in by_judge
         ]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(COLUMN, 1 + 1.3 * len(panels)), layout="constrained")
@@ -329,15 +327,15 @@ def draw_bins(upper: Axes, lower: Axes, measured: list[Found], colour: str, mark
 
 
 def interaction(results: Results, stage: str) -> Figure:
-    """What dynamic beta changes without Disco and with it, as differences to the baseline of the same seed.
+    """What the second idea changes without the first and with it, as differences to the baseline of the same seed.
 
-    A panel for each metric that the hypotheses are about. Thin lines are the seeds that have all four arms, thick ones
-    their means; the open diamond is where both together would be if the two ideas added up.
+    The other ideas are not used. A panel for each metric that the hypotheses are about. Thin lines are the seeds that
+    have all four arms, thick ones their means; the open diamond is where both together would be if the two added up.
     """
     study = results.study
     runs = [run for run in study.runs() if run.stage == stage and run.arm in CORNERS and not run.proof]
     measured = {run: results[run].metrics for run in runs}
-    tested = [name for name in COMPARED[stage] if name in TESTED]
+    tested = [name for name in STAGES[stage].compared if name in TESTED]
     names = [name for name in tested if any(name in values for values in measured.values())] or tested[:1]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(COLUMN, 0.9 + 1.9 * len(names)), layout="constrained")
@@ -345,7 +343,7 @@ def interaction(results: Results, stage: str) -> Figure:
             points = [(run.seed, run.arm, values[name]) for run, values in measured.items() if name in values]
             draw_interaction(axes, pd.DataFrame(points, columns=["seed", "arm", "value"]), len(study.seeds))
             axes.set_ylabel(f"{METRICS[name].words} minus\nthe baseline's")
-        axes.set_xticks([0, 1], ["fixed β", "dynamic β (LeDPO)"])
+        axes.set_xticks([0, 1], [f"without {IDEAS[1].label}", f"with {IDEAS[1].label}"])
         axes.set_xlim(-0.25, 1.25)
         figure.align_ylabels()
         handles, texts = figure.axes[0].get_legend_handles_labels()
@@ -358,20 +356,29 @@ def draw_interaction(axes: Axes, points: pd.DataFrame, n_seeds: int) -> None:
     axes.axhline(0, color=FAINT, linewidth=0.6)
     axes.grid(axis="x", visible=False)
     values = points.pivot(index="seed", columns="arm", values="value").reindex(columns=CORNERS).dropna()
-    baseline, ledpo, disco, both = CORNERS
+    baseline, first, second, both = two_by_two()
     values = values.sub(values[baseline], axis=0)
     mark = seeds_mark(len(values), n_seeds)
-    for label, fixed, dynamic in (("Without Disco", baseline, ledpo), ("With Disco" + mark, disco, both)):
+    for label, fixed, dynamic in (
+        (f"Without {first.label}", baseline, second),
+        (f"With {first.label}{mark}", first, both),
+    ):
         colour = look(fixed)[1]
         for _, seed in values.iterrows():
             axes.plot([0, 1], [seed[fixed], seed[dynamic]], color=colour, linewidth=0.5, alpha=0.5)
         mean = values[[fixed, dynamic]].mean()
         axes.plot([0, 1], mean, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
-    added_up = values[disco].mean() + values[ledpo].mean()
+    added_up = values[first].mean() + values[second].mean()
     diamond = {"marker": "D", "markersize": 5, "markerfacecolor": "white", "zorder": 5}
-    axes.plot(1, added_up, color=look(disco)[1], linestyle="none", label="if they added up", **diamond)
+    axes.plot(1, added_up, color=look(first)[1], linestyle="none", label="if they added up", **diamond)
     if values.empty:
         say_missing(axes)
+
+
+def two_by_two() -> tuple[Arm, Arm, Arm, Arm]:
+    """The arms that use neither, the first, the second and both of the first two ideas."""
+    keys = [idea.key for idea in IDEAS[:2]]
+    return tuple(Arm.from_states(**dict.fromkeys(used, "used")) for used in ([], keys[:1], keys[1:], keys))
 
 
 # --- reward by noise
@@ -432,7 +439,8 @@ def drawn_arms(study: Study, stage: str) -> list[Arm]:
 
 
 def look(arm: Arm) -> tuple[str, str]:
-    label, colour = LOOKS[arm.twin.name]
+    colour = COLOURS[CORNERS.index(arm.twin) % len(COLOURS)]
+    label = arm.label[0].upper() + arm.label[1:]
     return (f"{label}, idle head" if arm.is_idle else label), colour
 
 

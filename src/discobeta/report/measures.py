@@ -61,13 +61,6 @@ LANDMARKS = {
 }
 """Properties of the held-out rows and of the reference, the same in every arm."""
 
-COMPARED = {
-    "rm": ["nll", "accuracy"],
-    "dpo": ["nll", "accuracy", "true_reward", "kl_per_sequence"],
-    "ppo": ["true_reward", "kl_per_sequence", "reward_gain"],
-}
-"""Stage -> the metrics by which arms are compared, seed by seed."""
-
 DRAWN = ("loss", "accuracy", "eval_loss", "eval_accuracy", "reward", "kl_per_sequence", "response_length")
 """What figures draw of log.jsonl."""
 

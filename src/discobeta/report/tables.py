@@ -8,13 +8,13 @@ differ is a question for paired differences, which the tables of effects and com
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
 
+from discobeta.design.arms import FLAGS, Arm, Cell, grid
+from discobeta.design.stages import STAGES
 from discobeta.files import write_text
-from discobeta.flags import FLAGS, Arm, Cell, grid
 from discobeta.identity import WEIGHTS, file_hash
 from discobeta.record import claim
 from discobeta.report.collect import Results, collect, config_text, provenance, provenance_line
@@ -36,13 +36,6 @@ JUDGES = (
     "different ones: compare gains within one of the two groups, and across them the true reward, where it is known."
 )
 MEASURED = [*METRICS, *LANDMARKS]
-STAGE_NAMES = {
-    "rm": "Reward models (rm)",
-    "dpo": "Direct preference optimisation (dpo)",
-    "ppo": "Proximal policy optimisation (ppo)",
-}
-FIRST_PANEL = {"rm": "predictions", "dpo": "predictions", "ppo": "policy"}
-"""The panel that a stage's table begins with, whatever was measured."""
 
 
 def write(results: Results) -> None:
@@ -82,10 +75,11 @@ def stage_table(results: Results, stage: str, metrics: pd.DataFrame, proofs: pd.
         Column("Arm", lambda row: row["arm"] or NOTHING, is_number=False),
         Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
     ]
-    first = FIRST_PANEL[stage]
+    stage_row = STAGES[stage]
+    first = "predictions" if stage_row.has_pairs else "policy"  # whatever was measured
     panels = [
         Panel(
-            f"{STAGE_NAMES[stage]}: {CAPTIONS[name]}. {_interval_note(frame)}",
+            f"{stage_row.title} ({stage}): {CAPTIONS[name]}. {_interval_note(frame)}",
             which + [_column(metric) for metric in PANELS[name] if metric.name in measured],
             label=name,
         )
@@ -128,8 +122,7 @@ def _cell_row(
     missing = [run.seed for run in runs if results.absence(run)]
     if status == "run" and len(missing) == len(runs):
         status = "missing"
-    row = {flag: asdict(cell)[flag] for flag in FLAGS}
-    row |= {"status": status, "arm": cell.arm or "", "shown": shown or "", "reason": cell.reason}
+    row = {**cell.flags, "status": status, "arm": cell.arm or "", "shown": shown or "", "reason": cell.reason}
     row |= {"n_seeds": len(runs) - len(missing), "n_expected": len(runs), "missing_seeds": " ".join(map(str, missing))}
     metrics = metrics[metrics.arm == shown]
     for name in MEASURED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -14,6 +15,7 @@ from discobeta import heads as heads_module
 from discobeta.config import RunConfig
 from discobeta.data.batches import Batch, Pairs, Schedule
 from discobeta.data.tokens import Rows
+from discobeta.design.stages import STAGES
 from discobeta.errors import UserError
 from discobeta.heads import Heads
 from discobeta.signals import Comparison, Signals
@@ -45,8 +47,7 @@ class Stage(nn.Module):
     """
 
     task: str  # PEFT's name of the kind of model
-    unit = "step"  # what the progress bar counts
-    shown = ("loss", "accuracy")  # and what it shows
+    shown = ("loss", "accuracy")  # by the progress bar
 
     def __init__(self, config: RunConfig, model: nn.Module, heads: Heads):
         super().__init__()
@@ -77,9 +78,9 @@ class Stage(nn.Module):
 
     @classmethod
     def fresh_heads(cls, config: RunConfig, model: nn.Module, columns: dict[str, Tensor]) -> Heads:
-        architecture = config.arm.architecture_in(config.stage)
+        present = config.arm.heads_in(config.stage)
         starts = cls.head_starts(model, columns)
-        return heads_module.build(architecture, model.config.hidden_size, config.seed, **starts)
+        return heads_module.build(present, model.config.hidden_size, config.seed, **starts)
 
     @classmethod
     def load_base(cls, config: RunConfig) -> PreTrainedModel:
@@ -166,14 +167,6 @@ class Stage(nn.Module):
 
 
 def stage_class(stage: str) -> type[Stage]:
-    if stage == "rm":
-        from discobeta.stages.rm import RewardModelling
-
-        return RewardModelling
-    if stage == "dpo":
-        from discobeta.stages.dpo import DirectPreference
-
-        return DirectPreference
-    from discobeta.stages.ppo import ProximalPolicy
-
-    return ProximalPolicy
+    """The implementation of a stage of the grid."""
+    module, _, name = STAGES[stage].implementation.partition(":")
+    return getattr(importlib.import_module(module), name)

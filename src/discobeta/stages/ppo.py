@@ -110,7 +110,6 @@ class ProximalPolicy(Stage):
     """
 
     task = "CAUSAL_LM"
-    unit = "update"
     shown = ("reward", "kl_per_sequence", "response_length")
 
     @classmethod
