@@ -1,5 +1,6 @@
 """What an evaluation says: its columns, what it leaves out and names, and what it warns of."""
 
+import dataclasses
 import json
 import math
 
@@ -148,8 +149,9 @@ def test_a_run_that_gives_no_finite_numbers_is_refused(run, monkeypatch):
 
     directory, original = run("dpo"), Signals.compare
 
-    def diverged(self, rewards, *rest):
-        return original(self, torch.cat([rewards[:, :-1], torch.full((2, 1), torch.nan)], 1), *rest)
+    def diverged(self, evidence):
+        rewards = torch.cat([evidence.rewards[:, :-1], torch.full((2, 1), torch.nan)], 1)
+        return original(self, dataclasses.replace(evidence, rewards=rewards))
 
     monkeypatch.setattr(Signals, "compare", diverged)
     with pytest.raises(UserError, match=r"2 of 12 held-out pairs have a loss or a margin that is no finite number"):

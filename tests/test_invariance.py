@@ -47,8 +47,10 @@ def prepared(settings, request):
 def said(stage, batch):
     with torch.no_grad():
         comparison = stage.compare(batch)
-    values = {"loss": comparison.loss, "margin": comparison.mean_margin, "sigma": comparison.sigma.T}
-    return values | ({} if comparison.log_s is None else {"log_s": comparison.log_s})
+    heads = {name: values for opinion in comparison.opinions.values() for name, values in opinion.measured.items()}
+    sigma = torch.stack([heads["sigma_chosen"], heads["sigma_rejected"]], 1)
+    values = {"loss": comparison.loss, "margin": comparison.mean_margin, "sigma": sigma}
+    return values | ({"log_s": heads["log_s"]} if "log_s" in heads else {})
 
 
 def assert_same(one, other):

@@ -104,8 +104,8 @@ def shaken(stage, scale=0.3):
     """The stage with weights that do something: policy, reference and value head say different things."""
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for weights in stage.parameter_groups().values():
-            for weight in weights:
+        for group in stage.parameter_groups().values():
+            for weight in group.weights:
                 weight += scale * torch.randn(weight.shape, generator=noise)
     return stage
 

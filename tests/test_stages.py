@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,13 +15,13 @@ from safetensors.torch import load_file
 import discobeta
 from discobeta import record, runs
 from discobeta.config import RunConfig
-from discobeta.data.batches import Pairs
+from discobeta.data.batches import Pairs, pack
 from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.arms import Arm, arms_of
 from discobeta.errors import UserError
-from discobeta.heads import Heads
+from discobeta.heads import Heads, build
 from discobeta.policy import load_tokenizer
-from discobeta.signals import Signals
+from discobeta.signals import Evidence, Signals
 from discobeta.stages import stage_class
 from discobeta.stages.rm import score
 
@@ -46,7 +47,7 @@ def moved(stage):
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for group in stage.parameter_groups().values():
-            for weight in group:
+            for weight in group.weights:
                 weight += 0.1 * torch.randn(weight.shape, generator=noise)
     return stage
 
@@ -62,8 +63,8 @@ def test_gradient_reaches_a_head_exactly_if_it_is_used(fresh, name):
         if head is not None:
             reached = [weight.grad is not None and bool(weight.grad.abs().sum() > 0) for weight in head.parameters()]
             assert all(reached) if used else not any(reached), part
-    assert stage.parameter_groups().keys() == {"model"} | set(stage.signals.parameters())
-    trained = {id(weight) for group in stage.parameter_groups().values() for weight in group}
+    assert stage.parameter_groups().keys() == {"model"} | set(stage.signals.groups())
+    trained = {id(weight) for group in stage.parameter_groups().values() for weight in group.weights}
     assert {id(weight) for weight in stage.parameters() if weight.requires_grad} == trained
 
 
@@ -77,20 +78,20 @@ def test_rm_trains_the_score_or_the_mean_in_its_place(fresh, name):
     assert (score(stage.model).weight.grad is None) == used
     if stage.heads.disco is not None:
         assert all((weight.grad is not None) == used for weight in stage.heads.disco.parameters())
-    in_group = {id(weight) for weight in stage.parameter_groups()["model"]}
+    in_group = {id(weight) for weight in stage.parameter_groups()["model"].weights}
     assert (id(score(stage.model).weight) in in_group) != used
 
 
 def test_a_head_is_clipped_on_its_own():
     """Gradients (3, 4) of norm 5 and (0, 100) of norm 100, clipped to 1 and to 2, each by its own norm."""
-    from discobeta.loop import clip_gradients
+    from discobeta.optim import clip_gradients, head_group, model_group
 
     model, head = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
     model.grad, head.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 100.0])
     config, _ = RunConfig.from_mapping(
         {"stage": "dpo", "model_name_or_path": "m", "max_grad_norm": 1.0, "head_max_grad_norm": 2.0}
     )
-    norms = clip_gradients({"model": [model], "disco": [head]}, config)
+    norms = clip_gradients({"model": model_group([model], config), "disco": head_group([head], 1e-3, config)})
     assert {name: norm.item() for name, norm in norms.items()} == {"model": 5.0, "disco": 100.0}
     torch.testing.assert_close(model.grad, torch.tensor([0.6, 0.8]))
     torch.testing.assert_close(head.grad, torch.tensor([0.0, 2.0]))
@@ -98,13 +99,14 @@ def test_a_head_is_clipped_on_its_own():
 
 def test_rounding_does_not_move_a_head():
     """AdamW would make a whole step of a gradient of 1e-8; of the model's nothing is cut."""
-    from discobeta.loop import clip_gradients
+    from discobeta.optim import clip_gradients, head_group, model_group
 
     weights = {name: torch.nn.Parameter(torch.zeros(2)) for name in ("model", "disco", "beta", "value")}
     for name, size in (("model", 1e-8), ("disco", 1e-8), ("beta", 1e-7), ("value", 1e-5)):
         weights[name].grad = torch.tensor([size, -size])
     config, _ = RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": "m"})
-    norms = clip_gradients({name: [weight] for name, weight in weights.items()}, config)
+    groups = {name: head_group([weight], 1e-3, config) for name, weight in weights.items()}
+    norms = clip_gradients(groups | {"model": model_group([weights["model"]], config)})
     assert norms["beta"].item() == pytest.approx(2**0.5 * 1e-7)  # logged as it was
     left = {name: weight.grad.tolist() for name, weight in weights.items()}
     assert left["disco"] == left["beta"] == [0.0, 0.0]
@@ -118,7 +120,7 @@ def test_disco_starts_with_the_baselines_gradient(fresh):
         stage, pairs = fresh("dpo", **Arm.from_name(name).flags)
         objective, _ = stage(pairs.batch(np.arange(8)))
         objective.mean().backward()
-        gradients.append([weight.grad for weight in stage.parameter_groups()["model"]])
+        gradients.append([weight.grad for weight in stage.parameter_groups()["model"].weights])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
@@ -131,10 +133,12 @@ def test_dynamic_beta_scales_beta_and_not_the_variance(fresh):
         baseline, _ = fresh("dpo")
         baseline.model.load_state_dict(stage.model.state_dict())
         margin = baseline.compare(pairs.batch(np.arange(8))).mean_margin / 0.5  # pref_beta of the settings
-        z = 0.5 * comparison.log_s.exp() * margin / (comparison.sigma**2).sum(0).sqrt()
+        log_s, log_sigma = comparison.opinions["beta"].log_scale, comparison.opinions["disco"].log_sigma
+        sigma = 2 / np.pi**0.5 * log_sigma.exp()
+        z = 0.5 * log_s.exp() * margin / (sigma**2).sum(0).sqrt()
         expected = -torch.log(0.5 * torch.erfc(-z / 2**0.5))
     torch.testing.assert_close(comparison.loss, expected, rtol=1e-5, atol=1e-6)
-    assert comparison.log_s.abs().max() > 0.01 and comparison.log_sigma.abs().max() > 0.01
+    assert log_s.abs().max() > 0.01 and log_sigma.abs().max() > 0.01
 
 
 def _logp(model, ids, prompt_length):
@@ -157,14 +161,15 @@ def test_dpo_says_both_rewards_and_log_probabilities(fresh, base):
 
     stage, pairs = fresh("dpo", **USED)
     comparison = moved(stage).eval().compare(pairs.batch(np.arange(4)))
-    said, reference = comparison.statistics(), AutoModelForCausalLM.from_pretrained(base).eval()
+    said, log_s = comparison.statistics(), comparison.opinions["beta"].log_scale
+    reference = AutoModelForCausalLM.from_pretrained(base).eval()
     for index in range(4):
         for side, ids, prompt_length in _sequences(pairs.rows, index):
             logp, before = (_logp(model, ids, prompt_length) for model in (stage.model, reference))
-            beta = 0.5 * comparison.log_s[index].exp().item()  # pref_beta of the settings
+            beta = 0.5 * log_s[index].exp().item()  # pref_beta of the settings
             assert said[f"logp_{side}"][index].item() == pytest.approx(logp, abs=1e-4)
             assert said[f"reward_{side}"][index].item() == pytest.approx(beta * (logp - before), abs=1e-4)
-    assert comparison.log_s.abs().min() > 1e-3
+    assert log_s.abs().min() > 1e-3
     torch.testing.assert_close(said["reward_chosen"] - said["reward_rejected"], said["margin"], rtol=1e-5, atol=1e-6)
 
 
@@ -174,21 +179,24 @@ def test_a_margin_that_is_only_rounding_is_a_tie():
     signals = Signals(Arm.from_name("baseline"), Heads(), config)
     logps = torch.tensor([-10.0, -10, -10, -2000, -2000, -2000]).expand(2, 6)
     chosen = torch.tensor([1e-5, -1e-5, 3e-5, 3e-3, -5e-3, 0.0], requires_grad=True)
-    comparison = signals.compare(torch.stack([chosen, torch.zeros(6)]), 0.5, None, None, logps)
+    comparison = signals.compare(Evidence(torch.stack([chosen, torch.zeros(6)]), None, None, 0.5, logps))
     assert comparison.statistics()["accuracy"].tolist() == [0.5, 0.5, 1, 0.5, 0, 0.5]
     assert comparison.mean_margin.tolist() == pytest.approx([0, 0, 1.5e-5, 0, -2.5e-3, 0])
     comparison.loss.sum().backward()  # which sees every margin as it is: slope -beta/2 at 0
     assert chosen.grad.tolist() == pytest.approx([-0.25] * 6, rel=1e-2)
     scores = torch.tensor([[1.0, 1e-9], [1.0 - 1e-7, 0.0]])
-    assert signals.compare(scores, 1.0, None, None).statistics()["accuracy"].tolist() == [0.5, 1]
+    assert signals.compare(Evidence(scores, None, None)).statistics()["accuracy"].tolist() == [0.5, 1]
 
 
-def test_comparing_waits_for_no_value():
+def test_comparing_waits_for_no_value(monkeypatch):
     """A device that had to hand over a value would stop here: these tensors have none."""
     config, _ = RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": "m", **USED})
-    signals = Signals(config.arm, Heads(), config)
-    rewards, logps, log_sigma = (torch.empty(2, 6, device="meta") for _ in range(3))
-    comparison = signals.compare(rewards, 0.5, log_sigma.view(-1), torch.empty(6, device="meta"), logps)
+    monkeypatch.setattr("discobeta.heads.full_precision", lambda like: nullcontext())  # meta has no autocast
+    heads = build(["disco", "beta"], 8, seed=1).to("meta")
+    signals = Signals(config.arm, heads, config)
+    rewards, logps = (torch.empty(2, 6, device="meta") for _ in range(2))
+    batch = pack([[1, 2]] * 12, [[3]] * 12, {"prompt_features": torch.empty(6, 8)}).to("meta")
+    comparison = signals.compare(Evidence(rewards, batch, torch.empty(12, 3, 8, device="meta"), 0.5, logps))
     said = comparison.statistics()
     assert {value.device.type for value in said.values()} == {"meta"} and comparison.objective.shape == (6,)
     assert {"accuracy", "margin", "reward_chosen", "logp_rejected", "penalty", "log_s"} <= set(said)
@@ -250,8 +258,9 @@ def test_save_and_load_give_the_same_outputs_bitwise(run, fresh, stage, finetuni
     batch = pairs.batch(np.arange(8))
     with torch.no_grad():
         one, other = kept["stage"].eval().compare(batch), runs.load_stage(record.read(directory)).compare(batch)
-    assert torch.equal(one.loss, other.loss) and torch.equal(one.log_sigma, other.log_sigma)
-    assert stage == "rm" or torch.equal(one.log_s, other.log_s)
+    assert torch.equal(one.loss, other.loss)
+    assert torch.equal(one.opinions["disco"].log_sigma, other.opinions["disco"].log_sigma)
+    assert stage == "rm" or torch.equal(one.opinions["beta"].log_scale, other.opinions["beta"].log_scale)
 
 
 def test_a_reward_model_scores_texts_and_loads_in_plain_peft(run, base):
@@ -343,9 +352,10 @@ def test_a_run_directory_holds_what_is_promised(run):
 def test_bf16_keeps_sums_losses_and_heads_in_float32(fresh):
     stage, pairs = fresh("dpo", bf16=True, **USED)
     assert next(stage.model.get_base_model().parameters()).dtype == torch.bfloat16
-    assert all(weight.dtype == torch.float32 for group in stage.parameter_groups().values() for weight in group)
+    assert all(weight.dtype == torch.float32 for group in stage.parameter_groups().values() for weight in group.weights)
     comparison = stage.compare(pairs.batch(np.arange(8)))
-    assert comparison.loss.dtype == comparison.log_sigma.dtype == comparison.log_s.dtype == torch.float32
+    log_sigma, log_s = comparison.opinions["disco"].log_sigma, comparison.opinions["beta"].log_scale
+    assert comparison.loss.dtype == log_sigma.dtype == log_s.dtype == torch.float32
     assert comparison.loss.mean().item() == pytest.approx(np.log(2), abs=1e-3)  # policy = reference, also in bf16
 
 

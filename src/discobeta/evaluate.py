@@ -99,36 +99,29 @@ def compare_all(stage: Stage, pairs: Pairs, batch_size: int, device: torch.devic
 
     for indices in tqdm(pairs.evaluation_passes(batch_size), desc="held-out pairs", unit="batch", mininterval=1):
         comparison = stage.compare(pairs.batch(indices).to(device))
-        put("nll", indices, comparison.loss)
-        put("mean_margin", indices, comparison.mean_margin)
-        for name, values in comparison.sides().items():
+        for name, values in comparison.measured().items():
             put(name, indices, values)
-        if comparison.log_sigma is not None:
-            sigma = comparison.sigma
-            put("variance_sum", indices, sigma.square().sum(0))
-            put("sigma_chosen", indices, sigma[0])
-            put("sigma_rejected", indices, sigma[1])
-        if comparison.log_s is not None:
-            put("log_s", indices, comparison.log_s)
-    if broken := int((~np.isfinite([found["nll"], found["mean_margin"]]).all(0)).sum()):
+    decisive = [found[name] for name in ("nll", "mean_margin") if name in found]
+    if broken := int((~np.isfinite(decisive).all(0)).sum()):
         raise UserError(
             f"{broken} of {len(pairs)} held-out pairs have a loss or a margin that is no finite number: "
             "the run's weights have diverged, or are damaged"
         )
     said = pd.DataFrame({"row": np.arange(len(pairs)), "source": pairs.rows.source, **found})
-    said.insert(2, "probability", np.exp(-said["nll"]))
+    if "nll" in said:
+        said.insert(2, "probability", np.exp(-said["nll"]))
     # the truth's own `probability` is that of the label under the oracle
     known = {{"probability": "oracle_probability"}.get(name, name): values for name, values in pairs.rows.truth.items()}
     return pd.concat([said, pd.DataFrame(known)], axis=1)
 
 
 def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
-    """Accuracy, NLL, Brier score and calibration, overall and per topic; against the truth where known.
+    """Accuracy and, of a likelihood, NLL, Brier score and calibration; overall, per topic, and against a known truth.
 
     What the truth leaves undefined is said and left out.
     """
-    found: dict[str, Any] = metrics.classification(examples["nll"], examples["mean_margin"])
-    if "oracle_probability" in examples:
+    found: dict[str, Any] = metrics.classification(examples.get("nll"), examples["mean_margin"])
+    if {"oracle_probability", "nll"} <= set(examples):
         q = known_numbers(examples, "oracle_probability", "probability in [0, 1]", lambda q: (q >= 0) & (q <= 1))
         if count := int((q == 0).sum()):
             say(
@@ -146,7 +139,7 @@ def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
     if "topic" in examples:
         topics = examples["topic"].map(_topic_name)
         found["by_topic"] = {
-            topic: metrics.classification(part["nll"], part["mean_margin"])
+            topic: metrics.classification(part.get("nll"), part["mean_margin"])
             for topic, part in examples.groupby(topics, sort=True)
         } or None
         if gaps := int(topics.isna().sum()):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,18 @@ class DiscoHead(nn.Module):
             self.mean = nn.Linear(hidden_size, 1, bias=False)
             self.mean.weight.data.copy_(score_weight.float())
 
+    @classmethod
+    def fresh(cls, hidden_size: int, *, score_weight: Tensor | None = None, **_) -> Self:
+        return cls(hidden_size, score_weight)
+
+    @classmethod
+    def described(cls, description: dict) -> Self:
+        size = description["hidden_size"]
+        return cls(size, torch.zeros(1, size) if description["mean"] else None)
+
+    def description(self) -> dict:
+        return {"hidden_size": self.net[0].in_features, "mean": self.mean is not None}
+
     def log_sigma(self, hidden: Tensor) -> Tensor:
         """(N,) float32, l = log(sigma / sigma0), in [-k, k]."""
         with full_precision(hidden):
@@ -83,6 +96,20 @@ class BetaHead(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(hidden_size))
         self.register_buffer("feature_std", torch.ones(hidden_size))
 
+    @classmethod
+    def fresh(cls, hidden_size: int, *, prompt_features: Tensor | None = None, **_) -> Self:
+        head = cls(hidden_size)
+        if prompt_features is not None:
+            head.standardise_by(prompt_features)
+        return head
+
+    @classmethod
+    def described(cls, description: dict) -> Self:
+        return cls(description["hidden_size"])
+
+    def description(self) -> dict:
+        return {"hidden_size": self.weight.numel()}
+
     def standardise_by(self, features: Tensor) -> None:
         """Store mean and standard deviation of (N, hidden_size) training features."""
         values = features.double()
@@ -96,47 +123,42 @@ class BetaHead(nn.Module):
             return bounded(z @ self.weight)
 
 
+HEADS = {"disco": DiscoHead, "beta": BetaHead}
+"""Key of an idea -> its head: a module with
+
+fresh(hidden_size, **starts)    at step 0; `starts` as for `build`
+description()                   what `described` needs to build the module again, without its weights
+"""
+
+
 class Heads(nn.Module):
-    """The heads that a run has; None where it has none."""
+    """The heads that a run has, as attributes named by the key of their idea; None where it has none."""
 
-    def __init__(self, disco: DiscoHead | None = None, beta: BetaHead | None = None):
+    def __init__(self, **modules: nn.Module | None):
         super().__init__()
-        self.disco = disco
-        self.beta = beta
+        for key in HEADS:
+            setattr(self, key, modules.pop(key, None))
+        if modules:
+            raise TypeError(f"no head is called {min(modules)}")
 
-    def description(self) -> dict:
-        """What `load` needs to build the same modules again."""
-        found = {}
-        if self.disco is not None:
-            found["disco"] = {"hidden_size": self.disco.net[0].in_features, "mean": self.disco.mean is not None}
-        if self.beta is not None:
-            found["beta"] = {"hidden_size": self.beta.weight.numel()}
-        return found
+    def present(self) -> dict[str, nn.Module]:
+        """Key -> head of those that are there."""
+        return {key: head for key in HEADS if (head := getattr(self, key)) is not None}
 
 
-def build(
-    present: Collection[str],
-    hidden_size: int,
-    seed: int,
-    *,
-    score_weight: Tensor | None = None,
-    prompt_features: Tensor | None = None,
-) -> Heads:
+def build(present: Collection[str], hidden_size: int, seed: int, **starts: Tensor | None) -> Heads:
     """Fresh heads, each from a random stream of its own.
 
     present: keys of the ideas whose heads there are (`Arm.heads_in`).
-    prompt_features: (N, hidden_size) of the training prompts, for the Beta Head's standardisation.
+    starts: what they start from: `score_weight`, (1, hidden_size), a reward model's scalar score, which the Disco
+            Head's mean copies; `prompt_features`, (N, hidden_size) of the training prompts, for the Beta Head's
+            standardisation.
     """
-    disco = beta = None
-    if "disco" in present:
-        with global_stream(seed, "disco head"):
-            disco = DiscoHead(hidden_size, score_weight)
-    if "beta" in present:
-        with global_stream(seed, "beta head"):
-            beta = BetaHead(hidden_size)
-        if prompt_features is not None:
-            beta.standardise_by(prompt_features)
-    return Heads(disco, beta)
+    modules = {}
+    for key in present:
+        with global_stream(seed, f"{key} head"):
+            modules[key] = HEADS[key].fresh(hidden_size, **starts)
+    return Heads(**modules)
 
 
 def save(heads: Heads, directory: Path) -> None:
@@ -146,22 +168,16 @@ def save(heads: Heads, directory: Path) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in heads.state_dict().items()}
     with replacing(directory / "heads.safetensors") as temporary:
         save_file(tensors, temporary)
-    write_json(directory / "heads.json", heads.description())
+    write_json(directory / "heads.json", {key: head.description() for key, head in heads.present().items()})
 
 
 def load(directory: Path) -> Heads:
     """The heads of a run directory, bit for bit as they were saved."""
     from safetensors.torch import load_file
 
-    description = read_mapping(directory / "heads.json")
-    disco = beta = None
+    descriptions = read_mapping(directory / "heads.json")
     with telling(f"{directory}/heads.json describes no heads"):
-        if "disco" in description:
-            size = description["disco"]["hidden_size"]
-            disco = DiscoHead(size, torch.zeros(1, size) if description["disco"]["mean"] else None)
-        if "beta" in description:
-            beta = BetaHead(description["beta"]["hidden_size"])
-    heads = Heads(disco, beta)
+        heads = Heads(**{key: HEADS[key].described(description) for key, description in descriptions.items()})
     with telling(f"{directory}/heads.safetensors does not fit heads.json"):
         heads.load_state_dict(load_file(directory / "heads.safetensors"))
     return heads

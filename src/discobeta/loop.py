@@ -32,15 +32,9 @@ from discobeta.design.stages import STAGES
 from discobeta.errors import UserError
 from discobeta.files import replacing, write_text, writing_error
 from discobeta.lock import Hold
+from discobeta.optim import clip_gradients, optimizer_of
 from discobeta.seeds import derive
 from discobeta.stages import Stage
-
-HEADS = ("disco", "beta", "value")
-"""Parameter groups that are clipped by head_max_grad_norm and never decayed."""
-
-ROUNDING = 1e-6
-"""A head's gradient of a smaller norm counts as zero. In dpo margins are 0 at step 0, and so is the gradient of both
-heads, but for rounding; AdamW divides a gradient by its own size and would make a whole step of that."""
 
 
 class Means:
@@ -142,11 +136,7 @@ def fit(
     stop = min(steps, config.stop_after_steps or steps)
     stage.to(accelerator.device)
     groups = stage.parameter_groups()
-    optimizer = torch.optim.AdamW(
-        [_optimizer_group(name, weights, config) for name, weights in groups.items()],
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-    )
+    optimizer = optimizer_of(groups, config)
     warmup = config.warmup_steps or math.ceil(steps * config.warmup_ratio)
     scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup, steps)
     means = Means()
@@ -184,7 +174,7 @@ def fit(
                         # DDP averages over processes; this makes the gradient the mean over the minibatch's rows
                         accelerator.backward(objective.sum() * (accelerator.num_processes / work.minibatch_rows))
                     means.add(statistics)
-                norms = clip_gradients(groups, config)
+                norms = clip_gradients(groups)
                 optimizer.step()
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
@@ -219,23 +209,6 @@ def fit(
     return cost()
 
 
-def clip_gradients(groups: dict[str, list[torch.nn.Parameter]], config: RunConfig) -> dict[str, Tensor]:
-    """Scale each group's gradient down to its largest norm, on its own; returns the norms before.
-
-    One norm over all groups would let a head change how the model is clipped. A head's gradient that is
-    no more than rounding becomes 0.
-    """
-    largest = {name: config.head_max_grad_norm if name in HEADS else config.max_grad_norm for name in groups}
-    norms = {
-        name: torch.nn.utils.clip_grad_norm_(weights, largest[name] or math.inf)  # 0: no clipping
-        for name, weights in groups.items()
-    }
-    for name, norm in norms.items():
-        for weight in groups[name] if name in HEADS else ():
-            weight.grad.mul_(norm > ROUNDING)
-    return norms
-
-
 @torch.no_grad()
 def held_out_means(
     module: torch.nn.Module, stage: Stage, held_out: Pairs, config: RunConfig, accelerator: Accelerator
@@ -259,17 +232,6 @@ def _is_due(step: int, config: RunConfig, schedule: Schedule, last: int) -> bool
         return False
     every = schedule.steps_per_epoch if config.eval_strategy == "epoch" else config.eval_steps or config.logging_steps
     return step % every == 0 or step == last
-
-
-def _optimizer_group(name: str, weights: list[torch.nn.Parameter], config: RunConfig) -> dict:
-    """AdamW's settings of the model or of a head; heads have a learning rate of their own and no decay."""
-    rates = {
-        "model": config.learning_rate,
-        "disco": 3 * config.learning_rate if config.disco_learning_rate is None else config.disco_learning_rate,
-        "beta": 5 * config.learning_rate if config.beta_learning_rate is None else config.beta_learning_rate,
-        "value": 5 * config.learning_rate if config.value_learning_rate is None else config.value_learning_rate,
-    }
-    return {"params": weights, "lr": rates[name], "weight_decay": 0.0 if name in HEADS else config.weight_decay}
 
 
 def read_whole(path: Path) -> dict[str, Any] | None:

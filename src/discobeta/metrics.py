@@ -66,13 +66,18 @@ def expected_calibration_error(probability: ArrayLike, margin: ArrayLike, bins: 
     return float(np.nansum(table["count"] * gap) / table["count"].sum())
 
 
-def classification(nll: ArrayLike, margin: ArrayLike) -> dict[str, float]:
-    """Accuracy, mean NLL (nats), Brier score and calibration error from (N,) nll = -log p of the label and margins."""
-    nll, margin = np.asarray(nll, float), np.asarray(margin, float)
+def classification(nll: ArrayLike | None, margin: ArrayLike) -> dict[str, float]:
+    """Accuracy, mean NLL (nats), Brier score and calibration error from (N,) nll = -log p of the label and margins.
+
+    nll: None of a model whose loss is no likelihood; then there is the accuracy alone.
+    """
+    margin = np.asarray(margin, float)
+    found = {"examples": len(margin), "accuracy": float(correctness(margin).mean())}
+    if nll is None:
+        return found
+    nll = np.asarray(nll, float)
     p = np.exp(-nll)
-    return {
-        "examples": len(p),
-        "accuracy": float(correctness(margin).mean()),
+    return found | {
         "nll": float(nll.mean()),
         "brier": float(((1 - p) ** 2).mean()),
         "ece": expected_calibration_error(p, margin),

@@ -1,22 +1,25 @@
-"""Which outputs of the heads the algorithm sees. This is the only reader of the use (`Arm.used`).
+"""What the algorithm reads of the heads, and the loss that follows. This is the only reader of the use (`Arm.used`).
 
-A head that is not used is not called, not optimised and not mentioned in a log: from here on the
-run is the run without it.
+A stage brings evidence: rewards, the batch, hidden states, beta. A head that is not used is not called, not optimised
+and not mentioned in a log: from here on the run is the run without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from discobeta.config import RunConfig
+from discobeta.data.batches import Batch
 from discobeta.design.arms import Arm
 from discobeta.heads import SIGMA0, Heads
 from discobeta.losses import log_scale_penalty, logistic_loss, probit_loss
 from discobeta.metrics import correctness
+from discobeta.optim import Group, head_group
+from discobeta.policy import pooled
 
 TIE = 2.0**-20
 """A margin that is this part (9.5e-7) or less of the log-probabilities that it is the difference of is rounding, and 0.
@@ -29,25 +32,124 @@ margins of 6e-4, 14 times the limit there. In bfloat16 passes differ by more tha
 
 
 @dataclass
+class Evidence:
+    """What a stage has of B pairs of responses; in the batch the B chosen ones come first."""
+
+    rewards: Tensor  # (2, B) mean rewards of chosen and rejected per unit of beta; their difference is the margin
+    batch: Batch
+    hidden: Tensor  # (2B, T, hidden_size), the trunk's last hidden states
+    beta: float = 1.0
+    logps: Tensor | None = None  # (2, B) log pi(y|x) that the rewards were made of; their size is that of the rounding
+
+
+@dataclass
+class Opinion:
+    """What one used head says of B pairs. Every tensor is float32; what is None leaves the comparison as it is."""
+
+    log_scale: Tensor | None = None  # (B,) log of a factor of beta
+    log_sigma: Tensor | None = None  # (2, B) log(sigma/sigma0) of the chosen and the rejected reward
+    penalty: Tensor | None = None  # (B,) what keeps the head around its start; None without training
+    logged: dict[str, Tensor] = field(default_factory=dict)  # (B,) whose means are logged
+    measured: dict[str, Tensor] = field(default_factory=dict)  # (B,) that evaluation writes of each pair
+
+
+class Signal:
+    """How the algorithm reads the head of one idea. Its defaults say nothing."""
+
+    def __init__(self, head: nn.Module, config: RunConfig):
+        self.head, self.config = head, config
+
+    def group(self) -> Group:
+        """The head's weights, and how they are trained."""
+        raise NotImplementedError
+
+    def opinion(self, evidence: Evidence) -> Opinion:
+        return Opinion()
+
+    def log_sigma(self, hidden: Tensor, batch: Batch) -> Tensor | None:
+        """(N,) log(sigma/sigma0) of single responses."""
+
+    def log_scale(self, prompt_features: Tensor) -> Tensor | None:
+        """(N,) log of a factor of beta, from the reference's states at the end of each prompt."""
+
+    def reward_map(self, score: nn.Linear) -> nn.Linear:
+        """hidden -> mean reward."""
+        return score
+
+
+class GaussianReward(Signal):
+    """Disco: the reward of a response is N(mean, sigma^2), with sigma from its Disco Head."""
+
+    def group(self) -> Group:
+        """The head's mean is trained as a part of the model (`reward_map`)."""
+        rate = self.config.disco_learning_rate
+        rate = 3 * self.config.learning_rate if rate is None else rate
+        return head_group(self.head.net.parameters(), rate, self.config)
+
+    def reward_map(self, score: nn.Linear) -> nn.Linear:
+        """The head's mean in the place of the score, and trained like it: so that the two arms treat it alike."""
+        return self.head.mean
+
+    def log_sigma(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return self.head.log_sigma(pooled(hidden, batch, self.config.head_pooling))
+
+    def opinion(self, evidence: Evidence) -> Opinion:
+        log_sigma = self.log_sigma(evidence.hidden, evidence.batch).view(2, -1)
+        penalty = around_zero(log_sigma, self.config.disco_mean_penalty, self.config.disco_spread_penalty)
+        sigma = SIGMA0 * log_sigma.detach().exp()
+        return Opinion(
+            log_sigma=log_sigma,
+            penalty=None if penalty is None else penalty.mean(0),
+            logged={"log_sigma": log_sigma.mean(0)},
+            measured={
+                "variance_sum": sigma.square().sum(0),
+                "sigma_chosen": sigma[0],
+                "sigma_rejected": sigma[1],
+            },
+        )
+
+
+class PromptScale(Signal):
+    """Dynamic beta: beta * s(x), with s from the Beta Head on the reference's state at the end of the prompt."""
+
+    def group(self) -> Group:
+        rate = self.config.beta_learning_rate
+        rate = 5 * self.config.learning_rate if rate is None else rate
+        return head_group(self.head.parameters(), rate, self.config)
+
+    def log_scale(self, prompt_features: Tensor) -> Tensor:
+        return self.head.log_s(prompt_features)
+
+    def opinion(self, evidence: Evidence) -> Opinion:
+        log_s = self.log_scale(evidence.batch.columns["prompt_features"])
+        penalty = around_zero(log_s, self.config.beta_mean_penalty, self.config.beta_spread_penalty)
+        return Opinion(log_scale=log_s, penalty=penalty, logged={"log_s": log_s}, measured={"log_s": log_s})
+
+
+SIGNALS: dict[str, type[Signal]] = {"disco": GaussianReward, "beta": PromptScale}
+"""Key of an idea -> how its head is read."""
+
+
+@dataclass
 class Comparison:
     """How a run sees B pairs of responses. Every tensor is float32, (B,) unless said."""
 
     mean_margin: Tensor  # mean reward of chosen minus rejected (r_w - r_l, or beta * margin; 0 if rounding), detached
-    loss: Tensor  # -log P(chosen wins), in nats
-    penalty: Tensor | None  # what keeps the used heads around their start
-    log_sigma: Tensor | None  # (2, B): log(sigma/sigma0) of chosen and rejected; None if a reward is a number
-    log_s: Tensor | None  # None if beta is one number
+    loss: Tensor  # what is minimised, without penalties
+    nll: Tensor | None  # -log P(chosen wins), in nats; None of a loss that is no likelihood
     rewards: Tensor  # (2, B) mean rewards of chosen and rejected, whose difference is the margin, detached
     logps: Tensor | None = None  # (2, B) log pi(y|x) of chosen and rejected, detached; None if there is no policy
+    opinions: dict[str, Opinion] = field(default_factory=dict)  # of the used heads, by key
+
+    @property
+    def penalty(self) -> Tensor | None:
+        """What keeps the used heads around their start; None without one, or without training."""
+        terms = [opinion.penalty for opinion in self.opinions.values() if opinion.penalty is not None]
+        return sum(terms) if terms else None
 
     @property
     def objective(self) -> Tensor:
         return self.loss if self.penalty is None else self.loss + self.penalty
-
-    @property
-    def sigma(self) -> Tensor | None:
-        """(2, B) standard deviations of chosen and rejected."""
-        return None if self.log_sigma is None else SIGMA0 * self.log_sigma.exp()
 
     def sides(self) -> dict[str, Tensor]:
         """What stands behind the margin, as (B,) of the chosen and of the rejected responses."""
@@ -58,16 +160,22 @@ class Comparison:
             for side, of_side in zip(("chosen", "rejected"), values, strict=True)
         }
 
+    def measured(self) -> dict[str, Tensor]:
+        """What is written of each pair: the likelihood, the margin and its sides, and what the used heads said."""
+        values = {} if self.nll is None else {"nll": self.nll}
+        values |= {"mean_margin": self.mean_margin, **self.sides()}
+        for opinion in self.opinions.values():
+            values |= opinion.measured
+        return values
+
     def statistics(self) -> dict[str, Tensor]:
         """Per-pair quantities whose means are logged; those of heads only if the head is used."""
         values = {"loss": self.loss, "accuracy": correctness(self.mean_margin), "margin": self.mean_margin}
         values |= self.sides()
         if self.penalty is not None:
             values["penalty"] = self.penalty
-        if self.log_sigma is not None:
-            values["log_sigma"] = self.log_sigma.mean(0)
-        if self.log_s is not None:
-            values["log_s"] = self.log_s
+        for opinion in self.opinions.values():
+            values |= opinion.logged
         return {name: value.detach() for name, value in values.items()}
 
 
@@ -75,75 +183,47 @@ class Signals:
     """The view of the heads that an arm's algorithm has."""
 
     def __init__(self, arm: Arm, heads: Heads, config: RunConfig):
-        self.disco = heads.disco if "disco" in arm.used else None
-        self.beta_head = heads.beta if "beta" in arm.used else None
-        self.config = config
+        used = {key: head for key, head in heads.present().items() if key in arm.used}
+        self.used = {key: SIGNALS[key](head, config) for key, head in used.items()}
 
-    def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters of each used head, by head; the Disco Head's mean belongs to `reward_map`."""
-        used = {}
-        if self.disco is not None:
-            used["disco"] = list(self.disco.net.parameters())
-        if self.beta_head is not None:
-            used["beta"] = list(self.beta_head.parameters())
-        return used
+    def groups(self) -> dict[str, Group]:
+        """Key -> the weights of each used head."""
+        return {key: signal.group() for key, signal in self.used.items()}
 
     def reward_map(self, score: nn.Linear) -> nn.Linear:
-        """hidden -> mean reward: the scalar score, or the Disco Head's mean in its place.
+        """hidden -> mean reward: the scalar score, or what a used head has in its place."""
+        for signal in self.used.values():
+            score = signal.reward_map(score)
+        return score
 
-        The one that is used is trained as a part of the model (learning rate and clipping of the
-        adapter), so that the two arms treat it alike.
-        """
-        return score if self.disco is None else self.disco.mean
+    def log_sigma(self, hidden: Tensor, batch: Batch) -> Tensor | None:
+        """(N,) log(sigma/sigma0) of N responses; None if a reward is a number."""
+        return _only(signal.log_sigma(hidden, batch) for signal in self.used.values())
 
-    def log_sigma(self, pooled: Callable[[], Tensor]) -> Tensor | None:
-        """(N,) from the (N, hidden) states that `pooled` makes on demand."""
-        return None if self.disco is None else self.disco.log_sigma(pooled())
+    def log_scale(self, prompt_features: Tensor) -> Tensor | None:
+        """(N,) log s(x) of N prompts, from the reference's states at their ends; None if beta is one number."""
+        return _sum(signal.log_scale(prompt_features) for signal in self.used.values())
 
-    def log_s(self, prompt_features: Tensor | None) -> Tensor | None:
-        """(B,) from the reference's states at the end of each prompt."""
-        return None if self.beta_head is None else self.beta_head.log_s(prompt_features)
+    def compare(self, evidence: Evidence) -> Comparison:
+        """How likely the chosen response wins, of B pairs.
 
-    def compare(
-        self,
-        rewards: Tensor,
-        beta: float,
-        log_sigma: Tensor | None,
-        log_s: Tensor | None,
-        logps: Tensor | None = None,
-    ) -> Comparison:
-        """-log P(chosen wins) of B pairs.
-
-        rewards: (2, B) of chosen and rejected per unit of beta (rm: the scores, with beta = 1); their
-        difference is the margin.
-        logps: (2, B) log pi(y|x) that the rewards were made of, if they were: their size is that of the rounding.
-        log_sigma: (2B,) of the responses, the chosen ones first.
         Gaussian rewards have P = Phi(beta * margin / sqrt(sigma_w^2 + sigma_l^2)); rewards that are
         numbers have P = sigmoid(beta * margin). With log s, beta is beta * s(x), per prompt.
         """
-        chosen, rejected = rewards
-        margin, scale = chosen - rejected, scaled(beta, log_s)
-        log_sigma = None if log_sigma is None else log_sigma.view(2, -1)
+        opinions = {key: signal.opinion(evidence) for key, signal in self.used.items()}
+        log_scale = _sum(opinion.log_scale for opinion in opinions.values())
+        log_sigma = _only(opinion.log_sigma for opinion in opinions.values())
+        chosen, rejected = evidence.rewards
+        margin, scale = chosen - rejected, scaled(evidence.beta, log_scale)
         mean_margin = scale * margin.float()
         is_number = log_sigma is None
-        loss = logistic_loss(margin, scale) if is_number else probit_loss(mean_margin, variance_sum(log_sigma))
+        nll = logistic_loss(margin, scale) if is_number else probit_loss(mean_margin, variance_sum(log_sigma))
         with torch.no_grad():
-            size = (rewards if logps is None else logps).float().abs().sum(0)
+            logps = evidence.logps
+            size = (evidence.rewards if logps is None else logps).float().abs().sum(0)
             mean_margin = mean_margin.masked_fill(margin.float().abs() <= TIE * size, 0)
-            rewards, logps = scale * rewards.float(), None if logps is None else logps.detach()
-        return Comparison(mean_margin, loss, self._penalty(log_sigma, log_s), log_sigma, log_s, rewards, logps)
-
-    def _penalty(self, log_sigma: Tensor | None, log_s: Tensor | None) -> Tensor | None:
-        """(B,) what keeps the used heads around their start; None without one, or without training."""
-        config, terms = self.config, []
-        if not torch.is_grad_enabled():
-            return None
-        if log_s is not None:
-            terms.append(_around_zero(log_s, config.beta_mean_penalty, config.beta_spread_penalty))
-        if log_sigma is not None:
-            both = _around_zero(log_sigma, config.disco_mean_penalty, config.disco_spread_penalty)
-            terms.append(both.mean(0))
-        return sum(terms) if terms else None
+            rewards, logps = scale * evidence.rewards.float(), None if logps is None else logps.detach()
+        return Comparison(mean_margin, nll, nll, rewards, logps, opinions)
 
 
 def scaled(beta: float, log_s: Tensor | None) -> Tensor | float:
@@ -156,10 +236,25 @@ def variance_sum(log_sigma: Tensor) -> Tensor:
     return (SIGMA0 * log_sigma.exp()).square().sum(0)
 
 
-def _around_zero(values: Tensor, mean_weight: float, spread_weight: float) -> Tensor:
-    """The penalty of each element, with the batch mean taken over all processes."""
+def around_zero(values: Tensor, mean_weight: float, spread_weight: float) -> Tensor | None:
+    """The penalty of each element, with the batch mean taken over all processes; None without training."""
+    if not torch.is_grad_enabled():
+        return None
     batch_mean = values.detach().mean()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(batch_mean)
         batch_mean /= torch.distributed.get_world_size()
     return log_scale_penalty(values, mean_weight, spread_weight, batch_mean)
+
+
+def _sum(terms: Iterable[Tensor | None]) -> Tensor | None:
+    there = [term for term in terms if term is not None]
+    return sum(there) if there else None
+
+
+def _only(terms: Iterable[Tensor | None]) -> Tensor | None:
+    """Of terms that only one signal may give."""
+    there = [term for term in terms if term is not None]
+    if len(there) > 1:
+        raise TypeError("two heads say what sigma is")
+    return there[0] if there else None

@@ -18,6 +18,7 @@ from discobeta.data.tokens import Rows
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError
 from discobeta.heads import Heads
+from discobeta.optim import Group, model_group
 from discobeta.signals import Comparison, Signals
 
 if TYPE_CHECKING:
@@ -147,12 +148,13 @@ class Stage(nn.Module):
 
     def freeze_unused(self) -> None:
         """Leave gradients to what this arm trains: an idle head has none, so no one waits for it."""
-        trained = {id(weight) for group in self.parameter_groups().values() for weight in group}
+        trained = {id(weight) for group in self.parameter_groups().values() for weight in group.weights}
         for weight in self.parameters():
             weight.requires_grad_(id(weight) in trained)
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"model": self.model_parameters(), **self.signals.parameters()}
+    def parameter_groups(self) -> dict[str, Group]:
+        """What is trained, by the name that its gradient's norm has in the log."""
+        return {"model": model_group(self.model_parameters(), self.config), **self.signals.groups()}
 
     def autocast(self) -> torch.autocast:
         device = next(self.model.parameters()).device.type

@@ -8,8 +8,8 @@ from discobeta import reference
 from discobeta.config import RunConfig
 from discobeta.data.batches import Batch
 from discobeta.data.tokens import Rows
-from discobeta.policy import hidden_states, load_causal_lm, pooled, response_logps
-from discobeta.signals import Comparison
+from discobeta.policy import hidden_states, load_causal_lm, response_logps
+from discobeta.signals import Comparison, Evidence
 from discobeta.stages import Stage
 
 
@@ -38,7 +38,5 @@ class DirectPreference(Stage):
         with self.autocast():
             hidden = hidden_states(self.model, batch)
             logps = response_logps(self.model, hidden, batch).view(2, -1)
-            log_sigma = self.signals.log_sigma(lambda: pooled(hidden, batch, self.config.head_pooling))
         log_ratios = logps - batch.columns["reference_logps"].T
-        log_s = self.signals.log_s(batch.columns["prompt_features"])
-        return self.signals.compare(log_ratios, self.config.pref_beta, log_sigma, log_s, logps)
+        return self.signals.compare(Evidence(log_ratios, batch, hidden, self.config.pref_beta, logps))

@@ -25,6 +25,7 @@ from discobeta.data.tokens import Rows
 from discobeta.errors import UserError
 from discobeta.generation import generate, has_ended, stop_ids
 from discobeta.heads import WIDTH, Heads, full_precision
+from discobeta.optim import Group, head_group, model_group
 from discobeta.policy import (
     at,
     check_context,
@@ -152,11 +153,14 @@ class ProximalPolicy(Stage):
         share_frozen_weights(stage)
         return stage
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> dict[str, Group]:
         """The Beta Head is in none: the penalty's gradient would only ask for a smaller s."""
-        if not hasattr(self, "value_head"):  # a finished run: there is a policy, and nothing is trained
-            return {"model": self.model_parameters()}
-        return {"model": self.model_parameters(), "value": list(self.value_head.parameters())}
+        groups = {"model": model_group(self.model_parameters(), self.config)}
+        if hasattr(self, "value_head"):  # else it is a finished run: there is a policy, and nothing is trained
+            rate = self.config.value_learning_rate
+            rate = 5 * self.config.learning_rate if rate is None else rate
+            groups["value"] = head_group(self.value_head.parameters(), rate, self.config)
+        return groups
 
     def schedule(self, train: Pairs, processes: int) -> EndlessSchedule:
         config = self.config
@@ -240,7 +244,7 @@ class ProximalPolicy(Stage):
                 policy, reference = (hidden_states(model, batch) for model in (self.model, self.reference))
                 logps, entropy = token_logps(self.model, policy, batch, temperature, with_entropy=True)
                 reference_logps, _ = token_logps(self.reference, reference, batch, temperature)
-                log_s = self.signals.log_s(at(reference, batch.prompt_end))
+                log_s = self.signals.log_scale(at(reference, batch.prompt_end))
             reward = self.reward.hidden(batch)
             states = reward.flatten(0, 1)[batch.predictor_index].float()
             per_token = {
@@ -266,7 +270,7 @@ class ProximalPolicy(Stage):
         for indices in longest_first(np.array([len(ids) for ids in prompts]), self.config.per_device_eval_batch_size):
             batch = pack([prompts[i][:-1] for i in indices], [prompts[i][-1:] for i in indices]).to(device)
             with self.autocast():
-                log_s = self.signals.log_s(at(hidden_states(reference, batch), batch.response_end))
+                log_s = self.signals.log_scale(at(hidden_states(reference, batch), batch.response_end))
             if log_s is None:
                 return None
             found[indices] = log_s.cpu()

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from discobeta.config import RunConfig
 from discobeta.data.batches import Batch
 from discobeta.heads import full_precision
-from discobeta.policy import at, hidden_states, load_scorer, plain, pooled
-from discobeta.signals import Comparison
+from discobeta.policy import at, hidden_states, load_scorer, plain
+from discobeta.signals import Comparison, Evidence
 from discobeta.stages import Stage
 
 
@@ -50,14 +50,16 @@ class RewardModelling(Stage):
 
     def rewards_of(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """`rewards`, from `hidden` states."""
-        with self.autocast():
-            with full_precision(hidden):
-                means = self.signals.reward_map(score(self.model))(at(hidden, batch.response_end)).squeeze(-1)
-            return means, self.signals.log_sigma(lambda: pooled(hidden, batch, self.config.head_pooling))
+        return self.means(hidden, batch), self.signals.log_sigma(hidden, batch)
+
+    def means(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """(N,) float32 mean rewards."""
+        with full_precision(hidden):
+            return self.signals.reward_map(score(self.model))(at(hidden, batch.response_end)).squeeze(-1)
 
     def compare(self, batch: Batch) -> Comparison:
-        means, log_sigma = self.rewards(batch)
-        return self.signals.compare(means.view(2, -1), 1.0, log_sigma, None)
+        hidden = self.hidden(batch)
+        return self.signals.compare(Evidence(self.means(hidden, batch).view(2, -1), batch, hidden))
 
     @torch.no_grad()
     def save(self, directory: Path) -> None:
