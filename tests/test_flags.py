@@ -8,7 +8,7 @@ import pytest
 
 import discobeta
 from discobeta.config import RunConfig
-from discobeta.design.arms import ARMS, FLAGS, Arm, arms_of, grid
+from discobeta.design.arms import ARMS, FLAGS, IDEAS, Arm, arms_of, grid
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError
 
@@ -98,7 +98,7 @@ def test_the_architecture_goes_to_heads_alone_and_the_use_to_signals():
     assert mentions("heads_in") == {"stages/__init__.py"}
     training = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("stages/*.py")}
     training |= {"losses.py", "heads.py", "signals.py", "loop.py", "train.py", "policy.py", "reference.py"}
-    assert mentions("used", "is_idle", "twin", "states", *FLAGS) & training == {"signals.py"}
+    assert mentions("used", "is_idle", "twin", *FLAGS) & training == {"signals.py"}
 
 
 def test_stages_and_losses_ask_no_arm_for_its_state():
@@ -111,3 +111,15 @@ def test_stages_and_losses_ask_no_arm_for_its_state():
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_module_asks_for_a_stage_by_its_name_but_its_own(stage):
     assert mentions(stage) <= {*TABLES, f"stages/{stage}.py"}
+
+
+@pytest.mark.parametrize("key", [idea.key for idea in IDEAS])
+def test_no_module_asks_for_an_idea_by_its_key_but_its_head_and_its_signal(key):
+    """As a text; `beta` is also what other programs call pref_beta."""
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value == key
+    }
+    assert found - {"config_names.py"} <= {*TABLES, "heads.py", "signals.py"}

@@ -43,7 +43,7 @@ def _check_reward_model(config: RunConfig, reading: Reading, directory: Path) ->
         return
     arm = record.read(directory, trust_remote_code=config.trust_remote_code, weights=False).config.arm
     if arm.trained_as(reading.stage).used != wanted:
-        acting = [idea for idea in IDEAS if reading.stage in idea.stages]
+        acting = [idea for idea in IDEAS if idea.acts_in(reading.stage)]
         flags = " and ".join(idea.use for idea in acting)
         raise UserError(
             f"{reading.key}: {directory} is of arm {arm.name}, and this run of {config.arm.name}: "

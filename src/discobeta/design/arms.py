@@ -27,8 +27,13 @@ class Idea:
     label: str  # in tables and figures
     head: str  # what `add` adds
     effect: str  # what `use` does
-    stages: tuple[str, ...]  # where the idea changes what is trained, by a head of the run or by what the run is given
+    stages: tuple[str, ...]  # whose runs have the head
+    given: tuple[str, ...] = ()  # whose runs have none, and are given a reward model that may have used it
     elsewhere: str = ""  # why it changes nothing in the other stages
+
+    def acts_in(self, stage: str) -> bool:
+        """Whether the idea can change what is trained there."""
+        return stage in (*self.stages, *self.given)
 
 
 IDEAS = (
@@ -36,7 +41,8 @@ IDEAS = (
         "disco", "add_disco_head", "disco_pref", "Disco",
         head="a Disco Head exists",
         effect="the loss reads the Disco Head",
-        stages=("rm", "dpo", "ppo"),
+        stages=("rm", "dpo"),
+        given=("ppo",),
     ),
     Idea(
         "beta", "add_beta_head", "use_dynamic_beta", "LeDPO",
@@ -143,12 +149,12 @@ class Arm:
 
         A ppo run has no Disco Head of its own: its disco state says which reward model it is given.
         """
-        return frozenset(key for key in STAGES[stage].heads if self.has(key))
+        return frozenset(idea.key for idea in IDEAS if stage in idea.stages and self.has(idea.key))
 
     def trained_as(self, stage: str) -> Arm:
         """The arm whose run stands for this one in `stage`: without the ideas that change nothing there."""
         acting = zip(IDEAS, self.states, strict=True)
-        return Arm(tuple(state if stage in idea.stages else State.ABSENT for idea, state in acting))
+        return Arm(tuple(state if idea.acts_in(stage) else State.ABSENT for idea, state in acting))
 
 
 KEYS = tuple(idea.key for idea in IDEAS)
@@ -184,7 +190,7 @@ def cell(stage: str, flags: dict[str, bool]) -> Cell:
     trained = arm.trained_as(stage)
     if trained == arm:
         return Cell(stage, flags, "run", arm.name, "")
-    reasons = [idea.elsewhere for idea in IDEAS if arm.has(idea.key) and stage not in idea.stages]
+    reasons = [idea.elsewhere for idea in IDEAS if arm.has(idea.key) and not idea.acts_in(stage)]
     return Cell(stage, flags, "same-as", trained.name, "; ".join(reasons))
 
 

@@ -28,7 +28,6 @@ class StageRow:
     implementation: str  # module:class
     rows: Literal["pairs", "prompts"]  # what it is trained on
     trains: Literal["reward", "policy"]  # and what it trains
-    heads: tuple[str, ...]  # keys of the ideas whose heads its own model can hold
     compared: tuple[str, ...]  # metrics by which arms are compared, seed by seed
     defaults: dict[str, Any]  # of run keys whose default depends on the stage
     step: str = "step"  # what one step of the loop is called
@@ -59,7 +58,6 @@ _ROWS = (
         "discobeta.stages.rm:RewardModelling",
         rows="pairs",
         trains="reward",
-        heads=("disco",),
         compared=("nll", "accuracy"),
         defaults={"disco_mean_penalty": 0.01, "disco_spread_penalty": 0.001, "num_eval_generations": 0},
     ),
@@ -69,7 +67,6 @@ _ROWS = (
         "discobeta.stages.dpo:DirectPreference",
         rows="pairs",
         trains="policy",
-        heads=("disco", "beta"),
         compared=("nll", "accuracy", "true_reward", "kl_per_sequence"),
         defaults={"disco_mean_penalty": 0.1, "disco_spread_penalty": 0.003, "num_eval_generations": 0},
         reference_pass=True,
@@ -80,7 +77,6 @@ _ROWS = (
         "discobeta.stages.ppo:ProximalPolicy",
         rows="prompts",
         trains="policy",
-        heads=("beta",),
         compared=("true_reward", "kl_per_sequence", "reward_gain"),
         defaults={"disco_mean_penalty": 0.0, "disco_spread_penalty": 0.0, "num_eval_generations": 64},
         step="update",
