@@ -35,8 +35,11 @@ class DirectPreference(Stage):
         return reference.load_or_compute(config, parts, write=write)
 
     def compare(self, batch: Batch) -> Comparison:
+        return self.signals.compare(self.evidence(batch))
+
+    def evidence(self, batch: Batch) -> Evidence:
         with self.autocast():
             hidden = hidden_states(self.model, batch)
             logps = response_logps(self.model, hidden, batch).view(2, -1)
         log_ratios = logps - batch.columns["reference_logps"].T
-        return self.signals.compare(Evidence(log_ratios, batch, hidden, self.config.pref_beta, logps))
+        return Evidence(log_ratios, batch, hidden, self.config.pref_beta, logps)
