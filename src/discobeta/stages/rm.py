@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from discobeta.config import RunConfig
 from discobeta.data.batches import Batch
 from discobeta.heads import full_precision
-from discobeta.policy import at, hidden_states, load_scorer, plain, pooled
+from discobeta.policy import at, hidden_states, load_scorer, plain, pooled, scored_at
 from discobeta.signals import Comparison
 from discobeta.stages import Stage
 
@@ -18,7 +19,7 @@ from discobeta.stages import Stage
 class RewardModelling(Stage):
     """-log sigmoid(r_w - r_l), or -log Phi((mu_w - mu_l) / sqrt(sigma_w^2 + sigma_l^2)).
 
-    r and mu are linear maps of the trunk's last hidden state at the last response token.
+    r and mu are linear maps of the trunk's last hidden state at the last response token (see `scored_at`).
     """
 
     task = "SEQ_CLS"
@@ -50,6 +51,7 @@ class RewardModelling(Stage):
 
     def rewards_of(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """`rewards`, from `hidden` states."""
+        batch = replace(batch, response_end=scored_at(self.model, batch))
         with self.autocast():
             with full_precision(hidden):
                 means = self.signals.reward_map(score(self.model))(at(hidden, batch.response_end)).squeeze(-1)
