@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, preference_rows, write_rows
+from conftest import WORDS, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -21,7 +21,6 @@ from transformers import (
 
 import discobeta
 from discobeta.config import RunConfig
-from discobeta.data.batches import pack
 from discobeta.errors import UserError
 from discobeta.evaluate import evaluate
 from discobeta.stages.ppo import ProximalPolicy
@@ -40,6 +39,10 @@ def with_padding(base: Path, folder: Path, pad: int | None) -> Path:
     config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": pad}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def tokens() -> list[torch.Tensor]:
+    return [torch.tensor(np.concatenate(pair)).long() for pair in zip(PROMPTS, RESPONSES, strict=True)]
 
 
 def logits_of(model, pad: int | None) -> dict[str, torch.Tensor]:
@@ -119,9 +122,8 @@ def test_classifiers_of_all_families_do(base, tmp_path, family, pad):
 
 def logits_of_bloom(model):
     """It takes no position ids."""
-    rows = [torch.tensor(np.concatenate(pair)).long() for pair in zip(PROMPTS, RESPONSES, strict=True)]
     with torch.no_grad():
-        return torch.cat([model.eval()(row[None]).logits for row in rows]).squeeze(-1)
+        return torch.cat([model.eval()(row[None]).logits for row in tokens()]).squeeze(-1)
 
 
 def test_a_class_that_scores_otherwise_is_refused(base, tmp_path, monkeypatch):
@@ -189,7 +191,7 @@ def fresh_head(size: int) -> dict[str, torch.Tensor]:
 
 def values_of(model, head) -> dict[str, torch.Tensor]:
     """LLaMA-Factory's `get_rewards`: the value head on hidden_states[-1], at attention_mask.sum() - 1, right padded."""
-    ids = [torch.tensor(np.concatenate(pair)).long() for pair in zip(PROMPTS, RESPONSES, strict=True)]
+    ids = tokens()
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=EOS)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)).long() for row in ids], batch_first=True)
     with torch.no_grad():
@@ -230,8 +232,9 @@ def test_a_whole_model_with_a_value_head_scores_as_there(base, tmp_path, form):
         for weight in model.parameters():
             weight += 0.1 * torch.randn_like(weight)
     head = fresh_head(model.config.hidden_size)
-    model.save_pretrained(folder, max_shard_size="20KB" if form == "sharded" else "1GB")
     path = folder / "model.safetensors"
+    path.unlink()
+    model.save_pretrained(folder, max_shard_size="20KB" if form == "sharded" else "1GB")
     if form in ("plain", "sharded", "bin"):
         save_file(head, folder / "value_head.safetensors")
     else:
@@ -257,8 +260,8 @@ WEIGHT, BIAS = "v_head.summary.weight", "v_head.summary.bias"
         ({WEIGHT: torch.full((1, 32), torch.nan), BIAS: torch.zeros(1)}, "v_head.summary.weight .*not finite"),
         ({WEIGHT: torch.ones(1, 32), BIAS: torch.tensor([torch.inf])}, "v_head.summary.bias .*not finite"),
         ({WEIGHT: torch.ones(1, 32, dtype=torch.int8), BIAS: torch.zeros(1)}, "v_head.summary.weight .*are integers"),
-        (b"no tensors", r"cannot read .*value_head\.bin"),
-        ([torch.ones(1, 32)], "holds something else than a model's weights"),
+        (b"no tensors", r"value_head\.bin is damaged, or holds more"),
+        ([torch.ones(1, 32)], r"value_head\.bin is damaged, or holds more than a model's weights"),
         (None, "has no `score` and no value head"),
     ],
 )
@@ -287,7 +290,7 @@ def test_no_code_is_run_that_stands_in_a_bin_file(base, tmp_path, monkeypatch, n
     (tmp_path / "saves" / "adapter_model.safetensors").unlink(missing_ok=name != "adapter_model.bin")
     torch.save({WEIGHT: Runs()}, tmp_path / "saves" / name)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"cannot read .*{name}"):
+    with pytest.raises(UserError, match=f"{name} is damaged, or holds more than"):
         discobeta.load_reward_model(tmp_path / "saves")
     assert not (tmp_path / "unpickled").exists()
 
@@ -367,3 +370,127 @@ def test_the_critic_starts_as_the_value_head(base, settings, tmp_path):
     with torch.no_grad():
         states = model(torch.tensor([[4, 6, 5, 9, 10]]), output_hidden_states=True).hidden_states[-1][0, 2:]
     torch.testing.assert_close(values, states @ head[WEIGHT][0] + head[BIAS], rtol=1e-4, atol=1e-4)
+
+
+# --- a judge with another tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}<u> {{ m.content }} <a> "
+    "{% else %}{{ m.content }} <end> {% endif %}{% endfor %}"
+)
+OTHER = [*reversed(WORDS), "<u>", "<a>", "<end>"]
+
+
+def word_tokenizer(words: list[str], template: str | None = None) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    more = [word for word in ("<u>", "<a>", "<end>") if word in words]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=template, additional_special_tokens=more, **special
+    )
+
+
+def other_judge(folder: Path, words: list[str], template: str | None = None):
+    """A classifier of another width on a tokenizer of its own."""
+    config = AutoConfig.for_model("llama", num_labels=1, vocab_size=len(words), hidden_size=16, num_hidden_layers=1,
+                                  num_attention_heads=2, intermediate_size=16, pad_token_id=words.index("<pad>"),
+                                  max_position_embeddings=64)  # fmt: skip
+    torch.manual_seed(6)
+    model = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.normal_(model.score.weight)
+    torch.nn.init.normal_(model.model.embed_tokens.weight)
+    model.save_pretrained(folder)
+    word_tokenizer(words, template).save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.fixture
+def talking(base, tmp_path):
+    """The base with a chat template, and conversations."""
+    shutil.copytree(base, tmp_path / "talking")
+    template = "{% for m in messages %}{% if m.role == 'user' %}user {{ m.content }} assistant {% else %}{{ m.content }} {% endif %}{% endfor %}"  # noqa: E501
+    word_tokenizer(WORDS, template).save_pretrained(tmp_path / "talking")
+    asked = ["red", "red blue", "green", "blue green red", "green green", "blue"]
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in asked]
+    return {"model_name_or_path": str(tmp_path / "talking"), "eval_dataset": None,
+            "dataset": str(write_rows(tmp_path / "talks.jsonl", rows)), "per_device_train_batch_size": 6}  # fmt: skip
+
+
+def measured(directory: Path) -> list[dict]:
+    evaluate(directory)
+    return [json.loads(line) for line in (directory / "generations.jsonl").read_text().splitlines()]
+
+
+def check_rewards(rows: list[dict], model, words_of) -> None:
+    """words_of(prompt, response, ended): what the judge should have read."""
+    found, expected = [], []
+    for row in rows:
+        ids = [[OTHER.index(word) for word in words_of(row["prompt"], row["response"], row["ended"])]]
+        with torch.no_grad():
+            expected.append(model(torch.tensor(ids)).logits.item())
+        found.append(row["reward"])
+    assert np.std(expected) > 0.1 and len({row["ended"] for row in rows}) == 2
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+MORE = PPO | {"max_new_tokens": 12}
+
+
+def test_a_judge_with_a_template_of_its_own_reads_conversations_in_it(run, talking, tmp_path):
+    model = other_judge(tmp_path / "judge", OTHER, TEMPLATE)
+
+    def words_of(prompt, response, ended):
+        return ["<u>", *prompt.split()[1:-1], "<a>", *response.split(), *["<end>"] * ended]
+
+    rows = measured(run("ppo", reward_model=str(tmp_path / "judge"), **(MORE | talking)))
+    check_rewards(rows, model, words_of)
+
+
+def test_a_judge_with_another_tokenizer_reads_texts_anew(run, tmp_path):
+    model = other_judge(tmp_path / "judge", OTHER)
+
+    def words_of(prompt, response, ended):
+        return [*prompt.split(), *response.split(), *["<eos>"] * ended]
+
+    check_rewards(measured(run("ppo", reward_model=str(tmp_path / "judge"), **MORE)), model, words_of)
+
+
+def test_a_rollout_is_judged_in_the_judges_tokens_and_valued_in_the_policys(settings, talking, tmp_path):
+    model = other_judge(tmp_path / "judge", OTHER, TEMPLATE)
+    config, _ = RunConfig.from_mapping(settings("ppo", reward_model=str(tmp_path / "judge"), **(MORE | talking)))
+    stage = ProximalPolicy.fresh(config, {}).eval()
+    prompts = [np.array(ids, np.int32) for ids in ([4, 6, 5], [4, 6, 8, 5], [4, 7, 5])]
+    responses = [np.array(ids, np.int32) for ids in ([9, 10, 17, 2], [11], [2])]
+    said = stage.judge(prompts, responses)
+    read = ["<u> red <a> one two . <end>", "<u> red blue <a> three", "<u> green <a> <end>"]
+    with torch.no_grad():
+        expected = [model(torch.tensor([[OTHER.index(word) for word in text.split()]])).logits.item() for text in read]
+        states = stage.reference(torch.tensor([[4, 6, 5, 9, 10, 17]]), output_hidden_states=True).hidden_states[-1][
+            0, 2:
+        ]
+    np.testing.assert_allclose([score.item() for score in said["scores"]], expected, atol=1e-4)
+    torch.testing.assert_close(said["states"][0], states, rtol=1e-4, atol=1e-4)
+    assert all((values == 0).all() for values in said["values"])
+
+
+def test_a_judge_whose_tokenizer_has_more_tokens_reads_the_policys_ids(run, tmp_path):
+    words = [*WORDS, "<u>", "<a>", "<end>"]
+    model = other_judge(tmp_path / "judge", words)
+    for row in measured(run("ppo", reward_model=str(tmp_path / "judge"), **PPO)):
+        ids = [words.index(word) for word in f"{row['prompt']} {row['response']}".split() + ["<eos>"] * row["ended"]]
+        with torch.no_grad():
+            assert row["reward"] == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-4)
+
+
+def test_a_judge_that_cannot_be_given_the_prompts_is_refused(run, talking, tmp_path):
+    refuses = TEMPLATE + "{% if 'blue' in messages[0].content %}{{ raise_exception('no blue') }}{% endif %}"
+    other_judge(tmp_path / "judge", OTHER, refuses)
+    with pytest.raises(UserError, match=r"for reward_model .*3 of 6 rows are unusable") as refused:
+        run("ppo", reward_model=str(tmp_path / "judge"), **(PPO | talking))
+    assert "no blue" in str(refused.value)
+    other_judge(tmp_path / "other", OTHER, TEMPLATE)
+    tokens = {"tokenized_path": str(tmp_path / "tokens")}
+    run("ppo", name="first", reward_model=str(tmp_path / "other"), **(PPO | talking | tokens))
+    with pytest.raises(UserError, match="has another tokenizer than .*: name their dataset"):
+        run("ppo", name="second", reward_model=str(tmp_path / "other"), **(PPO | talking | tokens | {"dataset": None}))

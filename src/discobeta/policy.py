@@ -201,10 +201,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Name -> tensor of a .safetensors file, or of a .bin file, of which nothing but tensors is read."""
     from safetensors.torch import load_file
 
-    with telling(f"cannot read {path}"):
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    if path.suffix == ".safetensors":
+        with telling(f"cannot read {path}"):
+            return load_file(path)
+    try:
+        found = torch.load(path, "cpu", weights_only=True)
+    except Exception:  # torch's message advises to let it run what stands in the file
+        found = None
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise UserError(f"{path} holds something else than a model's weights by name")
+        raise UserError(f"{path} is damaged, or holds more than a model's weights by name")
     return found
 
 
