@@ -21,8 +21,10 @@ from transformers import (
 
 import discobeta
 from discobeta.config import RunConfig
+from discobeta.data.batches import pack
 from discobeta.errors import UserError
 from discobeta.evaluate import evaluate
+from discobeta.stages import stage_class
 from discobeta.stages.ppo import ProximalPolicy
 
 pytestmark = pytest.mark.numeric
@@ -293,6 +295,57 @@ def test_no_code_is_run_that_stands_in_a_bin_file(base, tmp_path, monkeypatch, n
     with pytest.raises(UserError, match=f"{name} is damaged, or holds more than"):
         discobeta.load_reward_model(tmp_path / "saves")
     assert not (tmp_path / "unpickled").exists()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("key", ["adapter_name_or_path", "model_name_or_path"])
+def test_a_reward_model_starts_from_a_value_head(base, settings, tmp_path, key, is_there):
+    """Its score is the value, but for a constant."""
+    if key == "adapter_name_or_path":
+        model, head = lora_with_value_head(base, tmp_path / "saves")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(shutil.copytree(base, tmp_path / "saves")).eval()
+        head = fresh_head(model.config.hidden_size)
+    if is_there:
+        save_file(head, tmp_path / "saves" / "value_head.safetensors")
+    config, _ = RunConfig.from_mapping(settings("rm", **{key: str(tmp_path / "saves")}))
+    stage = stage_class("rm").fresh(config, {}).eval()
+    with torch.no_grad():
+        found = stage.rewards(pack(PROMPTS[:3], RESPONSES[:3]))[0] + 0.75
+    expected = values_of(model, head)["alone"][:3]
+    assert torch.allclose(found, expected, atol=1e-4) == is_there
+
+
+def test_a_classifier_saved_as_bin_is_read_checked_and_hashed(base, tmp_path):
+    folder = with_padding(base, tmp_path / "base", EOS)
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(folder)
+    to_bin(folder / "model.safetensors", "pytorch_model.bin")
+    judge = discobeta.load_reward_model(folder)
+    check_same(judge, logits_of(model, EOS))
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save(tensors | {"score.weight": tensors["score.weight"] + 1}, folder / "pytorch_model.bin")
+    assert discobeta.load_reward_model(folder).fingerprint != judge.fingerprint
+    torch.save(tensors | {"model.norm.weight": tensors["model.norm.weight"].int()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds integers"):
+        discobeta.load_reward_model(folder)
+    torch.save(tensors | {"score.weight": tensors["score.weight"] * torch.nan}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"score\.weight holds numbers that are not finite"):
+        discobeta.load_reward_model(folder)
+
+
+def test_the_base_of_an_adapter_counts_as_a_part_of_the_judge(base, tmp_path):
+    folder = with_padding(base, tmp_path / "base", PAD)
+    _, head = lora_with_value_head(folder, tmp_path / "saves")
+    save_file(head, tmp_path / "saves" / "value_head.safetensors")
+    before = discobeta.load_reward_model(tmp_path / "saves").fingerprint
+    assert discobeta.load_reward_model(tmp_path / "saves").fingerprint == before
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * 2}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    assert discobeta.load_reward_model(tmp_path / "saves").fingerprint != before
 
 
 # --- what is there in place of what is not

@@ -22,8 +22,8 @@ VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
 VALUE_HEAD = ("v_head.summary.weight", "v_head.summary.bias")
 
 
-def load(source: str, settings: dict) -> tuple[RunConfig, nn.Module, Path]:
-    """The config that it is loaded with, a model with a trained `score`, and the folder of its weights.
+def load(source: str, settings: dict) -> tuple[RunConfig, nn.Module, list[Path]]:
+    """The config that it is loaded with, a model with a trained `score`, and the folders of its weights.
 
     source: a folder or a hub id; settings: run keys. Raises UserError for anything that brings no score along: a
     fresh one would be noise.
@@ -35,14 +35,20 @@ def load(source: str, settings: dict) -> tuple[RunConfig, nn.Module, Path]:
         if not base or not isinstance(base, str):
             raise UserError(f"reward_model: {source}/adapter_config.json names no base model")
     config, _ = RunConfig.from_mapping({"stage": "rm", **settings, "model_name_or_path": base}, "reward_model")
-    head = value_head(folder)
-    if head is not None:
+    if has_value_head(folder):
         scorer = load_scorer(config, key_mapping={r"^pretrained_model\.": ""})
-        scorer.score = _linear(head, scorer.score.in_features, folder)
+        scorer.score = value_head(folder, scorer.score.in_features)
         scorer.config.get_text_config().pad_token_id = None  # the last token counts, also where it is a <pad>
-        return config, load_adapter(scorer, folder, trunk_only=True) if is_adapter else scorer, folder
-    if not is_adapter:
-        return config, load_scorer(config, must_have_score=True), folder
+        model = load_adapter(scorer, folder, trunk_only=True) if is_adapter else scorer
+    elif is_adapter:
+        model = _adapter_with_score(config, folder)
+    else:
+        model = load_scorer(config, must_have_score=True)
+    bases = [identity.folder_of(base, "config.json", config, "reward_model")] if is_adapter else []
+    return config, model, [folder, *bases]
+
+
+def _adapter_with_score(config: RunConfig, folder: Path) -> nn.Module:
     if not any(name.endswith("score.weight") for name in adapter_weights(folder)):
         raise UserError(
             f"reward_model: the adapter {folder} has no `score` and no value head (a reward model's last layer)"
@@ -51,7 +57,7 @@ def load(source: str, settings: dict) -> tuple[RunConfig, nn.Module, Path]:
     text_config = scorer.config.get_text_config()
     if text_config.pad_token_id is None:
         text_config.pad_token_id = _own_padding(folder)
-    return config, load_adapter(scorer, folder), folder
+    return load_adapter(scorer, folder)
 
 
 def _folder(source: str, cache_dir: str | None) -> tuple[Path, bool]:
@@ -78,8 +84,12 @@ def _folder(source: str, cache_dir: str | None) -> tuple[Path, bool]:
     return Path(found).parent, is_adapter
 
 
-def value_head(folder: Path) -> dict[str, Tensor] | None:
-    """Name -> tensor of the value head that lies beside the weights, or, as TRL saves it, among them; None without."""
+def has_value_head(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in VALUE_HEADS) or bool(_head_tensors(folder))
+
+
+def _head_tensors(folder: Path) -> dict[str, Tensor]:
+    """Name -> tensor of the value head that lies beside the weights, or, as TRL saves it, among them."""
     from safetensors import safe_open
 
     found: dict[str, Tensor] = {}
@@ -92,11 +102,12 @@ def value_head(folder: Path) -> dict[str, Tensor] | None:
                 names = [name for name in file.keys() if name.startswith("v_head.")]  # noqa: SIM118
                 tensors = {name: file.get_tensor(name) for name in names}
         found |= {name: tensor for name, tensor in tensors.items() if name.startswith("v_head.")}
-    return found if found or any((folder / name).is_file() for name in VALUE_HEADS) else None
+    return found
 
 
-def _linear(head: dict[str, Tensor], size: int, folder: Path) -> nn.Linear:
+def value_head(folder: Path, size: int) -> nn.Linear:
     """w . h + b of `size` inputs. Raises UserError for a head of another form."""
+    head = _head_tensors(folder)
     if head.keys() != {*VALUE_HEAD}:
         names = ", ".join(sorted(head)) or "no weight of one"
         raise UserError(f"reward_model: the value head in {folder} holds {names} instead of {' and '.join(VALUE_HEAD)}")

@@ -518,6 +518,6 @@ def _check_score(model: PreTrainedModel, name: str) -> None:
         for ids in (torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, last]])):
             place = max((i for i in range(3) if ids[0, i] != pad), default=0)
             expected = model(ids).logits
-            actual = model.score(trunk(model)(ids).last_hidden_state[:, place])
+            actual = model.score(trunk(model)(ids).last_hidden_state)[:, place]
             if not torch.allclose(expected.float(), actual.float(), rtol=1e-3, atol=1e-3):
                 raise UserError(f"{name}: {type(model).__name__} does not score the last token's state; not supported")

@@ -39,7 +39,7 @@ class RewardModel:
     config: RunConfig
     stage: RewardModelling
     fingerprint: str
-    """sha256 over its weight files."""
+    """sha256 over its weight files, and those of the base where it is an adapter that no run of ours vouches for."""
 
     def translation(
         self, config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -101,8 +101,8 @@ def load_reward_model(source: str | Path, **settings) -> RewardModel:
         stage = runs.load_stage(runs.read_of(folder, "rm", **reader))
         weights = [part for part in (folder / "adapter", folder / "model") if part.exists()]
     else:
-        config, model, found = judges.load(str(source), settings)
-        stage, weights = RewardModelling(config, model, Heads()).eval(), [found]
+        config, model, weights = judges.load(str(source), settings)
+        stage = RewardModelling(config, model, Heads()).eval()
     stage.requires_grad_(False)
     tokenizer = load_tokenizer(stage.config)
     return RewardModel(stage.model, tokenizer, stage.heads, stage.config, stage, identity.folders_hash(*weights))

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from discobeta.config import RunConfig
 from discobeta.data.batches import Batch
 from discobeta.heads import full_precision
-from discobeta.policy import at, hidden_states, load_scorer, plain, pooled, scored_at
+from discobeta.identity import folder_of
+from discobeta.judges import has_value_head, value_head
+from discobeta.policy import at, hidden_states, load_scorer, plain, pooled, scored_at, start_adapter
 from discobeta.signals import Comparison
 from discobeta.stages import Stage
 
@@ -26,7 +28,16 @@ class RewardModelling(Stage):
 
     @classmethod
     def load_base(cls, config: RunConfig):
-        return load_scorer(config)
+        """A value head that comes along is what the score starts as, without its constant, on which no comparison
+        depends."""
+        scorer = load_scorer(config)
+        if config.adapter_name_or_path:
+            start = start_adapter(config)
+        else:
+            start = folder_of(config.model_name_or_path, "config.json", config, "model_name_or_path")
+        if has_value_head(start):
+            scorer.score.weight.data.copy_(value_head(start, scorer.score.in_features).weight)
+        return scorer
 
     @classmethod
     def head_starts(cls, model: nn.Module, columns: dict[str, Tensor]) -> dict[str, Tensor]:
