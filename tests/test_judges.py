@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import WORDS, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,8 @@ from transformers import (
 
 import discobeta
 from discobeta.config import RunConfig
-from discobeta.data.batches import pack
+from discobeta.data.batches import Pairs, pack
+from discobeta.data.tokens import load_or_tokenise
 from discobeta.errors import UserError
 from discobeta.evaluate import evaluate
 from discobeta.stages import stage_class
@@ -511,7 +513,9 @@ def test_a_judge_with_another_tokenizer_reads_texts_anew(run, tmp_path):
 
 def test_a_rollout_is_judged_in_the_judges_tokens_and_valued_in_the_policys(settings, talking, tmp_path):
     model = other_judge(tmp_path / "judge", OTHER, TEMPLATE)
-    config, _ = RunConfig.from_mapping(settings("ppo", reward_model=str(tmp_path / "judge"), **(MORE | talking)))
+    config, _ = RunConfig.from_mapping(
+        settings("ppo", reward_model=str(tmp_path / "judge"), ppo_score_norm=True, **(MORE | talking))
+    )
     stage = ProximalPolicy.fresh(config, {}).eval()
     prompts = [np.array(ids, np.int32) for ids in ([4, 6, 5], [4, 6, 8, 5], [4, 7, 5])]
     responses = [np.array(ids, np.int32) for ids in ([9, 10, 17, 2], [11], [2])]
@@ -525,6 +529,9 @@ def test_a_rollout_is_judged_in_the_judges_tokens_and_valued_in_the_policys(sett
     np.testing.assert_allclose([score.item() for score in said["scores"]], expected, atol=1e-4)
     torch.testing.assert_close(said["states"][0], states, rtol=1e-4, atol=1e-4)
     assert all((values == 0).all() for values in said["values"])
+    rows = Pairs(load_or_tokenise(config, stage.tokenizer).train)
+    rollouts = stage.collect(0, rows, stage.schedule(rows, 1), Accelerator()).material
+    assert stage.score_scale[0] != 0 and all((values == 0).all() for values in rollouts.columns["values"])
 
 
 def test_a_judge_whose_tokenizer_has_more_tokens_reads_the_policys_ids(run, tmp_path):
