@@ -26,6 +26,8 @@ def check(config: RunConfig) -> None:
                     f"stage {config.stage} needs {reading.key}: an {reading.stage} run, a PEFT adapter with a score, "
                     "or a hub model"
                 )
+            if not Path(named).is_dir():
+                identity.check_local(named, reading.key)
             _check_reward_model(config, reading, Path(named))
         elif named and config.arm.has(reading.idea):
             _check_head(config, reading, Path(named))

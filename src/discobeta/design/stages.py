@@ -91,5 +91,8 @@ STAGES = {row.name: row for row in _ROWS}
 READ_KEYS = tuple(dict.fromkeys(reading.key for row in _ROWS for reading in row.reads))
 """Run keys that name other runs."""
 
+REWARD_STAGE = next(row.name for row in _ROWS if row.trains == "reward")
+"""The stage whose runs score single responses."""
+
 BASE_STAGE = "sft"
 """What trains the base that all stages start from; not in the grid."""
