@@ -962,6 +962,47 @@ def test_tokens_are_those_of_trl(byte_level):
     assert compared == 42
 
 
+TURNS = {"system": ("system", "be exact"), "user": ("user", "How tall is tower 3?"), "again": ("assistant", "tall")}
+# As LLaMA-Factory 0.9.5 registers them in data/template.py: the turn of a system, of a user with what opens the
+# answer, of an assistant; what stands in front. There qwen3_nothink, chatml and llama3.
+SLOTS = {
+    "qwen3_nothink": (
+        "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        "{}<|im_end|>\n", [],
+    ),
+    "llama3": (
+        "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "{}<|eot_id|>", ["<s>"],
+    ),
+}  # fmt: skip
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", SLOTS)
+@pytest.mark.parametrize("turns", [["user"], ["system", "user"], ["user", "again", "user"]])
+def test_tokens_are_those_of_llama_factory(byte_level, name, turns):
+    """Its encode_oneturn tokenises each slot of its template apart; what it has more is the line break behind the
+    answer's end, which its ChatML templates train on."""
+    from tokenizers import AddedToken
+
+    system, user, assistant, front = SLOTS[name]
+    tokenizer = byte_level(CHATML if name == "qwen3_nothink" else LLAMA3, bos=bool(front))
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in re.findall(r"<\|\w+\|>", system + user)])
+    spoken = {"system": system, "user": user, "again": assistant}
+    slots = [*front, *(spoken[turn].format(TURNS[turn][1]) for turn in turns)]
+    prompt = [token for slot in slots for token in tokenizer(slot, add_special_tokens=False)["input_ids"]]
+    answers = ["1 done", "I would rather not count."]
+    theirs = [tokenizer(assistant.format(answer), add_special_tokens=False)["input_ids"] for answer in answers]
+    messages = [{"role": TURNS[turn][0], "content": TURNS[turn][1]} for turn in turns]
+    line_break = tokenizer("\n", add_special_tokens=False)["input_ids"] if name == "qwen3_nothink" else []
+    mine = ids(Example(messages, *answers), tokenizer, 500)
+    assert [mine[0], *(answer + line_break for answer in mine[1:])] == [prompt, *theirs]
+
+
 # --- the day
 
 

@@ -165,6 +165,8 @@ class RunConfig:
             if name in known:
                 values[name] = _typed(name, value, hints[name], known[name], where)
             elif name in IGNORED:
+                if name == "deepspeed":
+                    _check_deepspeed(value, where)
                 notes.append(f"{name} is ignored: {IGNORED[name]}")
             elif name in REFUSED:
                 neutral, why = REFUSED[name]
@@ -250,6 +252,26 @@ def _said_as_here(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if name in settings and settings[name] is None:
             del settings[name]
     return settings, notes
+
+
+def _check_deepspeed(value: Any, where: str) -> None:
+    """Refuse a DeepSpeed config, a mapping or its file, that does more than share memory: what else it says is either
+    `auto` or, as the Trainer insists, what the YAML says."""
+    settings = value
+    if isinstance(value, str) and Path(value).is_file():
+        settings = read_yaml(value)
+    if not isinstance(settings, dict):
+        return
+    parts = {name: part for name, part in settings.items() if isinstance(part, dict)}
+    if parts.get("optimizer", {}).get("type", "AdamW") not in ("Adam", "AdamW"):  # its Adam is AdamW
+        fault = "only AdamW is supported"
+    elif "scheduler" in parts:
+        fault = "the schedule is lr_scheduler_type"
+    elif parts.get("fp16", {}).get("enabled") is True:
+        fault = REFUSED["fp16"][1]
+    else:
+        return
+    raise UserError(f"{where}: deepspeed: {shown(value)} is not supported: {fault}")
 
 
 _hints = cache(typing.get_type_hints)  # which compiles every annotation anew
