@@ -219,6 +219,20 @@ def test_a_tokenizer_without_an_end_token_is_refused():
 # --- truncation
 
 
+@pytest.mark.parametrize("vocabulary", [None, {}])
+def test_a_tokenizer_without_a_vocabulary_is_refused_and_not_the_rows(tmp_path, vocabulary):
+    """transformers makes one whose texts have no tokens, of a model's config.json or of an empty table."""
+    from transformers import AutoTokenizer
+
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    if vocabulary is not None:
+        model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, eos_token="<|endoftext|>")
+    with pytest.raises(UserError, match=r"has no vocabulary: its files \(tokenizer.json"):
+        ids(Example("a", "b", "c"), tokenizer)
+
+
 def test_responses_are_cut_at_the_right_and_counted():
     report = RowReport("data", total=2)
     examples = [Example("a b", "c c d", "d"), Example("a", "b", "c")]

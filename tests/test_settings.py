@@ -444,6 +444,11 @@ def test_no_suggestion_where_nothing_is_near(name):
         ("--- a", "--- a"),
         ("!!str 1", "!!str 1"),
         ("C:\\models\\qwen", "C:\\models\\qwen"),
+        ("%s", "%s"),
+        ("@home/x", "@home/x"),
+        ("a: b: c", "a: b: c"),
+        ("*best*", "*best*"),
+        ("`x`", "`x`"),
         ("'a #b'", "a #b"),
         ('"a"', "a"),
         ("[a, 'b #c']", ["a", "b #c"]),
@@ -457,6 +462,12 @@ def test_no_suggestion_where_nothing_is_near(name):
 )
 def test_the_value_of_set_is_what_was_written(written, value):
     assert parse_overrides([f"key={written}"]) == {"key": value}
+
+
+@pytest.mark.parametrize("written", ["[a", "{a", "'a", '"a', "a\0b", "half \ud83d"])
+def test_a_value_that_is_begun_and_not_ended_is_refused(written):
+    with pytest.raises(UserError, match=r"^--set key=[^\n]*: the value is n"):
+        parse_overrides([f"key={written}"])
 
 
 def test_a_number_with_a_comment_is_no_number():

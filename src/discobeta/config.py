@@ -262,12 +262,12 @@ def _check_deepspeed(value: Any, where: str) -> None:
         settings = read_yaml(value)
     if not isinstance(settings, dict):
         return
-    parts = {name: part for name, part in settings.items() if isinstance(part, dict)}
-    if parts.get("optimizer", {}).get("type", "AdamW") not in ("Adam", "AdamW"):  # its Adam is AdamW
-        fault = "only AdamW is supported"
-    elif "scheduler" in parts:
+    optimizer, half = settings.get("optimizer"), settings.get("fp16")
+    if optimizer and (not isinstance(optimizer, dict) or optimizer.get("type") not in ("Adam", "AdamW")):
+        fault = "only AdamW is supported"  # which its Adam is too
+    elif settings.get("scheduler"):
         fault = "the schedule is lr_scheduler_type"
-    elif parts.get("fp16", {}).get("enabled") is True:
+    elif isinstance(half, dict) and half.get("enabled") is True:
         fault = REFUSED["fp16"][1]
     else:
         return
@@ -373,9 +373,18 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
 def as_written(text: str) -> Any:
     """A number, true, false, null, a quoted text or a `[list]` or `{mapping}`; else the text, all of it.
 
-    YAML itself would drop a comment (`a #b`), an anchor (`&a b`) or a line's end, and see a list in `- a`.
+    YAML itself would refuse `%s` and `a: b: c`, drop a comment (`a #b`), an anchor (`&a b`) or a line's end, and see
+    a list in `- a`.
     """
-    value, written = parse_yaml(text), text.strip()
+    written = text.strip()
+    try:
+        yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        if written[:1] not in ("'", '"', "[", "{") and not isinstance(error, yaml.reader.ReaderError):
+            return written
+    except RecursionError:
+        pass
+    value = parse_yaml(text)
     tokens = list(yaml.scan(text))
     if any("#" in text[one.end_mark.index : other.start_mark.index] for one, other in pairwise(tokens)):
         return written

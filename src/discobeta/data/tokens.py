@@ -271,6 +271,11 @@ def encode(examples: list[Example], tokenizer: Any, cutoff_len: int, kind: Kind,
 
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token (eos_token)")
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers makes one of a model's config.json alone
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no vocabulary: "
+            "its files (tokenizer.json, tokenizer.model, …) are missing or empty"
+        )
     leading = _leading_tokens(tokenizer, next((text for e in examples for text in (e.chosen, e.prompt) if text), "a"))
     quiet = True if len(examples) < QUIET_BELOW else None  # None: quiet unless on a terminal
     columns: list[list[np.ndarray]] = [[] for _ in range({"pairs": 3, "supervised": 2, "prompts": 1}[kind])]
