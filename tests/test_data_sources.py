@@ -476,6 +476,22 @@ def test_hub_datasets_take_subset_split_and_limit(read, tmp_path, monkeypatch):
     assert asked == [("me/pairs", None, None, "test"), ("me/pairs", "en", "helpful", "train_prefs")]
 
 
+def test_what_a_hub_dataset_holds_and_python_cannot_costs_nothing_where_nobody_reads_it(read, monkeypatch):
+    import datasets
+    import pyarrow as pa
+
+    late = pa.array([0, 2**62], pa.timestamp("us"))  # in the year 148,000
+    table = pa.table({"prompt": ["hi", "ho"], "chosen": ["a", "a"], "rejected": ["b", "b"], "made": late})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words, **more: datasets.Dataset(table))
+    examples, report = read("me/pairs")
+    assert [example.prompt for example in examples] == ["hi", "ho"] and report.usable == 2
+    truth = pa.StructArray.from_arrays([late], ["made"])
+    table = table.append_column("truth", truth)
+    with pytest.raises(UserError, match="none of the 2 rows") as caught:
+        read("me/pairs")
+    assert "a value that cannot be read: 1 (me/pairs:1)" in str(caught.value)
+
+
 def test_the_shipped_entries_can_be_resolved():
     from pathlib import Path
 

@@ -477,4 +477,17 @@ def _hub_rows(source: Source, config: RunConfig, limit: int) -> list[Row]:
         )
         if limit < len(dataset):
             dataset = dataset.select(range(limit))
-        return [(f"{source.hub}:{index}", row) for index, row in enumerate(dataset.to_list())]
+        try:
+            rows = dataset.to_list()
+        except Exception:  # of a value that Python cannot hold: look column by column
+            columns = [_hub_cells(dataset, name) for name in dataset.column_names]
+            rows = [dict(zip(dataset.column_names, values, strict=True)) for values in zip(*columns, strict=True)]
+        return [(f"{source.hub}:{index}", row) for index, row in enumerate(rows)]
+
+
+def _hub_cells(dataset: Any, name: str) -> list[Any]:
+    column = dataset.select_columns(name)
+    try:
+        return [row[name] for row in column.to_list()]
+    except Exception:
+        return _cells(column.with_format("arrow")[:][name])
