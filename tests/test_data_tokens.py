@@ -906,16 +906,23 @@ def test_where_both_merge_the_prompt_keeps_its_own_ids(legacy):
     assert tokenizer.decode(chosen[:-1]) == "o 12."
 
 
-@pytest.mark.parametrize("name", ["byte level", "legacy", "metaspace", "crossing"])
+@pytest.mark.parametrize("name", ["byte level", "legacy", "metaspace", "crossing", "special"])
 def test_the_end_of_a_prompt_is_enough_to_go_on_from(byte_level, name):
     """Random texts, with blanks of all kinds at and around the border, against the tokens of the one text."""
     import random
 
-    tokenizer = byte_level() if name == "byte level" else sentence_piece(legacy=name == "legacy")
+    from tokenizers import AddedToken
+
+    tokenizer = byte_level() if name in ("byte level", "special") else sentence_piece(legacy=name == "legacy")
     if name == "crossing":
         tokenizer.add_tokens(["to 12"])  # no token of the model itself
     rng, compared = random.Random(0), 0
     words = ["Count", "to", "12.", "done", "<think>", "é", "tall ", " tide", "\n", "\n\n", "  ", "\t", "?", "o", " "]
+    tokenizer.add_tokens([AddedToken(f"<{part}>", special=True, **{part: True}) for part in ("lstrip", "rstrip")])
+    tokenizer.add_tokens([AddedToken("<m>", special=True), AddedToken("<1>", special=True, single_word=True)])
+    words += ["<m>", "<lstrip>", "<rstrip>", "<1>"]
+    if name == "special":  # a token that goes on from a special one, and one that begins before it
+        tokenizer.add_tokens(["<m>to", "12.<rstrip>done"])
     for _ in range(400):
         prompt, response = (rng.choice(["", " "]).join(rng.choices(words, k=rng.randint(2, 9))) for _ in range(2))
         alone, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + response))
@@ -925,6 +932,27 @@ def test_the_end_of_a_prompt_is_enough_to_go_on_from(byte_level, name):
         assert next(tokens._ids_of([rendered], tokenizer)) == [alone, whole[len(alone) :]], (prompt, response)
         compared += 1
     assert compared > 200
+
+
+def test_a_token_that_holds_a_special_one_goes_before_it():
+    """Where it would cross the border, the response is tokenised apart, and so without a mark of a beginning."""
+    from tokenizers import AddedToken
+
+    tokenizer = sentence_piece(legacy=True)
+    tokenizer.add_tokens([AddedToken("<m>", special=True), AddedToken("12<m>do", normalized=False)])
+    prompt, chosen, _ = ids(Example("Count to 12<m>", "done", "x"), tokenizer)
+    assert tokenizer("Count to 12<m>done")["input_ids"][: len(prompt)] != prompt
+    assert not tokenizer.convert_ids_to_tokens(chosen)[0].startswith("▁")
+
+
+def test_what_stands_before_the_last_special_token_is_tokenised_once(byte_level, monkeypatch):
+    """Of 3 renderings of a prompt only what its last special token begins is tokenised again."""
+    tokenizer, seen = byte_level(CHATML), []
+    bare = tokens._bare_ids
+    monkeypatch.setattr(tokens, "_bare_ids", lambda one, texts: seen.extend(texts) or bare(one, texts))
+    ids(Example([{"role": "user", "content": "How tall is tower 3?"}], "1 done", "now"), tokenizer, 500)
+    assert len([text for text in seen if "tower" in text]) == 1
+    assert "<|im_start|>assistant\n1 done<|im_end|>" in seen
 
 
 def test_byte_level_tokens_are_those_of_prompt_and_response_apart(byte_level):
