@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import preference_rows, write_rows
 from families import FAMILIES, RUNS, save, table
 from safetensors.torch import load_file
 
 import discobeta
-from conftest import preference_rows, write_rows
 from discobeta import cli, policy
 from discobeta.config import RunConfig, read_yaml
 from discobeta.data.batches import pack
 from discobeta.data.tokens import load_or_tokenise
+from discobeta.errors import UserError
+from discobeta.generation import generate
 from discobeta.stages.dpo import DirectPreference
 from discobeta.stages.rm import RewardModelling
 
@@ -158,7 +160,8 @@ def test_rm(family, train, at_the_end):
     found = load_or_tokenise(config, policy.load_tokenizer(config)).train
     scorer = policy.load_scorer(config)
     chosen, rejected = (
-        plain_scores(scorer, scorer.score.weight, found.prompt_ids, ids) for ids in (found.chosen_ids, found.rejected_ids)
+        plain_scores(scorer, scorer.score.weight, found.prompt_ids, ids)
+        for ids in (found.chosen_ids, found.rejected_ids)
     )
     by_hand = torch.log1p((rejected - chosen).exp()).mean().item()  # no dropout either
     assert first_loss(directory) == pytest.approx(by_hand, abs=1e-4)
@@ -169,6 +172,40 @@ def test_rm(family, train, at_the_end):
     expected = plain_scores(trained.model, weight, PROMPTS, RESPONSES)
     torch.testing.assert_close(ends[0], expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(trained.score_ids(PROMPTS, RESPONSES)[0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["RWKV", "BART decoder", "BLOOM", "Mamba", "OPT", "GPT-2"])
+def test_responses_do_not_depend_on_the_padding_of_prompts(name, folder_of):
+    """Against a draw of one token after the other from the plain model, which reads one text and keeps no cache."""
+    (family,) = (family for family in FAMILIES if family.name == name)
+    config, _ = RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": str(folder_of(family))})
+    model, tokenizer = policy.load_causal_lm(config), policy.load_tokenizer(config)
+    uniforms = np.random.default_rng(0).random((len(PROMPTS), 6))
+    for prompt, draws, response in zip(PROMPTS, uniforms, generate(model, tokenizer, PROMPTS, uniforms), strict=True):
+        ids = list(prompt)
+        for u in draws:
+            with torch.no_grad():
+                ends = model(input_ids=torch.tensor([ids])).logits[0, -1].double().softmax(-1).cumsum(-1)
+            ids.append(int((ends <= u).sum()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        assert response.tolist() == ids[len(prompt) :]
+
+
+def test_a_model_that_draws_at_random_in_training_is_refused(base, monkeypatch):
+    model = policy.load_causal_lm(RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": str(base)})[0])
+    norm = model.model.norm
+
+    def noisy(states, read=norm.forward):
+        return read(states) * (1 + 0.01 * torch.randn(states.shape) * norm.training)
+
+    before = torch.get_rng_state()
+    policy._check_padding(model, "quiet")
+    monkeypatch.setattr(norm, "forward", noisy)
+    with pytest.raises(UserError, match="^noisy: Qwen3ForCausalLM .* in training, .* draws at random$"):
+        policy._check_padding(model, "noisy")
+    assert torch.equal(torch.get_rng_state(), before)  # whatever it has drawn
+    assert not model.training
 
 
 def test_there_are_enough_families():

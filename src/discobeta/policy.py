@@ -52,8 +52,9 @@ def load_causal_lm(config: RunConfig) -> PreTrainedModel:
             **_hub(config), **_weights(config),
         )  # fmt: skip
     _check_weights(model, config, info)
-    _check_head(model, config.model_name_or_path)
-    _check_padding(model, config.model_name_or_path)
+    if config.flash_attn != "fa2":  # which has no CPU kernels
+        _check_head(model, config.model_name_or_path)
+        _check_padding(model, config.model_name_or_path)
     return model
 
 
@@ -76,7 +77,8 @@ def load_scorer(config: RunConfig, *, must_have_score: bool = False) -> PreTrain
     if any(key.startswith("score") for key, *_ in info["mismatched_keys"]):
         raise UserError(f"{name} has a `score` of another size than a reward model's, which has one output")
     _check_weights(model, config, info, fresh="score.")
-    _check_padding(model, name)
+    if config.flash_attn != "fa2":  # which has no CPU kernels
+        _check_padding(model, name)
     model.score.float()
     if any(key.startswith("score.") for key in info["missing_keys"]):
         if must_have_score:
@@ -423,7 +425,7 @@ def _loading(config: RunConfig, what: str):
     except UserError as error:
         if absent := re.search(r"(\w+)Config'> for this kind of AutoModel: AutoModel(\w+)\.", str(error.__cause__)):
             raise UserError(
-                f"{name}: the installed transformers has no {''.join(absent.groups())}, which stage {config.stage} needs"
+                f"{name}: transformers has no {''.join(absent.groups())}, which stage {config.stage} would train"
             ) from None
         if not config.trust_remote_code and "trust_remote_code" in str(error.__cause__):
             raise UserError(
@@ -496,23 +498,27 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
     near = max(1e-3, 4 * torch.finfo(model.dtype).eps)  # what it does to them it does in its own dtype
     if not torch.allclose(expected.float(), actual, rtol=near, atol=near):
         raise UserError(
-            f"{name}: {type(model).__name__} changes its last state before the output layer, or its logits after it, in "
-            "a way that is not known here"
+            f"{name}: {type(model).__name__} changes its last state before the output layer, or its logits after it, "
+            "in a way that is not known here"
         )
 
 
 @torch.no_grad()
 def _check_padding(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model that says something else of a text if padding follows, because it looks ahead, counts positions
-    in another way than we do, or lets the rows of a batch compete: || h_padded - h || < sqrt(eps) || h ||, eps being
-    the distance of two numbers in the model's dtype."""
+    """Refuse a model that says something else of a text in training, or with padding behind it, than of it alone: one
+    that looks ahead, counts positions in a way of its own, lets the rows of a batch compete, or draws at random.
+
+    || h_padded - h || < sqrt(eps) || h ||, eps being the distance of two numbers near 1 in the model's dtype.
+    """
     text, longer = np.array([1, 2, 3]), np.array([1, 2, 3, 4, 5, 4])
     batch = pack([text[:2], longer[:2]], [text[2:], longer[2:]])
-    with telling(f"{name}: {type(model).__name__} cannot be used here"):
+    with telling(f"{name}: {type(model).__name__} cannot be used here"), torch.random.fork_rng(devices=[]):
         alone = trunk(model)(batch.input_ids[:1, : len(text)]).last_hidden_state.float()
-        padded = hidden_states(model, batch)[:1, : len(text)].float()
+        switch_off_dropout(model)
+        padded = hidden_states(model.train(), batch)[:1, : len(text)].float()
+        model.eval()
     if not (padded - alone).norm() < torch.finfo(model.dtype).eps ** 0.5 * alone.norm():
         raise UserError(
-            f"{name}: {type(model).__name__} says something else of a text once it is padded on the right: it does "
-            "not read from left to right only, or counts positions in a way of its own"
+            f"{name}: {type(model).__name__} says something else of a text in training, or with padding behind it, "
+            "than of the text alone: it looks ahead, counts positions in a way of its own, or draws at random"
         )
