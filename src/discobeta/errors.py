@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +34,41 @@ def telling(what: str) -> Iterator[None]:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # of what is written in Rust
             raise UserError(f"{what}: {first_line(error)}") from error
         raise
+
+
+TRAINING_MEMORY = (
+    "per_device_train_batch_size (and raise gradient_accumulation_steps by as much) or cutoff_len, "
+    "or set gradient_checkpointing: true"
+)
+"""What a training step needs memory for."""
+
+
+@contextmanager
+def enough_memory(step: str, lower: str) -> Iterator[None]:
+    """Running out of memory in the block, or in the function that this decorates, becomes a `UserError`.
+
+    step: what was being done; lower: the settings that it takes its memory for.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (asked := lack_of_memory(error)) is None:
+            raise
+        raise UserError(f"out of memory in {step}{asked}: lower {lower}") from error
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """How much was asked for, as words in brackets, or "" where that is not said; None if it is another error."""
+    text = str(error)
+    is_one = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if not is_one and not (isinstance(error, RuntimeError) and re.search(NO_MEMORY, text, re.IGNORECASE)):
+        return None
+    amount = re.search(r"allocate ([\d.,]+ ?[A-Za-z]+)", text)
+    return f" ({amount[1]} were asked for)" if amount else ""
+
+
+NO_MEMORY = r"out of memory|can(no|')t allocate memory|bad_alloc|_ALLOC_FAILED"
+"""In what torch, CUDA and C++ say."""
 
 
 def first_line(error: BaseException) -> str:

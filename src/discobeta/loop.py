@@ -28,7 +28,7 @@ from tqdm import tqdm
 from discobeta import record
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs, Schedule
-from discobeta.errors import UserError
+from discobeta.errors import TRAINING_MEMORY, UserError, enough_memory
 from discobeta.files import replacing, write_text, writing_error
 from discobeta.lock import Hold
 from discobeta.seeds import derive
@@ -119,6 +119,7 @@ def total_steps(config: RunConfig, schedule: Schedule) -> int:
     return math.ceil(config.num_train_epochs * schedule.steps_per_epoch)
 
 
+@enough_memory("training", TRAINING_MEMORY)
 def fit(
     stage: Stage,
     train: Pairs,
@@ -235,6 +236,7 @@ def clip_gradients(groups: dict[str, list[torch.nn.Parameter]], config: RunConfi
     return norms
 
 
+@enough_memory("evaluation", "per_device_eval_batch_size or cutoff_len")
 @torch.no_grad()
 def held_out_means(
     module: torch.nn.Module, stage: Stage, held_out: Pairs, config: RunConfig, accelerator: Accelerator

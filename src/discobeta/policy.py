@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+import warnings
 from collections.abc import Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from discobeta.identity import check_local, folder_of
 from discobeta.seeds import generator, global_stream
 
 if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
@@ -86,30 +89,94 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
 
     task: CAUSAL_LM, or SEQ_CLS, in which case PEFT keeps the score's weights beside the adapter's.
     """
+    switch_off_dropout(model)  # of the base; what a run asks for is lora_dropout
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with telling(f"gradient_checkpointing: {model.config.name_or_path}"):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
     if config.finetuning_type == "full":
         return model
     if config.adapter_name_or_path:
         return continue_adapter(model, config, task)
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
-    linear = {name.rpartition(".")[2] for name, part in trunk(model).named_modules() if isinstance(part, nn.Linear)}
-    targets = linear if config.lora_target == "all" else {name.strip() for name in config.lora_target.split(",")}
-    if unknown := sorted(targets - linear):
-        raise UserError(
-            f"lora_target: the model has no linear layer called {unknown[0]}; it has {', '.join(sorted(linear))}"
-        )
+    layers = linear_layers(model)
+    wanted = lora_layers(layers, config.lora_target, model)
+    if config.lora_target in ALL_LINEAR:
+        targets = {name.rpartition(".")[2] for name in wanted}
+        if experts := _experts(model):
+            say(
+                f"lora_target: {config.lora_target} leaves {', '.join(sorted(experts))} of "
+                f"{model.config.name_or_path} as they are: LoRA is for linear layers, and experts are stacked"
+            )
+    else:
+        targets = _words(config.lora_target)
     lora = LoraConfig(
         task_type=task,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         lora_dropout=config.lora_dropout,
         target_modules=sorted(targets),
+        fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in wanted),
     )
-    with global_stream(config.seed, "adapter"):
-        return get_peft_model(model, lora)
+    named = f"lora_target: {', '.join(sorted(targets))}"
+    with telling(named), global_stream(config.seed, "adapter"):
+        return adapted(model, lora)
+
+
+def adapted(model: PreTrainedModel, settings: PeftConfig) -> PeftModel:
+    """The model with a fresh adapter."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():  # PEFT sees by itself which layers keep their weights transposed, and says so
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        return get_peft_model(model, settings)
+
+
+ALL_LINEAR = ("all", "all-linear")
+"""LLaMA-Factory's word, and PEFT's."""
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Name -> layer of the trunk that is a linear map: nn.Linear, or GPT-2's Conv1D. The output layer is none."""
+    from transformers.pytorch_utils import Conv1D
+
+    body = set(trunk(model).modules())
+    return {name: part for name, part in model.named_modules() if part in body and isinstance(part, nn.Linear | Conv1D)}
+
+
+def lora_layers(layers: dict[str, nn.Module], lora_target: str, model: PreTrainedModel) -> set[str]:
+    """The names of those layers that lora_target means: all, or those whose name ends in one of its words, as in PEFT.
+
+    Raises UserError for a word that means none.
+    """
+    if lora_target in ALL_LINEAR:
+        return set(layers)
+    found = set()
+    for word in sorted(_words(lora_target)):
+        named = {name for name in layers if f".{name}".endswith(f".{word}")}
+        if not named:
+            last_names = sorted({name.rpartition(".")[2] for name in layers})
+            what = " (it has experts of that name, stacked)" if word in _experts(model) else ""
+            raise UserError(
+                f"lora_target: the model has no linear layer called {word}{what}; it has {', '.join(last_names)}"
+            )
+        found |= named
+    return found
+
+
+def _words(lora_target: str) -> set[str]:
+    return {name.strip() for name in lora_target.split(",")}
+
+
+def _experts(model: PreTrainedModel) -> set[str]:
+    """Last names of weights that hold one matrix per expert: no linear layers, and LoRA does not reach them."""
+    return {
+        name.rpartition(".")[2]
+        for name, weight in trunk(model).named_parameters()
+        if weight.ndim == 3 and "expert" in name
+    }
 
 
 def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Module:
@@ -118,18 +185,28 @@ def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn
     The adapter may come from another kind of run: a reward model usually starts from that of an SFT
     run, whose trunk it shares and whose task it does not.
     """
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
     folder = start_adapter(config)
     found = adapter_weights(folder)
+    layers = linear_layers(model)
     with telling(f"cannot load adapter {folder}"):
         settings = PeftConfig.from_pretrained(str(folder))
         settings.task_type, settings.inference_mode = task, False
         with global_stream(config.seed, "adapter"):
-            peft_model = get_peft_model(model, settings)
+            peft_model = adapted(model, settings)
         fresh = get_peft_model_state_dict(peft_model)
     may_be_fresh = {name for name in fresh if name.endswith(".score.weight")}
-    _check_adapter(folder, found, fresh.keys(), may_be_fresh)
+    _check_adapter(folder, found, fresh, may_be_fresh)
+    _check_settings(config, folder, settings)
+    if config.lora_target is not None:
+        reached = set(peft_model.base_model.targeted_module_names)
+        if differing := sorted(reached ^ lora_layers(layers, config.lora_target, model)):
+            has = "has no" if differing[0] not in reached else "has a"
+            raise UserError(
+                f"lora_target: {config.lora_target}, and the adapter {folder} {has} part for {differing[0]}"
+                f"{_and_more(differing)}: leave lora_target out, or adapter_name_or_path"
+            )
     with telling(f"cannot load adapter {folder}"):
         set_peft_model_state_dict(peft_model, fresh | found)
     return peft_model
@@ -140,11 +217,25 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
     from peft import PeftModel, get_peft_model_state_dict
 
     found = adapter_weights(folder)
-    with telling(f"cannot load adapter {folder}"):
-        peft_model = PeftModel.from_pretrained(model, str(folder))
-        places = get_peft_model_state_dict(peft_model).keys()
+    with telling(f"cannot load adapter {folder}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they are about is checked here
+        peft_model = PeftModel.from_pretrained(model, str(folder), ignore_mismatched_sizes=True)
+        places = get_peft_model_state_dict(peft_model)
     _check_adapter(folder, found, places)
     return peft_model
+
+
+def _check_settings(config: RunConfig, folder: Path, settings: PeftConfig) -> None:
+    """Refuse a run that asks for another LoRA than the adapter which it goes on from is; say what was not asked for."""
+    own = {"lora_rank": settings.r, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
+    for key, value in own.items():
+        if (asked := getattr(config, key)) not in (None, value):
+            raise UserError(f"{key}: {asked}, and the adapter {folder} has {value}: write {value}, or leave {key} out")
+    if silent := [f"{key} {value}" for key, value in own.items() if getattr(config, key) is None]:
+        say(f"adapter_name_or_path: {', '.join(silent)} {'are' if len(silent) > 1 else 'is'} the adapter's")
+    base, here = settings.base_model_name_or_path, config.model_name_or_path
+    if base and Path(base).name != Path(here).name:
+        say(f"adapter_name_or_path: {folder} was trained on {base}, by its own word, and goes on on {here}")
 
 
 def start_adapter(config: RunConfig) -> Path:
@@ -208,12 +299,20 @@ def adapter_weights(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def _check_adapter(folder: Path, found: dict[str, Tensor], places: Set[str], may_be_fresh: Set[str] = frozenset()):
+def _check_adapter(
+    folder: Path, found: dict[str, Tensor], places: dict[str, Tensor], may_be_fresh: Set[str] = frozenset()
+) -> None:
     """Refuse an adapter that does not fill its places in the model, one for one."""
-    if missing := sorted(places - found.keys() - may_be_fresh):
+    if missing := sorted(places.keys() - found.keys() - may_be_fresh):
         raise UserError(f"adapter {folder} lacks {missing[0]}{_and_more(missing)}: its weights are not whole")
-    if unknown := sorted(found.keys() - places):
+    if unknown := sorted(found.keys() - places.keys()):
         raise UserError(f"adapter {folder} does not fit this model, which has no {unknown[0]}{_and_more(unknown)}")
+    for name, tensor in sorted(found.items()):
+        if tensor.shape != places[name].shape:
+            raise UserError(
+                f"adapter {folder}: {name} is {tuple(tensor.shape)} in its files, and {tuple(places[name].shape)} by "
+                "its adapter_config.json in this model"
+            )
 
 
 def use_deterministic_kernels(config: RunConfig) -> None:
@@ -252,16 +351,6 @@ def trunk(model: nn.Module) -> nn.Module:
     """The model without its output layer: tokens -> last hidden state."""
     inner = plain(model)
     return getattr(inner, inner.base_model_prefix)
-
-
-def check_context(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> None:
-    """Refuse prompts that do not leave the model room for a response."""
-    context = getattr(plain(model).config, "max_position_embeddings", None)
-    if context and longest_prompt + max_new_tokens > context:
-        raise UserError(
-            f"a prompt of {longest_prompt} tokens and max_new_tokens: {max_new_tokens} do not fit into the context of "
-            f"{context} tokens of {plain(model).config.name_or_path}: lower cutoff_len or max_new_tokens"
-        )
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
@@ -331,9 +420,14 @@ def pooled(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
 
 def switch_off_dropout(model: nn.Module) -> None:
     """Make training mode compute what evaluation mode does: in modules of dropout, and where a model calls the
-    function with a rate of its own (OPT's `self.dropout`, the `attention_dropout` of many)."""
+    function with a rate of its own (OPT's `self.dropout` and `layerdrop`, the `attention_dropout` of many, a router's
+    `jitter_noise`)."""
     for module in model.modules():
-        rates = {"p"} if isinstance(module, nn.Dropout) else {name for name in vars(module) if "drop" in name}
+        rates = (
+            {"p"}
+            if isinstance(module, nn.Dropout)
+            else {name for name in vars(module) if "drop" in name or "jitter" in name}
+        )
         for name in rates:
             if isinstance(getattr(module, name), float):
                 setattr(module, name, 0.0)
@@ -422,6 +516,12 @@ def _check_weights(model: PreTrainedModel, config: RunConfig, info: dict, *, fre
         raise UserError(f"{name}: the weight {integer} holds integers: quantised bases are not supported")
     if bad := non_finite(model):
         raise UserError(f"{name}: the weight {bad} holds numbers that are not finite (NaN or infinity)")
+
+
+def say(line: str) -> None:
+    """One line to the user, of the process that speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"discobeta: {line}", file=sys.stderr)
 
 
 def _and_more(names: list[str]) -> str:

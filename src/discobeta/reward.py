@@ -17,10 +17,11 @@ from discobeta.data.batches import longest_first, pack
 from discobeta.data.formats import Example
 from discobeta.data.sources import RowReport
 from discobeta.data.tokens import encode
-from discobeta.errors import UserError, telling
+from discobeta.errors import UserError, enough_memory, telling
 from discobeta.files import read_mapping
 from discobeta.heads import SIGMA0, Heads
 from discobeta.policy import adapter_weights, load_adapter, load_scorer, load_tokenizer
+from discobeta.preflight import check_ids, check_lengths, name_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +53,7 @@ class RewardModel:
         report.check(0.0)
         return self.score_ids(found.prompt_ids, found.chosen_ids, batch_size)
 
+    @enough_memory("scoring", "the batch size or cutoff_len")
     @torch.no_grad()
     def score_ids(
         self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], batch_size: int = 64
@@ -59,6 +61,8 @@ class RewardModel:
         """`score` of N prompts and responses as token ids; results on the CPU."""
         device = next(self.stage.parameters()).device
         lengths = np.array([len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)])
+        check_ids(self.stage.model, [*prompts, *responses], name_of(self.stage.model))
+        check_lengths(self.stage.model, lengths, name_of(self.stage.model))
         means, log_sigmas = torch.empty(len(lengths)), None
         for indices in longest_first(lengths, batch_size):
             batch = pack([prompts[i] for i in indices], [responses[i] for i in indices])

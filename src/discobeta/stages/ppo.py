@@ -21,13 +21,12 @@ from discobeta import chain, losses, seeds
 from discobeta import heads as heads_module
 from discobeta.config import RunConfig
 from discobeta.data.batches import Batch, EndlessSchedule, Pairs, longest_first, pack
-from discobeta.data.tokens import Rows
-from discobeta.errors import UserError
+from discobeta.data.tokens import Rows, TokenisedData
+from discobeta.errors import UserError, enough_memory
 from discobeta.generation import generate, has_ended, stop_ids
 from discobeta.heads import WIDTH, Heads, full_precision
 from discobeta.policy import (
     at,
-    check_context,
     hidden_states,
     load_causal_lm,
     load_reference,
@@ -37,6 +36,7 @@ from discobeta.policy import (
     switch_off_dropout,
     token_logps,
 )
+from discobeta.preflight import check_context, check_ids, check_rows
 from discobeta.reward import load_reward_model, loading
 from discobeta.signals import scaled
 from discobeta.stages import Stage, Work
@@ -134,8 +134,8 @@ class ProximalPolicy(Stage):
         return heads
 
     @classmethod
-    def fresh(cls, config: RunConfig, columns: dict[str, Tensor]) -> Self:
-        stage = super().fresh(config, columns)
+    def fresh(cls, config: RunConfig, columns: dict[str, Tensor], model: nn.Module | None = None) -> Self:
+        stage = super().fresh(config, columns, model)
         stage.tokenizer = load_tokenizer(config)
         stage.reference = load_reference(config)
         judge = load_reward_model(config.reward_model, **loading(config))
@@ -153,6 +153,11 @@ class ProximalPolicy(Stage):
         share_frozen_weights(stage)
         return stage
 
+    def check_data(self, data: TokenisedData) -> None:
+        name = f"reward_model {self.config.reward_model}"
+        check_rows(self.reward.model, {"train": data.train}, self.config, name=name)
+        check_context(self.reward.model, int(data.train.prompt_ids.lengths.max()), self.config.max_new_tokens)
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The Beta Head is in none: the penalty's gradient would only ask for a smaller s."""
         if not hasattr(self, "value_head"):  # a finished run: there is a policy, and nothing is trained
@@ -161,8 +166,6 @@ class ProximalPolicy(Stage):
 
     def schedule(self, train: Pairs, processes: int) -> EndlessSchedule:
         config = self.config
-        for model in (self.model, self.reward.model):
-            check_context(model, int(train.lengths.max()), config.max_new_tokens)
         passes = config.gradient_accumulation_steps * config.ppo_buffer_size
         size = config.per_device_train_batch_size * processes
         return EndlessSchedule(len(train), size, passes, processes, config.seed)
@@ -225,6 +228,7 @@ class ProximalPolicy(Stage):
                 batch_size=8 * config.per_device_eval_batch_size,
             )  # fmt: skip
 
+    @enough_memory("judging responses", "per_device_eval_batch_size or max_new_tokens")
     @torch.no_grad()
     def judge(self, prompts: list[np.ndarray], responses: list[np.ndarray]) -> dict[str, list]:
         """What policy, reference, reward model and value head say, on the CPU, in the order of the responses.
@@ -233,6 +237,7 @@ class ProximalPolicy(Stage):
         reward model's (hidden_size,). Per response: `scores`, and `log_s` where the coefficient is scaled.
         """
         temperature, device = self.config.temperature, next(self.model.parameters()).device
+        check_ids(self.reward.model, responses, f"reward_model {self.config.reward_model}")
         found: dict[str, list] = {}
         lengths = np.array([len(a) + len(b) for a, b in zip(prompts, responses, strict=True)])
         for indices in longest_first(lengths, self.config.per_device_eval_batch_size):
