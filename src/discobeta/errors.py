@@ -78,7 +78,7 @@ def first_line(error: BaseException) -> str:
         return shorten(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
     if not lines or isinstance(error, KeyError | RecursionError | AttributeError | TypeError | MemoryError):
         return shorten(": ".join([type(error).__name__, *lines[:1]]))
-    return shorten(lines[0])
+    return shorten(" ".join(lines[:2] if lines[0].endswith(":") else lines[:1]))
 
 
 def shown(value: Any) -> str:

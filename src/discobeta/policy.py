@@ -129,8 +129,10 @@ def adapted(model: PreTrainedModel, settings: PeftConfig) -> PeftModel:
     """The model with a fresh adapter."""
     from peft import get_peft_model
 
-    with warnings.catch_warnings():  # PEFT sees by itself which layers keep their weights transposed, and says so
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+    with warnings.catch_warnings():  # PEFT finds out by itself which layers keep their weights transposed; says so
+        warnings.filterwarnings(
+            "ignore", message="fan_in_fan_out is set to|The PEFT config's `base_model_name_or_path`"
+        )
         return get_peft_model(model, settings)
 
 
@@ -193,20 +195,18 @@ def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn
     with telling(f"cannot load adapter {folder}"):
         settings = PeftConfig.from_pretrained(str(folder))
         settings.task_type, settings.inference_mode = task, False
+        trained_on = settings.base_model_name_or_path
         with global_stream(config.seed, "adapter"):
             peft_model = adapted(model, settings)
         fresh = get_peft_model_state_dict(peft_model)
     may_be_fresh = {name for name in fresh if name.endswith(".score.weight")}
     _check_adapter(folder, found, fresh, may_be_fresh)
-    _check_settings(config, folder, settings)
-    if config.lora_target is not None:
-        reached = set(peft_model.base_model.targeted_module_names)
-        if differing := sorted(reached ^ lora_layers(layers, config.lora_target, model)):
-            has = "has no" if differing[0] not in reached else "has a"
-            raise UserError(
-                f"lora_target: {config.lora_target}, and the adapter {folder} {has} part for {differing[0]}"
-                f"{_and_more(differing)}: leave lora_target out, or adapter_name_or_path"
-            )
+    reached = set(peft_model.base_model.targeted_module_names)
+    _check_settings(config, folder, settings, reached, lora_layers(layers, config.lora_target or "all", model))
+    if trained_on and Path(trained_on).name != Path(config.model_name_or_path).name:
+        say(
+            f"adapter {folder} was trained on {trained_on}, by its own word, and goes on on {config.model_name_or_path}"
+        )
     with telling(f"cannot load adapter {folder}"):
         set_peft_model_state_dict(peft_model, fresh | found)
     return peft_model
@@ -225,22 +225,33 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
     return peft_model
 
 
-def _check_settings(config: RunConfig, folder: Path, settings: PeftConfig) -> None:
-    """Refuse a run that asks for another LoRA than the adapter which it goes on from is; say what was not asked for."""
+def _check_settings(config: RunConfig, folder: Path, settings: PeftConfig, reached: set[str], wanted: set[str]) -> None:
+    """Refuse a run that asks for another LoRA than the adapter is that it goes on from; say what was not asked for.
+
+    reached: the layers that the adapter is for; wanted: those that lora_target means.
+    """
     own = {"lora_rank": settings.r, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
     for key, value in own.items():
         if (asked := getattr(config, key)) not in (None, value):
             raise UserError(f"{key}: {asked}, and the adapter {folder} has {value}: write {value}, or leave {key} out")
+    if config.lora_target is not None and (differing := sorted(reached ^ wanted)):
+        has = "has a" if differing[0] in reached else "has no"
+        raise UserError(
+            f"lora_target: {config.lora_target}, and the adapter {folder} {has} part for {differing[0]}"
+            f"{_and_more(differing)}: leave lora_target out"
+        )
     if silent := [f"{key} {value}" for key, value in own.items() if getattr(config, key) is None]:
-        say(f"adapter_name_or_path: {', '.join(silent)} {'are' if len(silent) > 1 else 'is'} the adapter's")
-    base, here = settings.base_model_name_or_path, config.model_name_or_path
-    if base and Path(base).name != Path(here).name:
-        say(f"adapter_name_or_path: {folder} was trained on {base}, by its own word, and goes on on {here}")
+        say(f"adapter {folder} brings along {', '.join(silent)}")
 
 
 def start_adapter(config: RunConfig) -> Path:
     """The folder of the adapter that the run starts from."""
-    return folder_of(config.adapter_name_or_path, "adapter_config.json", config, "adapter_name_or_path")
+    folder = folder_of(config.adapter_name_or_path, "adapter_config.json", config, "adapter_name_or_path")
+    if not (folder / "adapter_config.json").exists():
+        inner = folder / "adapter"
+        hint = f"; {inner} is one" if (inner / "adapter_config.json").is_file() else ""
+        raise UserError(f"adapter_name_or_path: {folder} is no PEFT adapter (it has no adapter_config.json){hint}")
+    return folder
 
 
 PLAIN_LORA = frozenset(
@@ -270,6 +281,17 @@ PLAIN_LORA = frozenset(
 """What an adapter's config may say as it likes: the rest must be PEFT's default, or W + (alpha / r) B A is not what
 it computes."""
 
+LORA_VALUES = {
+    "r": (lambda r: type(r) is int and r > 0, "a whole number above 0"),
+    "lora_alpha": (lambda alpha: type(alpha) in (int, float) and 0 < alpha < math.inf, "a number above 0"),
+    "lora_dropout": (lambda rate: type(rate) in (int, float) and 0 <= rate < 1, "a number from 0, below 1"),
+    "target_modules": (lambda names: isinstance(names, str | list | set | None), "names of layers, or a pattern"),
+    "rank_pattern": (lambda ranks: isinstance(ranks, dict | None), "a mapping"),
+    "alpha_pattern": (lambda alphas: isinstance(alphas, dict | None), "a mapping"),
+    "base_model_name_or_path": (lambda name: isinstance(name, str | None), "text"),
+}
+"""What an adapter's config may hold: PEFT asks for some of it only when it computes."""
+
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """Of init_lora_weights: others (PiSSA, OLoRA, LoftQ, CorDA) change the base's own weights too."""
 
@@ -282,6 +304,9 @@ def adapter_weights(folder: Path) -> dict[str, Tensor]:
     settings, default = read_mapping(folder / "adapter_config.json"), LoraConfig().to_dict()
     if settings.get("peft_type") != "LORA":
         raise UserError(f"adapter {folder}: peft_type: {shown(settings.get('peft_type'))}: only LORA is supported")
+    for name, (is_right, should) in LORA_VALUES.items():
+        if not is_right(settings.get(name, default[name])):
+            raise UserError(f"adapter {folder}: {name}: {shown(settings[name])} should be {should}")
     for name, value in settings.items():
         if name == "init_lora_weights" and value not in KEEPS_BASE:
             raise UserError(f"adapter {folder} ({name}: {shown(value)}) belongs to a base with other weights")
@@ -289,11 +314,13 @@ def adapter_weights(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"adapter {folder} is no plain LoRA ({name}: {shown(value)}), and no other is supported")
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
-        others = [other.name for other in sorted(folder.glob("adapter_model*"))]
+        others = [other.name for other in sorted(folder.glob("adapter_model*")) if other.is_file()]
         raise UserError(f"adapter {folder} has no {path.name}" + (f", only {', '.join(others)}" if others else ""))
     with telling(f"cannot read {path}"):
         found = load_file(path)
     for name, tensor in found.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"adapter {folder}: {name} holds integers: quantised adapters are not supported")
         if not tensor.isfinite().all():
             raise UserError(f"adapter {folder}: {name} holds numbers that are not finite (NaN or infinity)")
     return found
@@ -493,6 +520,12 @@ def _loading(config: RunConfig, what: str):
         logging.set_verbosity(verbosity)
 
 
+def _set_aside(model: PreTrainedModel) -> None:
+    """What a config.json may say of a pass that asks for nothing: here a pass asks for states, and nothing else."""
+    model.config.return_dict = True
+    model.config.output_hidden_states = model.config.output_attentions = False
+
+
 def _check_weights(model: PreTrainedModel, config: RunConfig, info: dict, *, fresh: str = "") -> None:
     """Refuse a model some of whose weights are not as in its files: absent, left over, of another size, integers, NaN.
 
@@ -500,6 +533,7 @@ def _check_weights(model: PreTrainedModel, config: RunConfig, info: dict, *, fre
     would compute with it (a layer more than config.json says); another head than the one in use does not.
     """
     name = config.model_name_or_path
+    _set_aside(model)
     missing = sorted(key for key in info["missing_keys"] if not (fresh and key.startswith(fresh)))
     if missing:
         raise UserError(f"{name} lacks the weight {missing[0]}{_and_more(missing)}: its files are not whole")

@@ -154,20 +154,26 @@ def _source(rows: Rows, row: int) -> str:
 
 @torch.no_grad()
 def _try(model: nn.Module, rows: Rows, row: int, config: RunConfig, name: str) -> None:
-    """One pass over the last tokens of a row, where they stand in it: what a model cannot do shows here, and once."""
+    """Read the end of a row, with two last tokens in turn: what a model cannot do shows here, and whether a token
+    sees those behind it. That would see the padding too, and the response that it is to predict.
+    """
     columns = list(rows.parts().values())
     prompt, response = columns[0][row], max((ids[row] for ids in columns[1:]), key=len, default=columns[0][row][:0])
     ids = np.concatenate([prompt, response])
-    batch = pack([ids[-TRIED:-1]], [ids[-1:]])
+    ends = [ids[-1:], np.array([0 if ids[-1] else 1], ids.dtype)]
+    batch = pack([ids[-TRIED:-1]] * 2, ends)
     batch.position_ids += max(0, len(ids) - TRIED)
-    training = {part for part in model.modules() if part.training}
+    training = [part for part in model.modules() if part.training]
     model.eval()  # no dropout: a random stream would move on
     try:
         with (
             telling(f"{name}: {type(plain(model)).__name__} fails on {_source(rows, row)}"),
             torch.autocast("cpu", torch.bfloat16, enabled=config.bf16),
         ):
-            hidden_states(model, batch)
+            before, other = hidden_states(model, batch)[:, :-1].float()
     finally:
         for part in training:
             part.training = True
+    rounding = (5e-2 if config.bf16 else 1e-4) * before.abs().max()
+    if (before - other).abs().max() > rounding:
+        raise UserError(f"{name}: {type(plain(model)).__name__} reads what comes later: it is no causal language model")
