@@ -89,7 +89,7 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
 
     task: CAUSAL_LM, or SEQ_CLS, in which case PEFT keeps the score's weights beside the adapter's.
     """
-    switch_off_dropout(model)  # of the base; what a run asks for is lora_dropout
+    switch_off_dropout(model)  # the base's; the run's own is lora_dropout
     if config.gradient_checkpointing:
         with telling(f"gradient_checkpointing: {model.config.name_or_path}"):
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ def train(config: RunConfig) -> None:
             folder = Path(folder)
             trainer, log = build_trainer(config, model, tokenizer, data, folder)
             begun = time.monotonic()
-            with enough_memory("training", TRAINING_MEMORY):
+            with enough_memory("training", TRAINING_MEMORY), closing(log):
                 trainer.train()
             spent = time.monotonic() - begun
             if main:
@@ -337,8 +338,9 @@ def collect_log(stop_after_steps: int | None) -> Any:
                 kept = {name: float(logs[name]) for name in LOGGED if name in logs}
                 self.rows.append({"step": state.global_step, **kept})
 
-        def on_train_end(self, args, state, control, **rest) -> None:
-            self.bar.close()
+        def close(self) -> None:
+            if self.bar is not None:
+                self.bar.close()
 
     return Log()
 
