@@ -101,17 +101,19 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
+    from discobeta.preflight import ALL_LINEAR, experts, linear_layers, lora_layers, words
+
     layers = linear_layers(model)
     wanted = lora_layers(layers, config.lora_target, model)
     if config.lora_target in ALL_LINEAR:
         targets = {name.rpartition(".")[2] for name in wanted}
-        if experts := _experts(model):
+        if stacked := experts(model):
             say(
-                f"lora_target: {config.lora_target} leaves {', '.join(sorted(experts))} of "
+                f"lora_target: {config.lora_target} leaves {', '.join(sorted(stacked))} of "
                 f"{model.config.name_or_path} as they are: LoRA is for linear layers, and experts are stacked"
             )
     else:
-        targets = _words(config.lora_target)
+        targets = words(config.lora_target)
     lora = LoraConfig(
         task_type=task,
         r=config.lora_rank,
@@ -136,51 +138,6 @@ def adapted(model: PreTrainedModel, settings: PeftConfig) -> PeftModel:
         return get_peft_model(model, settings)
 
 
-ALL_LINEAR = ("all", "all-linear")
-"""LLaMA-Factory's word, and PEFT's."""
-
-
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Name -> layer of the trunk that is a linear map: nn.Linear, or GPT-2's Conv1D. The output layer is none."""
-    from transformers.pytorch_utils import Conv1D
-
-    body = set(trunk(model).modules())
-    return {name: part for name, part in model.named_modules() if part in body and isinstance(part, nn.Linear | Conv1D)}
-
-
-def lora_layers(layers: dict[str, nn.Module], lora_target: str, model: PreTrainedModel) -> set[str]:
-    """The names of those layers that lora_target means: all, or those whose name ends in one of its words, as in PEFT.
-
-    Raises UserError for a word that means none.
-    """
-    if lora_target in ALL_LINEAR:
-        return set(layers)
-    found = set()
-    for word in sorted(_words(lora_target)):
-        named = {name for name in layers if f".{name}".endswith(f".{word}")}
-        if not named:
-            last_names = sorted({name.rpartition(".")[2] for name in layers})
-            what = " (it has experts of that name, stacked)" if word in _experts(model) else ""
-            raise UserError(
-                f"lora_target: the model has no linear layer called {word}{what}; it has {', '.join(last_names)}"
-            )
-        found |= named
-    return found
-
-
-def _words(lora_target: str) -> set[str]:
-    return {name.strip() for name in lora_target.split(",")}
-
-
-def _experts(model: PreTrainedModel) -> set[str]:
-    """Last names of weights that hold one matrix per expert: no linear layers, and LoRA does not reach them."""
-    return {
-        name.rpartition(".")[2]
-        for name, weight in trunk(model).named_parameters()
-        if weight.ndim == 3 and "expert" in name
-    }
-
-
 def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Module:
     """The model with the adapter that the run starts from, to be trained on.
 
@@ -188,6 +145,8 @@ def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn
     run, whose trunk it shares and whose task it does not.
     """
     from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+    from discobeta.preflight import check_settings, linear_layers, lora_layers
 
     folder = start_adapter(config)
     found = adapter_weights(folder)
@@ -202,7 +161,7 @@ def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn
     may_be_fresh = {name for name in fresh if name.endswith(".score.weight")}
     _check_adapter(folder, found, fresh, may_be_fresh)
     reached = set(peft_model.base_model.targeted_module_names)
-    _check_settings(config, folder, settings, reached, lora_layers(layers, config.lora_target or "all", model))
+    check_settings(config, folder, settings, reached, lora_layers(layers, config.lora_target or "all", model))
     if trained_on and Path(trained_on).name != Path(config.model_name_or_path).name:
         say(
             f"adapter {folder} was trained on {trained_on}, by its own word, and goes on on {config.model_name_or_path}"
@@ -223,25 +182,6 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
         places = get_peft_model_state_dict(peft_model)
     _check_adapter(folder, found, places)
     return peft_model
-
-
-def _check_settings(config: RunConfig, folder: Path, settings: PeftConfig, reached: set[str], wanted: set[str]) -> None:
-    """Refuse a run that asks for another LoRA than the adapter is that it goes on from; say what was not asked for.
-
-    reached: the layers that the adapter is for; wanted: those that lora_target means.
-    """
-    own = {"lora_rank": settings.r, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
-    for key, value in own.items():
-        if (asked := getattr(config, key)) not in (None, value):
-            raise UserError(f"{key}: {asked}, and the adapter {folder} has {value}: write {value}, or leave {key} out")
-    if config.lora_target is not None and (differing := sorted(reached ^ wanted)):
-        has = "has a" if differing[0] in reached else "has no"
-        raise UserError(
-            f"lora_target: {config.lora_target}, and the adapter {folder} {has} part for {differing[0]}"
-            f"{_and_more(differing)}: leave lora_target out"
-        )
-    if silent := [f"{key} {value}" for key, value in own.items() if getattr(config, key) is None]:
-        say(f"adapter {folder} brings along {', '.join(silent)}")
 
 
 def start_adapter(config: RunConfig) -> Path:
@@ -331,9 +271,9 @@ def _check_adapter(
 ) -> None:
     """Refuse an adapter that does not fill its places in the model, one for one."""
     if missing := sorted(places.keys() - found.keys() - may_be_fresh):
-        raise UserError(f"adapter {folder} lacks {missing[0]}{_and_more(missing)}: its weights are not whole")
+        raise UserError(f"adapter {folder} lacks {missing[0]}{and_more(missing)}: its weights are not whole")
     if unknown := sorted(found.keys() - places.keys()):
-        raise UserError(f"adapter {folder} does not fit this model, which has no {unknown[0]}{_and_more(unknown)}")
+        raise UserError(f"adapter {folder} does not fit this model, which has no {unknown[0]}{and_more(unknown)}")
     for name, tensor in sorted(found.items()):
         if tensor.shape != places[name].shape:
             raise UserError(
@@ -536,7 +476,7 @@ def _check_weights(model: PreTrainedModel, config: RunConfig, info: dict, *, fre
     _set_aside(model)
     missing = sorted(key for key in info["missing_keys"] if not (fresh and key.startswith(fresh)))
     if missing:
-        raise UserError(f"{name} lacks the weight {missing[0]}{_and_more(missing)}: its files are not whole")
+        raise UserError(f"{name} lacks the weight {missing[0]}{and_more(missing)}: its files are not whole")
     for key, *shapes in sorted(info["mismatched_keys"], key=str):
         found, wanted = (tuple(shape) for shape in shapes)
         raise UserError(f"{name}: the weight {key} is {found} in its files, and {wanted} by its config.json")
@@ -545,7 +485,7 @@ def _check_weights(model: PreTrainedModel, config: RunConfig, info: dict, *, fre
         key for key in info["unexpected_keys"] if key.startswith(f"{prefix}.") or key.partition(".")[0] in body
     )
     if extra:
-        raise UserError(f"{name} has the weight {extra[0]}{_and_more(extra)}, for which its config.json has no place")
+        raise UserError(f"{name} has the weight {extra[0]}{and_more(extra)}, for which its config.json has no place")
     if integer := _integer_weight(folder_of(name, "config.json", config, "model_name_or_path")):
         raise UserError(f"{name}: the weight {integer} holds integers: quantised bases are not supported")
     if bad := non_finite(model):
@@ -558,7 +498,7 @@ def say(line: str) -> None:
         print(f"discobeta: {line}", file=sys.stderr)
 
 
-def _and_more(names: list[str]) -> str:
+def and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 

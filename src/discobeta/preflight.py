@@ -1,4 +1,4 @@
-"""What a model and the rows for it must agree on, asked before anything expensive: token ids, lengths, one pass.
+"""What a model, its rows and its LoRA must agree on, asked before anything expensive: ids, lengths, layers, one pass.
 
 Called with the model on the CPU, before the reference pass, before a checkpoint is looked at and before the run's
 directory is written. What follows computes for hours on rows, and a model that has no place for one of them says so
@@ -8,6 +8,7 @@ as an index that is out of range, on a GPU after everything else has stopped too
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from discobeta.data.batches import Pairs, pack
 from discobeta.data.tokens import Rows, TokenisedData
 from discobeta.errors import UserError, telling
 from discobeta.generation import stop_ids
-from discobeta.policy import hidden_states, load_tokenizer, plain
+from discobeta.policy import and_more, hidden_states, load_tokenizer, plain, say, trunk
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from peft import PeftConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "max_seq_length")
 """What configs call the number of positions. BLOOM's `seq_length` is none: it says how long training's texts were."""
@@ -80,7 +82,7 @@ def check_rows(
 def check_ids(model: nn.Module, sequences: Sequence[np.ndarray], what: str) -> None:
     """Refuse token ids that the model does not know; `what` it is that reads them ("reward_model: X")."""
     size = vocabulary(model)
-    if (largest := max((int(max(ids, default=0)) for ids in sequences), default=0)) >= size:
+    if (largest := max((int(np.max(ids, initial=0)) for ids in sequences), default=0)) >= size:
         raise UserError(f"{what} knows {size} tokens (ids 0 to {size - 1}), and was given the token id {largest}")
 
 
@@ -99,6 +101,70 @@ def check_context(model: nn.Module, longest_prompt: int, max_new_tokens: int) ->
             f"a prompt of {longest_prompt} tokens and max_new_tokens: {max_new_tokens} do not fit into the context of "
             f"{context} tokens of {plain(model).config.name_or_path}: lower cutoff_len or max_new_tokens"
         )
+
+
+ALL_LINEAR = ("all", "all-linear")
+"""LLaMA-Factory's word, and PEFT's."""
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Name -> layer of the trunk that is a linear map: nn.Linear, or GPT-2's Conv1D. The output layer is none."""
+    from transformers.pytorch_utils import Conv1D
+
+    body = set(trunk(model).modules())
+    return {name: part for name, part in model.named_modules() if part in body and isinstance(part, nn.Linear | Conv1D)}
+
+
+def lora_layers(layers: dict[str, nn.Module], lora_target: str, model: PreTrainedModel) -> set[str]:
+    """The names of those layers that lora_target means: all, or those whose name ends in one of its words, as in PEFT.
+
+    Raises UserError for a word that means none.
+    """
+    if lora_target in ALL_LINEAR:
+        return set(layers)
+    found = set()
+    for word in sorted(words(lora_target)):
+        named = {name for name in layers if f".{name}".endswith(f".{word}")}
+        if not named:
+            last_names = sorted({name.rpartition(".")[2] for name in layers})
+            what = " (it has experts of that name, stacked)" if word in experts(model) else ""
+            raise UserError(
+                f"lora_target: the model has no linear layer called {word}{what}; it has {', '.join(last_names)}"
+            )
+        found |= named
+    return found
+
+
+def words(lora_target: str) -> set[str]:
+    return {name.strip() for name in lora_target.split(",")}
+
+
+def experts(model: PreTrainedModel) -> set[str]:
+    """Last names of weights that hold one matrix per expert: no linear layers, and LoRA does not reach them."""
+    return {
+        name.rpartition(".")[2]
+        for name, weight in trunk(model).named_parameters()
+        if weight.ndim == 3 and "expert" in name
+    }
+
+
+def check_settings(config: RunConfig, folder: Path, settings: PeftConfig, reached: set[str], wanted: set[str]) -> None:
+    """Refuse a run that asks for another LoRA than the adapter is that it goes on from; say what was not asked for.
+
+    reached: the layers that the adapter is for; wanted: those that lora_target means.
+    """
+    own = {"lora_rank": settings.r, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
+    for key, value in own.items():
+        if (asked := getattr(config, key)) not in (None, value):
+            raise UserError(f"{key}: {asked}, and the adapter {folder} has {value}: write {value}, or leave {key} out")
+    if config.lora_target is not None and (differing := sorted(reached ^ wanted)):
+        has = "has a" if differing[0] in reached else "has no"
+        raise UserError(
+            f"lora_target: {config.lora_target}, and the adapter {folder} {has} part for {differing[0]}"
+            f"{and_more(differing)}: leave lora_target out"
+        )
+    if silent := [f"{key} {value}" for key, value in own.items() if getattr(config, key) is None]:
+        say(f"adapter {folder} brings along {', '.join(silent)}")
 
 
 def vocabulary(model: nn.Module) -> int:
