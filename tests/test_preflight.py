@@ -263,7 +263,7 @@ def test_all_means_what_peft_means_by_all_linear(made, settings, stage, model_ty
     assert set(ours) == set(theirs.base_model.targeted_module_names) and len(ours) >= 8
 
 
-@pytest.mark.parametrize("target", ["c_attn", "c_attn, c_proj", "all", "all-linear", "h.1.attn.c_attn"])
+@pytest.mark.parametrize("target", ["c_attn", "c_attn, c_proj,", "all", "all-linear", "h.1.attn.c_attn"])
 def test_conv1d_is_a_linear_layer(run, made, target):
     """The adapter of a GPT-2, read by plain PEFT, says what the run says."""
     import torch
@@ -312,6 +312,7 @@ def test_of_conv1d_and_linear_each_is_taken_as_it_is(made, settings):
         ("gpt2", "wte", "lora_target: the model has no linear layer called wte; it has c_attn, c_fc, c_proj"),
         ("gpt2", "lm_head", "no linear layer called lm_head; it has c_attn, c_fc, c_proj"),
         ("gpt2", "attn", "no linear layer called attn"),
+        ("gpt2", " , ", "lora_target names no layer"),
         ("mixtral", "gate_up_proj", "no linear layer called gate_up_proj (it has experts of that name, stacked)"),
         ("mamba", "all", "lora_target: dt_proj, in_proj, out_proj, x_proj: "),
         ("mamba", "in_proj,out_proj", "Module 'out_proj' is incompatible with Mamba-based models"),
@@ -322,9 +323,12 @@ def test_a_layer_that_lora_cannot_be_on_is_refused(refused, made, model_type, ta
 
 
 def test_experts_that_all_leaves_out_are_said(command, made):
-    status, said, _ = command("dpo", model_name_or_path=str(made("mixtral")), max_steps=1)
+    base = {"model_name_or_path": str(made("mixtral")), "max_steps": 1}
+    status, said, output = command("dpo", **base)
     assert status == 0
     assert "lora_target: all leaves down_proj, gate_up_proj of " in said and said.count("\n") == 0
+    status, said, _ = command("dpo", **base, name="on", adapter_name_or_path=str(output / "adapter"), lora_rank=...)
+    assert (status, said.count("\n")) == (0, 0), said
 
 
 # --- adapters
@@ -634,6 +638,15 @@ def test_out_of_memory_anywhere_else_is_one_line(command, monkeypatch):
     monkeypatch.setattr(Stage, "check_data", cpu)
     status, said, _ = command("rm")
     assert (status, said) == (2, "discobeta: out of memory (281474976710656 bytes were asked for)")
+
+
+def test_out_of_memory_while_a_model_is_loaded_is_one_line(refused, made, monkeypatch):
+    from transformers import AutoModelForSequenceClassification
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", lambda *given, **settings: cpu())
+    base = made("llama")
+    said = refused("rm", model_name_or_path=str(base))
+    assert said == f"cannot load the model {base}: out of memory (281474976710656 bytes were asked for)"
 
 
 def test_an_error_that_is_none_of_memory_stays_what_it_is():

@@ -32,7 +32,9 @@ def telling(what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # of what is written in Rust
-            raise UserError(f"{what}: {first_line(error)}") from error
+            asked = lack_of_memory(error)
+            said = first_line(error) if asked is None else f"out of memory{asked}"
+            raise UserError(f"{what}: {said}") from error
         raise
 
 

@@ -35,10 +35,19 @@ config names is missed there, and a large model still answers on the CPU within 
 
 
 def check(model: nn.Module, data: TokenisedData, config: RunConfig, tokenizer: Any) -> None:
-    """Refuse a model that cannot read all rows of the run, or cannot answer the prompts that it is to answer."""
+    """Refuse a model that cannot read all rows of the run, or cannot answer the prompts that it is to answer.
+
+    In ppo the latter is asked when there is a reward model too (`check_answers`).
+    """
     check_rows(model, data.parts(), config, tokenizer=tokenizer)
+    if config.stage == "dpo":
+        check_answers(model, data, config, tokenizer)
+
+
+def check_answers(model: nn.Module, data: TokenisedData, config: RunConfig, tokenizer: Any) -> None:
+    """Refuse prompts that leave no room for a response, and a model that has no token to end one with."""
     answered = [data.train.prompt_ids] if config.stage == "ppo" else []
-    if config.stage in ("dpo", "ppo") and config.num_eval_generations:  # what cannot be measured is not trained
+    if config.num_eval_generations:  # what cannot be measured is not trained
         rows, asked = data.to_answer(config.num_eval_generations)
         answered.append(rows.prompt_ids.select(asked))
     if answered:
@@ -75,7 +84,9 @@ def check_rows(
             f"{_source(rows, row)} has {length} tokens (prompt + response), and the context of {name} is {context}: "
             f"lower cutoff_len to {context} or less"
         )
-    if config.flash_attn != "fa2":  # which has no CPU kernels
+    if "flash" not in (
+        getattr(plain(model).config, "_attn_implementation", None) or ""
+    ):  # of which there are no CPU kernels
         _try(model, rows, row, config, name)
 
 
@@ -122,6 +133,8 @@ def lora_layers(layers: dict[str, nn.Module], lora_target: str, model: PreTraine
     """
     if lora_target in ALL_LINEAR:
         return set(layers)
+    if not words(lora_target):
+        raise UserError("lora_target names no layer: write `all`, or names with commas between them")
     found = set()
     for word in sorted(words(lora_target)):
         named = {name for name in layers if f".{name}".endswith(f".{word}")}
@@ -136,7 +149,7 @@ def lora_layers(layers: dict[str, nn.Module], lora_target: str, model: PreTraine
 
 
 def words(lora_target: str) -> set[str]:
-    return {name.strip() for name in lora_target.split(",")}
+    return {word for name in lora_target.split(",") if (word := name.strip())}
 
 
 def experts(model: PreTrainedModel) -> set[str]:

@@ -36,7 +36,7 @@ from discobeta.policy import (
     switch_off_dropout,
     token_logps,
 )
-from discobeta.preflight import check_context, check_ids, check_rows
+from discobeta.preflight import check_answers, check_context, check_ids, check_rows
 from discobeta.reward import load_reward_model, loading
 from discobeta.signals import scaled
 from discobeta.stages import Stage, Work
@@ -156,6 +156,7 @@ class ProximalPolicy(Stage):
     def check_data(self, data: TokenisedData) -> None:
         name = f"reward_model {self.config.reward_model}"
         check_rows(self.reward.model, {"train": data.train}, self.config, name=name)
+        check_answers(self.model, data, self.config, self.tokenizer)
         check_context(self.reward.model, int(data.train.prompt_ids.lengths.max()), self.config.max_new_tokens)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
