@@ -173,6 +173,15 @@ def test_a_sampled_token_that_the_judge_lacks_is_one_line(command, made, judges)
     assert f"reward_model {judge} knows 19 tokens (ids 0 to 18), and was given the token id " in said
 
 
+def test_a_policy_that_cannot_end_a_response_is_refused(refused, made, judges):
+    """Its tokenizer's <eos> has no embedding, and the model names no other token to stop at."""
+    words = [*WORDS[:2], "full-stop", *WORDS[3:], "<eos>"]
+    judge = judges(made("llama", words, vocab_size=20))
+    base = made("llama", words, eos_token_id=None)
+    said = refused("ppo", model_name_or_path=str(base), reward_model=judge, **PPO)
+    assert said.startswith("no response could end: it does with the token '<eos>' (id 19), and ")
+
+
 def test_scores_of_texts_beyond_the_judge_are_refused(made, judges):
     from discobeta.reward import load_reward_model
 
