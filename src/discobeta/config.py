@@ -59,7 +59,7 @@ class RunConfig:
     adapter_name_or_path: str | None = option(None, "LoRA adapter to start from")
     trust_remote_code: bool = option(False, "run code that comes with a hub model")
     cache_dir: str | None = option(None, "hub cache")
-    reward_model: str | None = option(None, "ppo: an rm run, a PEFT adapter with a score, or a sequence classifier")
+    reward_model: str | None = option(None, "ppo: an rm run, or a score or value head of another make")
     beta_head: str | None = option(None, "ppo: the dpo run whose Beta Head scales the KL coefficient")
     finetuning_type: Literal["lora", "full"] = option("lora", "LoRA or all weights")
     lora_rank: int | None = option(8, "LoRA rank; null: that of adapter_name_or_path", least=1)

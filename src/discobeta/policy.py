@@ -56,18 +56,21 @@ def load_causal_lm(config: RunConfig) -> PreTrainedModel:
     return model
 
 
-def load_scorer(config: RunConfig, *, must_have_score: bool = False) -> PreTrainedModel:
-    """The base's trunk with a scalar score, r = w . h (Linear, no bias).
+def load_scorer(
+    config: RunConfig, *, must_have_score: bool = False, key_mapping: dict[str, str] | None = None
+) -> PreTrainedModel:
+    """The base's trunk with a scalar score, r = w . h (Linear, mostly without bias), read where `scored_at` says.
 
     A fresh w is normal with standard deviation 1 / sqrt(hidden_size + 1), from a stream of its own
     (Stiennon et al. 2020; Huang et al. 2024, arXiv:2403.17031); one that comes with the model stays.
+    key_mapping: pattern -> replacement in the names of the weights in the files.
     """
     from transformers import AutoModelForSequenceClassification
 
     with _loading(config, "model"), global_stream(config.seed, "unused"):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             config.model_name_or_path, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True,
-            **_hub(config), **_weights(config),
+            key_mapping=key_mapping, **_hub(config), **_weights(config),
         )  # fmt: skip
     name = config.model_name_or_path
     if not isinstance(getattr(model, "score", None), nn.Linear):
@@ -75,11 +78,13 @@ def load_scorer(config: RunConfig, *, must_have_score: bool = False) -> PreTrain
     if any(key.startswith("score") for key, *_ in info["mismatched_keys"]):
         raise UserError(f"{name} has a `score` of another size than a reward model's, which has one output")
     _check_weights(model, config, info, fresh="score.")
+    if config.flash_attn != "fa2":  # which needs a GPU
+        _check_score(model, name)
     model.score.float()
     if any(key.startswith("score.") for key in info["missing_keys"]):
         if must_have_score:
             raise UserError(f"{name} is no reward model: it has no trained `score`")
-        deviation = 1 / math.sqrt(model.config.hidden_size + 1)
+        deviation = 1 / math.sqrt(model.score.in_features + 1)
         model.score.weight.data.normal_(0, deviation, generator=generator(config.seed, "score"))
     return model
 
@@ -171,14 +176,20 @@ def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn
     return peft_model
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
-    """The model with a finished adapter, frozen."""
-    from peft import PeftModel, get_peft_model_state_dict
+def load_adapter(model: PreTrainedModel, folder: Path, *, trunk_only: bool = False) -> nn.Module:
+    """The model with a finished adapter, frozen.
+
+    trunk_only: it is that of a language model, and this is a scorer, whose trunk is the same.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     found = adapter_weights(folder)
     with telling(f"cannot load adapter {folder}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they are about is checked here
-        peft_model = PeftModel.from_pretrained(model, str(folder), ignore_mismatched_sizes=True)
+        settings = PeftConfig.from_pretrained(str(folder))
+        if trunk_only:
+            settings.task_type = None
+        peft_model = PeftModel.from_pretrained(model, str(folder), config=settings, ignore_mismatched_sizes=True)
         places = get_peft_model_state_dict(peft_model)
     _check_adapter(folder, found, places)
     return peft_model
@@ -236,10 +247,28 @@ KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """Of init_lora_weights: others (PiSSA, OLoRA, LoftQ, CorDA) change the base's own weights too."""
 
 
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Name -> tensor of a .safetensors file, or of a .bin file, of which nothing but tensors is read."""
+    from safetensors.torch import load_file
+
+    if path.suffix == ".safetensors":
+        with telling(f"cannot read {path}"):
+            return load_file(path)
+    try:
+        found = torch.load(path, "cpu", weights_only=True)
+    except Exception:  # torch's message advises to let it run what stands in the file
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise UserError(f"{path} is damaged, or holds more than a model's weights by name")
+    return found
+
+
 def adapter_weights(folder: Path) -> dict[str, Tensor]:
     """Name -> tensor of a plain LoRA adapter. Raises UserError for any other, and for one that is not whole."""
     from peft import LoraConfig
-    from safetensors.torch import load_file
 
     settings, default = read_mapping(folder / "adapter_config.json"), LoraConfig().to_dict()
     if settings.get("peft_type") != "LORA":
@@ -252,12 +281,12 @@ def adapter_weights(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"adapter {folder} ({name}: {shown(value)}) belongs to a base with other weights")
         if name not in (*PLAIN_LORA, "init_lora_weights") and value and value != default.get(name):
             raise UserError(f"adapter {folder} is no plain LoRA ({name}: {shown(value)}), and no other is supported")
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
+    path = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
         others = [other.name for other in sorted(folder.glob("adapter_model*")) if other.is_file()]
-        raise UserError(f"adapter {folder} has no {path.name}" + (f", only {', '.join(others)}" if others else ""))
-    with telling(f"cannot read {path}"):
-        found = load_file(path)
+        others = f", only {', '.join(others)}" if others else ""
+        raise UserError(f"adapter {folder} has no {' and no '.join(ADAPTER_WEIGHTS)}{others}")
+    found = read_tensors(path)
     for name, tensor in found.items():
         if not tensor.is_floating_point():
             raise UserError(f"adapter {folder}: {name} holds integers: quantised adapters are not supported")
@@ -375,6 +404,20 @@ def per_sequence(values: Tensor, batch: Batch) -> Tensor:
 def at(hidden: Tensor, positions: Tensor) -> Tensor:
     """(N, hidden_size) float32, the state at one position of each sequence."""
     return hidden[torch.arange(len(hidden), device=hidden.device), positions].float()
+
+
+def scored_at(model: nn.Module, batch: Batch) -> Tensor:
+    """(N,) where a score is read: at the last token that is not the pad_token_id of the model's config.
+
+    It is where transformers' classifiers read it, so the same weights give the same score there. That is the last
+    response token, unless this is the pad: where <pad> is <eos>, it is the token before.
+    """
+    pad = plain(model).config.get_text_config().pad_token_id
+    if pad is None:
+        return batch.response_end
+    place = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+    counts = (place <= batch.response_end[:, None]) & (batch.input_ids != pad)
+    return (place * counts).argmax(1)
 
 
 def pooled(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
@@ -506,6 +549,11 @@ def _integer_weight(folder: Path) -> str | None:
     """The first weight of the folder's files that is not stored in floating point; transformers casts it in silence."""
     from safetensors import safe_open
 
+    if not any(folder.glob("model*.safetensors")):
+        for path in sorted(folder.glob("pytorch_model*.bin")):
+            for name, tensor in read_tensors(path).items():
+                if not tensor.is_floating_point() and name.endswith("weight"):
+                    return name
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
@@ -533,3 +581,17 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
         actual = model.get_output_embeddings()(trunk(model)(ids).last_hidden_state)
     if not torch.allclose(expected.float(), actual.float(), rtol=1e-3, atol=1e-3):
         raise UserError(f"{name}: {type(model).__name__} changes its logits after the output layer; not supported")
+
+
+@torch.no_grad()
+def _check_score(model: PreTrainedModel, name: str) -> None:
+    """Refuse a classifier whose logits are not score(trunk(x)) at the token that `scored_at` says."""
+    pad = model.config.get_text_config().pad_token_id
+    last = 3 if pad is None or not 0 <= pad < model.get_input_embeddings().num_embeddings else pad
+    with telling(f"{name}: {type(model).__name__} cannot be used as a reward model here"):
+        for ids in (torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, last]])):
+            place = max((i for i in range(3) if ids[0, i] != pad), default=0)
+            expected = model(ids).logits
+            actual = model.score(trunk(model)(ids).last_hidden_state)[:, place]
+            if not torch.allclose(expected.float(), actual.float(), rtol=1e-3, atol=1e-3):
+                raise UserError(f"{name}: {type(model).__name__} does not score the last token's state; not supported")

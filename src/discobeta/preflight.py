@@ -239,6 +239,8 @@ def _try(model: nn.Module, rows: Rows, row: int, config: RunConfig, name: str) -
     columns = list(rows.parts().values())
     prompt, response = columns[0][row], max((ids[row] for ids in columns[1:]), key=len, default=columns[0][row][:0])
     ids = np.concatenate([prompt, response])
+    if len(ids) == 1:
+        return
     ends = [ids[-1:], np.array([0 if ids[-1] else 1], ids.dtype)]
     batch = pack([ids[-TRIED:-1]] * 2, ends)
     batch.position_ids += max(0, len(ids) - TRIED)
