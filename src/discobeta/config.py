@@ -165,6 +165,8 @@ class RunConfig:
             if name in known:
                 values[name] = _typed(name, value, hints[name], known[name], where)
             elif name in IGNORED:
+                if name == "deepspeed":
+                    _check_deepspeed(value, where)
                 notes.append(f"{name} is ignored: {IGNORED[name]}")
             elif name in REFUSED:
                 neutral, why = REFUSED[name]
@@ -253,6 +255,26 @@ def _said_as_here(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if name in settings and settings[name] is None:
             del settings[name]
     return settings, notes
+
+
+def _check_deepspeed(value: Any, where: str) -> None:
+    """Refuse a DeepSpeed config, a mapping or its file, that does more than share memory: what else it says is either
+    `auto` or, as the Trainer insists, what the YAML says."""
+    settings = value
+    if isinstance(value, str) and Path(value).is_file():
+        settings = read_yaml(value)
+    if not isinstance(settings, dict):
+        return
+    optimizer, half = settings.get("optimizer"), settings.get("fp16")
+    if optimizer and (not isinstance(optimizer, dict) or optimizer.get("type") not in ("Adam", "AdamW")):
+        fault = "only AdamW is supported"  # which its Adam is too
+    elif settings.get("scheduler"):
+        fault = "the schedule is lr_scheduler_type"
+    elif isinstance(half, dict) and half.get("enabled") is True:
+        fault = REFUSED["fp16"][1]
+    else:
+        return
+    raise UserError(f"{where}: deepspeed: {shown(value)} is not supported: {fault}")
 
 
 _hints = cache(typing.get_type_hints)  # which compiles every annotation anew
@@ -354,9 +376,18 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
 def as_written(text: str) -> Any:
     """A number, true, false, null, a quoted text or a `[list]` or `{mapping}`; else the text, all of it.
 
-    YAML itself would drop a comment (`a #b`), an anchor (`&a b`) or a line's end, and see a list in `- a`.
+    YAML itself would refuse `%s` and `a: b: c`, drop a comment (`a #b`), an anchor (`&a b`) or a line's end, and see
+    a list in `- a`.
     """
-    value, written = parse_yaml(text), text.strip()
+    written = text.strip()
+    try:
+        yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        if written[:1] not in ("'", '"', "[", "{") and not isinstance(error, yaml.reader.ReaderError):
+            return written
+    except RecursionError:
+        pass
+    value = parse_yaml(text)
     tokens = list(yaml.scan(text))
     if any("#" in text[one.end_mark.index : other.start_mark.index] for one, other in pairwise(tokens)):
         return written

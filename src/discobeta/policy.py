@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import warnings
-from collections.abc import Set
+from collections.abc import Callable, Set
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from discobeta.config import RunConfig
-from discobeta.data.batches import Batch
+from discobeta.data.batches import Batch, pack
 from discobeta.errors import UserError, shown, telling
 from discobeta.files import read_json, read_mapping, replacing, write_json
 from discobeta.identity import check_local, folder_of
@@ -52,7 +55,9 @@ def load_causal_lm(config: RunConfig) -> PreTrainedModel:
             **_hub(config), **_weights(config),
         )  # fmt: skip
     _check_weights(model, config, info)
-    _check_head(model, config.model_name_or_path)
+    if config.flash_attn != "fa2":  # which has no CPU kernels
+        _check_head(model, config.model_name_or_path)
+        _check_padding(model, config.model_name_or_path)
     return model
 
 
@@ -78,7 +83,8 @@ def load_scorer(
     if any(key.startswith("score") for key, *_ in info["mismatched_keys"]):
         raise UserError(f"{name} has a `score` of another size than a reward model's, which has one output")
     _check_weights(model, config, info, fresh="score.")
-    if config.flash_attn != "fa2":  # which needs a GPU
+    if config.flash_attn != "fa2":  # which has no CPU kernels
+        _check_padding(model, name)
         _check_score(model, name)
     model.score.float()
     if any(key.startswith("score.") for key in info["missing_keys"]):
@@ -117,6 +123,7 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
                 f"lora_target: {config.lora_target} leaves {', '.join(sorted(stacked))} of "
                 f"{model.config.name_or_path} as they are: LoRA is for linear layers, and experts are stacked"
             )
+            targets = wanted  # by their last names PEFT would take the experts along
     else:
         targets = words(config.lora_target)
     lora = LoraConfig(
@@ -346,17 +353,45 @@ def plain(model: nn.Module) -> PreTrainedModel:
 def trunk(model: nn.Module) -> nn.Module:
     """The model without its output layer: tokens -> last hidden state."""
     inner = plain(model)
-    return getattr(inner, inner.base_model_prefix)
+    for name in (inner.base_model_prefix, "model"):  # Llama4ForCausalLM names a prefix that it does not have
+        if isinstance(body := getattr(inner, name, None), nn.Module):
+            return body
+    raise UserError(f"{inner.config.name_or_path}: {type(inner).__name__} has no part without its output layer")
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """(N, T, hidden_size), the trunk's last hidden state (after its final norm)."""
-    return trunk(model)(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).last_hidden_state
+    """(N, T, width), the trunk's last hidden state (after its final norm)."""
+    body = trunk(model)
+    inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids, "use_cache": False}
+    taken = inputs.keys() & signature(type(body).forward).parameters.keys()  # no positions for ALiBi, for recurrence
+    return body(input_ids=batch.input_ids, **{name: inputs[name] for name in inputs if name in taken}).last_hidden_state
+
+
+def width(model: nn.Module) -> int:
+    """The size of a state of `hidden_states`: mostly the config's hidden_size, but not where a trunk ends in a
+    projection (OPT-350m) or a config is one of several models (text and images)."""
+    inner = plain(model)
+    return (inner.score if hasattr(inner, "score") else inner.get_output_embeddings()).weight.shape[1]
+
+
+AFTER_OUTPUT_LAYER: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "logit_scale": lambda logits, scale: logits * scale,  # Cohere
+    "lm_head_multiplier": lambda logits, scale: logits * scale,  # Falcon-H1
+    "logits_scaling": lambda logits, scale: logits / scale,  # Granite
+    "final_logit_softcapping": lambda logits, cap: cap * torch.tanh(logits / cap),  # Gemma 2
+    "logits_soft_cap": lambda logits, cap: cap * torch.tanh(logits / cap),  # RecurrentGemma
+}
+"""What a model does to its logits by its config. That this is all it does is what `_check_head` checks."""
+
+
+def logits_of(model: nn.Module, states: Tensor) -> Tensor:
+    """(..., vocabulary) float32 logits of (..., width) states."""
+    inner = plain(model)
+    logits, config = inner.get_output_embeddings()(states).float(), inner.config.get_text_config()
+    for name, change in AFTER_OUTPUT_LAYER.items():
+        if isinstance(value := getattr(config, name, None), int | float) and value != 1:
+            logits = change(logits, value)
+    return logits
 
 
 def token_logps(
@@ -368,11 +403,10 @@ def token_logps(
     token is predicted, a chunk at a time; the backward pass computes a chunk's logits again instead
     of keeping them.
     """
-    output_layer = plain(model).get_output_embeddings()
     states = hidden.flatten(0, 1)[batch.predictor_index]
 
     def of_chunk(part: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = output_layer(part).float()
+        logits = logits_of(model, part)
         if temperature != 1:
             logits = logits / temperature
         log_sum, entropy = logits.logsumexp(-1), None
@@ -493,6 +527,10 @@ def _loading(config: RunConfig, what: str):
         with telling(f"cannot load the {what} {name}"):
             yield
     except UserError as error:
+        if absent := re.search(r"(\w+)Config'> for this kind of AutoModel: AutoModel(\w+)\.", str(error.__cause__)):
+            raise UserError(
+                f"{name}: transformers has no {''.join(absent.groups())}, which stage {config.stage} would train"
+            ) from None
         if not config.trust_remote_code and "trust_remote_code" in str(error.__cause__):
             raise UserError(
                 f"{name} comes with code of its own, which runs only if you say so: trust_remote_code: true in your "
@@ -574,13 +612,38 @@ def non_finite(model: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model whose logits are not output_layer(trunk(x)), e.g. one that caps or scales them."""
+    """Refuse a model whose logits are not `logits_of` its trunk's last state."""
     ids = torch.tensor([[1, 2, 3]])
     with telling(f"{name}: {type(model).__name__} cannot be used as a language model here"):
         expected = model(ids).logits
-        actual = model.get_output_embeddings()(trunk(model)(ids).last_hidden_state)
-    if not torch.allclose(expected.float(), actual.float(), rtol=1e-3, atol=1e-3):
-        raise UserError(f"{name}: {type(model).__name__} changes its logits after the output layer; not supported")
+        actual = logits_of(model, trunk(model)(ids).last_hidden_state)
+    near = max(1e-3, 4 * torch.finfo(model.dtype).eps)  # what it does to them it does in its own dtype
+    if not torch.allclose(expected.float(), actual, rtol=near, atol=near):
+        raise UserError(
+            f"{name}: {type(model).__name__} changes its last state before the output layer, or its logits after it, "
+            "in a way that is not known here"
+        )
+
+
+@torch.no_grad()
+def _check_padding(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model that says something else of a text in training, or with padding behind it, than of it alone: one
+    that looks ahead, counts positions in a way of its own, lets the rows of a batch compete, or draws at random.
+
+    || h_padded - h || < sqrt(eps) || h ||, eps being the distance of two numbers near 1 in the model's dtype.
+    """
+    text, longer = np.array([1, 2, 3]), np.array([1, 2, 3, 4, 5, 4])
+    batch = pack([text[:2], longer[:2]], [text[2:], longer[2:]])
+    with telling(f"{name}: {type(model).__name__} cannot be used here"), torch.random.fork_rng(devices=[]):
+        alone = trunk(model)(batch.input_ids[:1, : len(text)]).last_hidden_state.float()
+        switch_off_dropout(model)
+        padded = hidden_states(model.train(), batch)[:1, : len(text)].float()
+        model.eval()
+    if not (padded - alone).norm() < torch.finfo(model.dtype).eps ** 0.5 * alone.norm():
+        raise UserError(
+            f"{name}: {type(model).__name__} says something else of a text in training, or with padding behind it, "
+            "than of the text alone: it looks ahead, counts positions in a way of its own, or draws at random"
+        )
 
 
 @torch.no_grad()
