@@ -123,7 +123,6 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
                 f"lora_target: {config.lora_target} leaves {', '.join(sorted(stacked))} of "
                 f"{model.config.name_or_path} as they are: LoRA is for linear layers, and experts are stacked"
             )
-            targets = wanted  # by their last names PEFT would take the experts along
     else:
         targets = words(config.lora_target)
     lora = LoraConfig(
@@ -136,7 +135,13 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
     )
     named = f"lora_target: {', '.join(sorted(targets))}"
     with telling(named), global_stream(config.seed, "adapter"):
-        return adapted(model, lora)
+        peft_model = adapted(model, lora)
+        if lora.target_parameters:  # of some families PEFT takes a name for that of the experts, whatever it names
+            raise UserError(
+                f"PEFT puts LoRA on the stacked experts ({', '.join(sorted(lora.target_parameters))}) where it is asked "
+                "for these names, and such an adapter is not supported: name other layers, e.g. those of attention"
+            )
+        return peft_model
 
 
 def adapted(model: PreTrainedModel, settings: PeftConfig) -> PeftModel:
