@@ -138,7 +138,7 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
         peft_model = adapted(model, lora)
         if lora.target_parameters:  # of some families PEFT takes a name for that of the experts, whatever it names
             raise UserError(
-                f"PEFT puts LoRA on the stacked experts ({', '.join(sorted(lora.target_parameters))}) where it is asked "
+                f"PEFT puts LoRA on the stacked experts ({', '.join(sorted(lora.target_parameters))}) where asked "
                 "for these names, and such an adapter is not supported: name other layers, e.g. those of attention"
             )
         return peft_model
