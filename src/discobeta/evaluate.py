@@ -19,12 +19,12 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from discobeta import lock, metrics, record, runs
+from discobeta import lock, metrics, preflight, record, runs
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
 from discobeta.design.stages import STAGES
-from discobeta.errors import UserError
+from discobeta.errors import UserError, enough_memory
 from discobeta.files import replacing, write_json, write_text
 from discobeta.generation import generate, has_ended, response_text, stop_ids
 from discobeta.heads import SIGMA0
@@ -67,6 +67,7 @@ def _evaluate(found: record.Record) -> dict[str, Any]:
             f"{directory}: a {row.name} run is measured by sampled responses, and num_eval_generations is 0"
         )
     stage = runs.load_stage(found)
+    preflight.check(stage.model, data, config, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage.to(device)
     examples = answers = None
@@ -89,6 +90,7 @@ def _evaluate(found: record.Record) -> dict[str, Any]:
     return measured
 
 
+@enough_memory("evaluation", "per_device_eval_batch_size")
 @torch.no_grad()
 def compare_all(stage: Stage, pairs: Pairs, batch_size: int, device: torch.device) -> pd.DataFrame:
     """One row per pair, in the order of the data: what the run says of it, beside what is known."""
@@ -259,6 +261,7 @@ def answer_prompts(
     return answers
 
 
+@enough_memory("evaluation", "per_device_eval_batch_size")
 @torch.no_grad()
 def _logps(model: torch.nn.Module, pairs: Pairs, config: RunConfig, device: torch.device) -> torch.Tensor:
     """(rows, 2) log-probabilities of both responses under `model`, on the CPU."""

@@ -29,7 +29,7 @@ from discobeta import record
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs, Schedule
 from discobeta.design.stages import STAGES
-from discobeta.errors import UserError
+from discobeta.errors import TRAINING_MEMORY, UserError, enough_memory
 from discobeta.files import replacing, write_text, writing_error
 from discobeta.lock import Hold
 from discobeta.optim import clip_gradients, optimizer_of
@@ -114,6 +114,7 @@ def total_steps(config: RunConfig, schedule: Schedule) -> int:
     return math.ceil(config.num_train_epochs * schedule.steps_per_epoch)
 
 
+@enough_memory("training", TRAINING_MEMORY)
 def fit(
     stage: Stage,
     train: Pairs,
@@ -209,6 +210,7 @@ def fit(
     return cost()
 
 
+@enough_memory("evaluation", "per_device_eval_batch_size or cutoff_len")
 @torch.no_grad()
 def held_out_means(
     module: torch.nn.Module, stage: Stage, held_out: Pairs, config: RunConfig, accelerator: Accelerator
