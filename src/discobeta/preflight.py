@@ -41,8 +41,8 @@ def check(model: nn.Module, data: TokenisedData, config: RunConfig, tokenizer: A
     Of answers to train on the latter is asked when there is a reward model too (`check_answers`).
     """
     check_rows(model, data.parts(), config, tokenizer=tokenizer)
-    row = STAGES[config.stage]
-    if row.is_policy and row.has_pairs:
+    row = STAGES.get(config.stage)  # of the base there is none
+    if row and row.is_policy and row.has_pairs:
         check_answers(model, data, config, tokenizer)
 
 
