@@ -74,6 +74,7 @@ TRAINING = [
     "launch",
     "lock",
     "data/batches",
+    "data/schedule",
     "stages/__init__",
 ]
 REPORT = ["record", "identity", "report/collect", "report/measures", "report/render", "report/statistics"]
