@@ -34,8 +34,24 @@ STAGE_DEFAULTS: dict[str, dict[str, float]] = {
 }
 
 
-def option(default: Any, help: str, *, least: float | None = None, most: float | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "least": least, "most": most})
+def option(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    of: Literal["data", "model", "training", "evaluation", "log", "bookkeeping"] = "training",
+    stages: str = "sft rm dpo ppo",
+    trains: str = "",
+) -> Any:
+    """A key of a run.
+
+    of: the step that it belongs to. data, model and training decide what is trained; evaluation, what is measured of
+    it; log, at which steps a line of the log stands; bookkeeping, nothing that comes out.
+    stages: those that read it. trains: those of evaluation whose training reads it too.
+    """
+    keywords = {"help": help, "least": least, "most": most, "of": of, "stages": stages.split()}
+    return field(default=default, metadata=keywords | {"trains": trains.split()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,70 +60,87 @@ class RunConfig:
 
     # --- what
     stage: Literal["sft", "rm", "dpo", "ppo"]
-    output_dir: str = option("", "directory of this run")
+    output_dir: str = option("", "directory of this run", of="bookkeeping")
     seed: int = option(42, "every random stream of the run is derived from it", least=0)
 
     # --- the four flags
-    add_disco_head: bool = option(False, "architecture: a Disco Head exists")
-    disco_pref: bool = option(False, "use: the loss reads the Disco Head")
-    add_beta_head: bool = option(False, "architecture: a Beta Head exists on the reference")
-    use_dynamic_beta: bool = option(False, "use: beta becomes pref_beta * s(x)")
+    add_disco_head: bool = option(False, "architecture: a Disco Head exists", stages="rm dpo ppo")
+    disco_pref: bool = option(False, "use: the loss reads the Disco Head", stages="rm dpo ppo")
+    add_beta_head: bool = option(False, "architecture: a Beta Head exists on the reference", stages="rm dpo ppo")
+    use_dynamic_beta: bool = option(False, "use: beta becomes pref_beta * s(x)", stages="rm dpo ppo")
 
     # --- model
-    model_name_or_path: str | None = option(None, "hub id or directory of the base model")
-    model_revision: str = option("main", "revision of a hub model")
-    adapter_name_or_path: str | None = option(None, "LoRA adapter to start from")
-    trust_remote_code: bool = option(False, "run code that comes with a hub model")
-    cache_dir: str | None = option(None, "hub cache")
-    reward_model: str | None = option(None, "ppo: an rm run, a PEFT adapter with a score, or a sequence classifier")
-    beta_head: str | None = option(None, "ppo: the dpo run whose Beta Head scales the KL coefficient")
+    model_name_or_path: str | None = option(None, "hub id or directory of the base model", of="model")
+    model_revision: str = option("main", "revision of a hub model", of="model")
+    adapter_name_or_path: str | None = option(None, "LoRA adapter to start from", of="model")
+    trust_remote_code: bool = option(False, "run code that comes with a hub model", of="model")
+    cache_dir: str | None = option(None, "hub cache", of="bookkeeping")
+    reward_model: str | None = option(
+        None, "ppo: an rm run, a PEFT adapter with a score, or a sequence classifier", stages="ppo"
+    )
+    beta_head: str | None = option(None, "ppo: the dpo run whose Beta Head scales the KL coefficient", stages="ppo")
     finetuning_type: Literal["lora", "full"] = option("lora", "LoRA or all weights")
-    lora_rank: int = option(8, "LoRA rank", least=1)
-    lora_alpha: int | None = option(None, "LoRA alpha; default twice the rank", least=1)
-    lora_dropout: float = option(0.0, "LoRA dropout", least=0, most=0.99)
-    lora_target: str = option("all", "comma-separated module names, or all linear layers")
+    lora_rank: int = option(8, "LoRA rank", least=1, stages="rm dpo ppo")
+    lora_alpha: int | None = option(None, "LoRA alpha; default twice the rank", least=1, stages="rm dpo ppo")
+    lora_dropout: float = option(0.0, "LoRA dropout", least=0, most=0.99, stages="rm dpo ppo")
+    lora_target: str = option("all", "comma-separated module names, or all linear layers", stages="rm dpo ppo")
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2"] = option("auto", "attention implementation")
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
 
     # --- a base trained from scratch (stage sft without model_name_or_path)
-    model_type: str | None = option(None, "architecture of a new base, e.g. qwen3")
-    config_overrides: str = option("", "its sizes: hidden_size=64,num_hidden_layers=2")
-    tokenizer_name: str | None = option(None, "tokenizer of a new base; default: one trained on the data")
-    vocab_size: int = option(2048, "size of a byte-level BPE tokenizer trained on the data", least=260)
+    model_type: str | None = option(None, "architecture of a new base, e.g. qwen3", stages="sft")
+    config_overrides: str = option("", "its sizes: hidden_size=64,num_hidden_layers=2", stages="sft")
+    tokenizer_name: str | None = option(None, "tokenizer of a new base; default: one trained on the data", of="model")
+    vocab_size: int = option(2048, "size of a byte-level BPE tokenizer trained on the data", least=260, stages="sft")
 
     # --- method
-    pref_beta: float = option(0.1, "beta: weight of the prior against the feedback", least=1e-6)
-    pref_loss: Literal["sigmoid"] = option("sigmoid", "the baseline's loss")
-    head_pooling: Literal["last", "mean"] = option("last", "what the Disco Head's variance reads")
-    disco_learning_rate: float | None = option(None, "default 3 x learning_rate", least=0)
-    beta_learning_rate: float | None = option(None, "default 5 x learning_rate", least=0)
-    disco_mean_penalty: float | None = option(None, "weight of (batch mean log sigma/sigma0)^2", least=0)
-    disco_spread_penalty: float | None = option(None, "weight of mean (log sigma/sigma0)^2", least=0)
-    beta_mean_penalty: float = option(0.1, "weight of (batch mean log s)^2", least=0)
-    beta_spread_penalty: float = option(0.01, "weight of mean (log s)^2", least=0)
-    head_max_grad_norm: float = option(1.0, "clipping of each head's gradient", least=0)
+    pref_beta: float = option(0.1, "beta: weight of the prior against the feedback", least=1e-6, stages="dpo ppo")
+    pref_loss: Literal["sigmoid"] = option("sigmoid", "the baseline's loss", stages="rm dpo")
+    head_pooling: Literal["last", "mean"] = option("last", "what the Disco Head's variance reads", stages="rm dpo")
+    disco_learning_rate: float | None = option(None, "default 3 x learning_rate", least=0, stages="rm dpo")
+    beta_learning_rate: float | None = option(None, "default 5 x learning_rate", least=0, stages="dpo")
+    disco_mean_penalty: float | None = option(
+        None, "weight of (batch mean log sigma/sigma0)^2", least=0, stages="rm dpo"
+    )
+    disco_spread_penalty: float | None = option(None, "weight of mean (log sigma/sigma0)^2", least=0, stages="rm dpo")
+    beta_mean_penalty: float = option(0.1, "weight of (batch mean log s)^2", least=0, stages="dpo")
+    beta_spread_penalty: float = option(0.01, "weight of mean (log s)^2", least=0, stages="dpo")
+    head_max_grad_norm: float = option(1.0, "clipping of each head's gradient", least=0, stages="rm dpo ppo")
 
     # --- data
-    dataset: str | None = option(None, "comma-separated names (dataset_dir), local files or hub ids")
-    eval_dataset: str | None = option(None, "held-out data, named likewise")
-    dataset_dir: str = option("data", "folder of dataset_info.json or datasets.yaml")
-    split: str = option("train", "split of a hub dataset")
-    eval_split: str = option("test", "split of a hub dataset that eval_dataset names")
-    cutoff_len: int = option(2048, "longest prompt + response, in tokens", least=2)
-    max_samples: int | None = option(None, "use the first n rows of each dataset", least=1)
-    val_size: float = option(0.0, "held-out share (< 1) or number of rows (>= 1) of dataset", least=0)
-    max_unusable_rows: float = option(0.05, "refuse the data above this share of unusable rows", least=0, most=1)
-    tokenized_path: str | None = option(None, "folder of tokenised rows: read if there, else written")
-    reference_path: str | None = option(None, "folder of the reference pass: read if there, else written")
+    dataset: str | None = option(None, "comma-separated names (dataset_dir), local files or hub ids", of="data")
+    eval_dataset: str | None = option(None, "held-out data, named likewise", of="data")
+    dataset_dir: str = option("data", "folder of dataset_info.json or datasets.yaml", of="data")
+    split: str = option("train", "split of a hub dataset", of="data")
+    eval_split: str = option("test", "split of a hub dataset that eval_dataset names", of="data")
+    cutoff_len: int = option(2048, "longest prompt + response, in tokens", least=2, of="data")
+    max_samples: int | None = option(None, "use the first n rows of each dataset", least=1, of="data")
+    val_size: float = option(0.0, "held-out share (< 1) or number of rows (>= 1) of dataset", least=0, of="data")
+    max_unusable_rows: float = option(
+        0.05, "refuse the data above this share of unusable rows", least=0, most=1, of="data"
+    )
+    tokenized_path: str | None = option(None, "folder of tokenised rows: read if there, else written", of="data")
+    reference_path: str | None = option(
+        None, "folder of the reference pass: read if there, else written", of="data", stages="dpo"
+    )
 
     # --- optimisation
     per_device_train_batch_size: int = option(8, "pairs per forward pass and device", least=1)
-    per_device_eval_batch_size: int = option(8, "pairs per forward pass; responses are sampled 8 x as many", least=1)
+    per_device_eval_batch_size: int = option(
+        8,
+        "pairs per forward pass; responses are sampled 8 x as many",
+        least=1,
+        of="evaluation",
+        stages="rm dpo ppo",
+        trains="sft dpo ppo",
+    )
     gradient_accumulation_steps: int = option(1, "forward passes per optimiser step", least=1)
     learning_rate: float = option(5e-5, "of the adapter (or the model)", least=0)
     num_train_epochs: float = option(3.0, "passes over the data", least=0)
     max_steps: int = option(-1, "optimiser steps; -1: by num_train_epochs", least=-1)
-    stop_after_steps: int | None = option(None, "stop early, with the schedule of the whole run", least=1)
+    stop_after_steps: int | None = option(
+        None, "stop early, with the schedule of the whole run", least=1, stages="rm dpo ppo"
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         option("linear", "schedule of the learning rate after warm-up")
     )
@@ -123,36 +156,48 @@ class RunConfig:
     deterministic: bool = option(False, "deterministic kernels on a GPU")
 
     # --- bookkeeping
-    logging_steps: int = option(10, "optimiser steps between log lines", least=1)
-    save_steps: int = option(500, "optimiser steps between checkpoints; 0: none", least=0)
+    logging_steps: int = option(10, "optimiser steps between log lines", least=1, of="log")
+    save_steps: int = option(500, "optimiser steps between checkpoints; 0: none", least=0, of="bookkeeping")
     eval_strategy: Literal["no", "steps", "epoch"] = option("no", "held-out loss during training")
-    eval_steps: int | None = option(None, "for eval_strategy: steps; default logging_steps", least=1)
-    plot_loss: bool = option(False, "write loss.png")
-    report_to: Literal["none", "tensorboard", "wandb"] = option("none", "tracker")
-    run_name: str | None = option(None, "name in the tracker")
-    resume_from_checkpoint: str | bool | None = option(None, "default: from the run's own checkpoint, if any")
-    overwrite_output_dir: bool = option(False, "replace another run that output_dir holds")
+    eval_steps: int | None = option(None, "for eval_strategy: steps; default logging_steps", least=1, of="log")
+    plot_loss: bool = option(False, "write loss.png", of="bookkeeping")
+    report_to: Literal["none", "tensorboard", "wandb"] = option("none", "tracker", of="bookkeeping")
+    run_name: str | None = option(None, "name in the tracker", of="bookkeeping")
+    resume_from_checkpoint: str | bool | None = option(
+        None, "default: from the run's own checkpoint, if any", of="bookkeeping"
+    )
+    overwrite_output_dir: bool = option(False, "replace another run that output_dir holds", of="bookkeeping")
 
     # --- generation (evaluation of policies; rollouts of ppo)
-    max_new_tokens: int = option(64, "longest sampled response", least=1)
-    temperature: float = option(1.0, "of sampling", least=1e-3)
-    top_p: float = option(1.0, "of sampling", least=1e-6, most=1)
-    top_k: int = option(0, "of sampling; 0: off", least=0)
-    num_eval_generations: int | None = option(None, "prompts answered in evaluation; default 0, ppo 64", least=0)
-    ground_truth: Literal["none", "world"] = option("none", "the true reward of a sampled response, if known")
+    max_new_tokens: int = option(
+        64, "longest sampled response", least=1, of="evaluation", stages="dpo ppo", trains="ppo"
+    )
+    temperature: float = option(1.0, "of sampling", least=1e-3, of="evaluation", stages="dpo ppo", trains="ppo")
+    top_p: float = option(1.0, "of sampling", least=1e-6, most=1, of="evaluation", stages="dpo ppo", trains="ppo")
+    top_k: int = option(0, "of sampling; 0: off", least=0, of="evaluation", stages="dpo ppo", trains="ppo")
+    num_eval_generations: int | None = option(
+        None, "prompts answered in evaluation; default 0, ppo 64", least=0, of="evaluation", stages="dpo ppo"
+    )
+    ground_truth: Literal["none", "world"] = option(
+        "none", "the true reward of a sampled response, if known", of="evaluation", stages="dpo ppo"
+    )
 
     # --- ppo
-    ppo_epochs: int = option(4, "passes over the buffer", least=1)
-    ppo_buffer_size: int = option(1, "optimiser steps' worth of responses in the buffer", least=1)
-    ppo_target: float | None = option(None, "KL per sequence to steer the coefficient to", least=1e-6)
-    ppo_score_norm: bool = option(False, "standardise scores by those of the reference's own responses")
-    ppo_whiten_rewards: bool = option(False, "scale the tokens' rewards to variance 1")
-    missing_eos_penalty: float = option(1.0, "subtracted from the score of a response that does not end", least=0)
-    cliprange: float = option(0.2, "of the policy's ratio", least=1e-6)
-    cliprange_value: float = option(0.2, "of the value's step", least=1e-6)
-    gamma: float = option(1.0, "discount", least=0, most=1)
-    lam: float = option(0.95, "lambda of the generalised advantages", least=0, most=1)
-    value_learning_rate: float | None = option(None, "of the value head; default 5 x learning_rate", least=0)
+    ppo_epochs: int = option(4, "passes over the buffer", least=1, stages="ppo")
+    ppo_buffer_size: int = option(1, "optimiser steps' worth of responses in the buffer", least=1, stages="ppo")
+    ppo_target: float | None = option(None, "KL per sequence to steer the coefficient to", least=1e-6, stages="ppo")
+    ppo_score_norm: bool = option(False, "standardise scores by those of the reference's own responses", stages="ppo")
+    ppo_whiten_rewards: bool = option(False, "scale the tokens' rewards to variance 1", stages="ppo")
+    missing_eos_penalty: float = option(
+        1.0, "subtracted from the score of a response that does not end", least=0, stages="ppo"
+    )
+    cliprange: float = option(0.2, "of the policy's ratio", least=1e-6, stages="ppo")
+    cliprange_value: float = option(0.2, "of the value's step", least=1e-6, stages="ppo")
+    gamma: float = option(1.0, "discount", least=0, most=1, stages="ppo")
+    lam: float = option(0.95, "lambda of the generalised advantages", least=0, most=1, stages="ppo")
+    value_learning_rate: float | None = option(
+        None, "of the value head; default 5 x learning_rate", least=0, stages="ppo"
+    )
 
     @classmethod
     def from_mapping(cls, settings: dict[str, Any], where: str = "run config") -> tuple[RunConfig, list[str]]:
@@ -203,6 +248,13 @@ class RunConfig:
         """Every key with the value that the run uses, as plain YAML types."""
         return dataclasses.asdict(self)
 
+    def settings_of(self, *steps: str) -> dict[str, Any]:
+        """The keys, resolved, on which the outcome of these steps depends in a run of this stage; see `option`.
+
+        training: with the keys of data and model.
+        """
+        return {name: getattr(self, name) for step in steps for name in keys_of(step, self.stage)}
+
     def _check(self) -> None:
         arm = self.arm  # raises on a use without its head
         if self.stage == "sft" and arm != Arm():
@@ -250,6 +302,20 @@ def _said_as_here(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if name in settings and settings[name] is None:
             del settings[name]
     return settings, notes
+
+
+@cache
+def keys_of(step: str, stage: str) -> tuple[str, ...]:
+    """The keys of the run config that decide the outcome of `step` in `stage`, in their order; see `option`."""
+    parts = ("data", "model", "training") if step == "training" else (step,)
+    found = []
+    for entry in dataclasses.fields(RunConfig):
+        of, stages, trains = (entry.metadata.get(key) for key in ("of", "stages", "trains"))
+        if entry.name == "stage":  # which has no `option`
+            of, stages, trains = "training", [stage], []
+        if (of in parts and stage in stages) or (step == "training" and stage in trains):
+            found.append(entry.name)
+    return tuple(found)
 
 
 _hints = cache(typing.get_type_hints)  # which compiles every annotation anew
