@@ -321,6 +321,7 @@ def write_provenance(
         "package": package_hash(),
         "code": code_hash(config.stage),
         "settings": settings_hash(config),
+        "log": config.settings_of("log"),
         "versions": {"discobeta": __version__, "python": platform.python_version(), **_versions()},
         "machine": {"system": platform.system(), "processor": platform.machine(), "kernels": _kernels()},
         "files": manifest(directory, parts),

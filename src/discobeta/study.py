@@ -43,6 +43,9 @@ LONGEST_NAME = 100
 """Characters of a study's name, which becomes a folder, and of a key."""
 
 WORLD_DEFAULTS = {"sft_examples": 6000, "train": 9600, "evaluation": 1600, "noise": "heteroscedastic", "seed": 1}
+WORLD_STEPS = {"corpus": ("seed", "sft_examples", "noise"), "pairs": ("train", "evaluation")}
+"""Which of them each step of the world reads; what pairs read of the corpus, they read from its record."""
+
 DATA_KEYS = [
     "dataset",
     "eval_dataset",
@@ -393,14 +396,19 @@ class Study:
         }
 
     def resolved(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings of `prepare` or `reference`, with today's defaults of all keys that their outcome depends on.
-
-        What a job is asked for is what it is compared with later: a default that changes remakes what it changes.
-        """
+        """The settings of `prepare` or `reference`, with today's defaults of all keys that they read."""
         config, _ = RunConfig.from_mapping(settings, self._where)
         names = [*TOKENS_DEPEND_ON, *(REFERENCE_KEYS if "reference_path" in settings else ())]
         known = config.resolved()
         return settings | {name: known[name] for name in names}
+
+    def decides_shared(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Those of `resolved` on which the outcome of `prepare` or `reference` depends: no stage, and not the cache."""
+        return {key: value for key, value in self.resolved(settings).items() if key not in ("stage", "cache_dir")}
+
+    def decides_world(self, step: str) -> dict[str, Any]:
+        """What the world's corpus, or its pairs, depend on."""
+        return {key: self.world[key] for key in WORLD_STEPS[step]} if self.world else {}
 
     # --- reading and checking
 

@@ -1,4 +1,5 @@
 # What the rules share. Every decision about runs is made by discobeta.study; here are only paths.
+import json
 import os
 import shlex
 import sys
@@ -11,6 +12,7 @@ from snakemake.utils import update_config, validate
 SOURCE = Path(os.path.relpath(Path(workflow.basedir).parent / "src"))
 sys.path.insert(0, str(SOURCE.resolve()))
 
+from discobeta.closure import code
 from discobeta.config import as_written
 from discobeta.errors import UserError
 from discobeta.identity import CONFIGS, TOKENIZER, WEIGHTS
@@ -58,44 +60,6 @@ wildcard_constraints:
     seed="[0-9]+",
     proof="(/proof)?",
     draw="[a-z0-9-]+",
-
-
-# The package files that each step is made of: editing one reruns the steps that list it, no others.
-DATA_MODULES = ["data/formats", "data/sources", "data/tokens"]
-TRAINING = [
-    "flags",
-    "seeds",
-    "heads",
-    "signals",
-    "losses",
-    "policy",
-    "loop",
-    "train",
-    "launch",
-    "lock",
-    "data/batches",
-    "data/schedule",
-    "stages/__init__",
-]
-REPORT = ["record", "identity", "report/collect", "report/measures", "report/render", "report/statistics"]
-MODULES = {
-    "world_corpus": ["world", "seeds"],
-    "world_pairs": ["world", "seeds", "generation"],
-    "sft": ["stages/sft", "seeds", *DATA_MODULES],
-    "prepare": ["seeds", *DATA_MODULES],
-    "reference": ["reference", "policy", "data/batches"],
-    "rm": ["stages/rm", *TRAINING],
-    "dpo": ["stages/dpo", "reference", *TRAINING],
-    "ppo": ["stages/ppo", "chain", "stages/rm", "reward", "generation", *TRAINING],
-    "evaluate": ["evaluate", "metrics", "generation", "reward"],
-    "tables": [*REPORT, "report/effects", "report/neutrality", "report/tables"],
-    "figures": [*REPORT, "report/figures", "metrics"],
-}
-
-
-def modules(step):
-    """The package files of one step."""
-    return [str(SOURCE / "discobeta" / f"{name}.py") for name in MODULES[step]]
 
 
 def local_files(*names):
@@ -155,15 +119,37 @@ def shared_files(stage):
     return files
 
 
+# Snakemake compares the params of a job with those that it was last done with, except those that ask for `threads`:
+# a function of that is taken for derived. So each job has `code` and `decides`, which say what its outcome depends on,
+# and beside them all of its settings.
+
+
+def run_decides(stage):
+    """A params function: the resolved settings on which the outcome of one training run depends, as text."""
+    return lambda wildcards: as_text(study.config(run_of(stage, wildcards)).settings_of("training"))
+
+
 def run_settings(stage):
-    """A params function: the run YAML of one run, as text, with today's defaults: a changed one reruns what it changes."""
-    return lambda wildcards: as_text(study.config(run_of(stage, wildcards)).resolved())
+    """A params function: the run YAML of one run, resolved, as text; not compared."""
+    return lambda wildcards, threads: as_text(study.config(run_of(stage, wildcards)).resolved())
+
+
+def decides_of(make):
+    """A params function: the resolved settings on which the outcome of a shared step depends, as text."""
+    return lambda wildcards: as_text(study.decides_shared(make(wildcards.draw)))
 
 
 def settings_of(make):
-    """A params function: the run YAML of a step that is shared, likewise. In a text that stands in a rule itself,
-    Snakemake would take braces for wildcards."""
-    return lambda wildcards: as_text(study.resolved(make(wildcards.draw)))
+    """A params function: the run YAML of a shared step, resolved, as text; not compared. In a text that stands in a
+    rule itself, Snakemake would take braces for wildcards."""
+    return lambda wildcards, threads: as_text(study.resolved(make(wildcards.draw)))
+
+
+def evaluation_words(wildcards):
+    """A params function: the settings of one evaluation as words of `--set`; its outcome depends on them."""
+    run = study.run(wildcards.stage, wildcards.arm, int(wildcards.seed))
+    settings = study.config(run).settings_of("evaluation")
+    return " ".join(shlex.quote(f"{key}={json.dumps(value)}") for key, value in settings.items())
 
 
 def study_text(wildcards):

@@ -3,7 +3,6 @@
 
 rule evaluate:
     input:
-        modules("evaluate"),
         run=RUN / "{stage}" / "{arm}" / "seed-{seed}" / "provenance.json",
     output:
         RUN / "{stage}" / "{arm}" / "seed-{seed}" / "metrics.json",
@@ -15,9 +14,13 @@ rule evaluate:
     conda:
         ENVIRONMENT
     params:
+        code=lambda wildcards: code("evaluate", wildcards.stage),
+        settings=evaluation_words,
         directory=lambda wildcards, input: Path(input.run).parent,
         # a run's own word on these counts for nothing
         trust=" --trust-remote-code" if study.model.get("trust_remote_code") else "",
-        cache=f" --cache-dir {shlex.quote(cache)}" if (cache := study.model.get("cache_dir")) else "",
+        cache=lambda wildcards, threads: (
+            f" --cache-dir {shlex.quote(cache)}" if (cache := study.model.get("cache_dir")) else ""
+        ),
     shell:
-        "python -m discobeta evaluate {params.directory}{params.trust}{params.cache} &> {log}"
+        "python -m discobeta evaluate {params.directory} --set {params.settings}{params.trust}{params.cache} &> {log}"

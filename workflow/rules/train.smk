@@ -4,7 +4,6 @@
 
 rule train_rm:
     input:
-        modules("rm"),
         BASE,
         shared_files("rm"),
     output:
@@ -14,6 +13,8 @@ rule train_rm:
     conda:
         ENVIRONMENT
     params:
+        code=code("train", "rm"),
+        decides=run_decides("rm"),
         settings=run_settings("rm"),
         processes=PROCESSES,
     shell:
@@ -22,7 +23,6 @@ rule train_rm:
 
 use rule train_rm as train_dpo with:
     input:
-        modules("dpo"),
         BASE,
         shared_files("dpo"),
     output:
@@ -30,13 +30,14 @@ use rule train_rm as train_dpo with:
     log:
         LOGS / "dpo" / "{arm}" / "seed-{seed}{proof}.log",
     params:
+        code=code("train", "dpo"),
+        decides=run_decides("dpo"),
         settings=run_settings("dpo"),
         processes=PROCESSES,
 
 
 use rule train_rm as train_ppo with:
     input:
-        modules("ppo"),
         BASE,
         shared_files("ppo"),
     output:
@@ -44,5 +45,7 @@ use rule train_rm as train_ppo with:
     log:
         LOGS / "ppo" / "{arm}" / "seed-{seed}{proof}.log",
     params:
+        code=code("train", "ppo"),
+        decides=run_decides("ppo"),
         settings=run_settings("ppo"),
         processes=PROCESSES,
