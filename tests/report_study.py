@@ -86,11 +86,18 @@ def _read_by_ppo(config: RunConfig) -> dict[str, str]:
     return found | ({"beta_head": files.sha256(head)} if config.beta_head and head.exists() else {})
 
 
-def evaluate(directory: Path, metrics: dict, examples: dict[str, Sequence] = EXAMPLES, seconds: float = 1.0) -> None:
+def evaluate(
+    directory: Path,
+    metrics: dict,
+    examples: dict[str, Sequence] = EXAMPLES,
+    seconds: float = 1.0,
+    config: RunConfig | None = None,
+) -> None:
+    """config: with the settings of the evaluation, where they are not those in the run's."""
     (directory / "evaluation_cost.json").write_text(json.dumps({"seconds": seconds}))
     pd.DataFrame(examples).to_parquet(directory / "examples.parquet")
-    config, _ = RunConfig.from_mapping(read_yaml(directory / "config.yaml"))
-    record.write_evaluation(directory, config, metrics, {})
+    own, _ = RunConfig.from_mapping(read_yaml(directory / "config.yaml"))
+    record.write_evaluation(directory, config or own, metrics, {})
     evaluation = files.read_sealed(directory / "evaluation.json")
     files.write_sealed(directory / "evaluation.json", evaluation | {"kernels": "AVX2"})
 

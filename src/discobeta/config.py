@@ -138,9 +138,7 @@ class RunConfig:
     learning_rate: float = option(5e-5, "of the adapter (or the model)", least=0)
     num_train_epochs: float = option(3.0, "passes over the data", least=0)
     max_steps: int = option(-1, "optimiser steps; -1: by num_train_epochs", least=-1)
-    stop_after_steps: int | None = option(
-        None, "stop early, with the schedule of the whole run", least=1, stages="rm dpo ppo"
-    )
+    stop_after_steps: int | None = option(None, "stop early, with the schedule of the whole run", least=1)
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         option("linear", "schedule of the learning rate after warm-up")
     )

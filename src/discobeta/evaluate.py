@@ -25,7 +25,7 @@ from discobeta.config import RunConfig, keys_of
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
 from discobeta.errors import UserError, did_you_mean, shown
-from discobeta.files import replacing, write_json, write_text
+from discobeta.files import remove, replacing, write_json, write_text
 from discobeta.generation import generate, has_ended, response_text, stop_ids
 from discobeta.heads import SIGMA0
 from discobeta.policy import hidden_states, load_reference, load_tokenizer, response_logps, use_deterministic_kernels
@@ -95,6 +95,8 @@ def _evaluate(found: record.Record) -> dict[str, Any]:
         measured |= policy_metrics(answers)
         lines = (json.dumps(row, ensure_ascii=False) for row in answers.to_dict("records"))
         write_text(directory / "generations.jsonl", "".join(f"{line}\n" for line in lines))
+    else:
+        remove(directory / "generations.jsonl")  # of an evaluation with other settings
     with replacing(directory / "examples.parquet") as temporary:
         (answers if examples is None else examples).to_parquet(temporary, index=False)
     seconds = time.monotonic() - started
