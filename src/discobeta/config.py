@@ -244,7 +244,7 @@ class RunConfig:
 
     def resolved(self) -> dict[str, Any]:
         """Every key with the value that the run uses, as plain YAML types."""
-        return dataclasses.asdict(self)
+        return dict(vars(self))  # in the order of the fields; all values are plain, and asdict copies for long
 
     def settings_of(self, *steps: str) -> dict[str, Any]:
         """The keys, resolved, on which the outcome of these steps depends in a run of this stage; see `option`.

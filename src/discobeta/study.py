@@ -138,6 +138,7 @@ class Study:
         self._read_prompts()
         self._read_base()
         self._first_configs: dict[tuple[str, Arm, bool], tuple[dict[str, Any], RunConfig]] = {}
+        self._configs: dict[Run, RunConfig] = {}
         self._proof_lengths: dict[str, int] = {}
         self._check_numbers()
         self._sections = {name: self._section(name) for name in ("common", *STAGES)}
@@ -198,6 +199,8 @@ class Study:
 
         Seeds differ in the seed and in paths alone, so one config per arm is made from its settings.
         """
+        if run in self._configs:
+            return self._configs[run]
         kind = run.stage, run.arm, run.proof
         if kind not in self._first_configs:
             first = self.run(run.stage, run.arm, self.seeds[0], run.proof)
@@ -206,7 +209,9 @@ class Study:
             self._first_configs[kind] = settings, self._checked(settings, label)
         known, config = self._first_configs[kind]
         settings = self.run_settings(run)
-        return config.replace(**{key: value for key, value in settings.items() if value != known[key]})
+        changes = {key: value for key, value in settings.items() if value != known[key]}
+        self._configs[run] = config.replace(**changes)
+        return self._configs[run]
 
     def _shared_out(self, stage: str) -> dict[str, int]:
         """The batch of one device, if several share what the study says of one: the run computes the same.

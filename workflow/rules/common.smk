@@ -3,6 +3,7 @@ import json
 import os
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -52,6 +53,7 @@ FIGURE_NAMES = [(name, stage) for stage in study.stages for name in study.figure
 LOGS = study.directory / "logs"
 RUN = study.directory / "runs"
 PROCESSES = f" --processes {study.gpus_per_run}" if study.gpus_per_run > 1 else ""
+CACHE = f" --cache-dir {shlex.quote(cache_dir)}" if (cache_dir := study.model.get("cache_dir")) else ""
 DATA = study.shared_directory / "data"
 
 
@@ -145,11 +147,16 @@ def settings_of(make):
     return lambda wildcards, threads: as_text(study.resolved(make(wildcards.draw)))
 
 
-def evaluation_words(wildcards):
-    """A params function: the settings of one evaluation as words of `--set`; its outcome depends on them."""
-    run = study.run(wildcards.stage, wildcards.arm, int(wildcards.seed))
-    settings = study.config(run).settings_of("evaluation")
-    return " ".join(shlex.quote(f"{key}={json.dumps(value)}") for key, value in settings.items())
+def evaluation_of(wildcards):
+    """A params function: what the outcome of an evaluation depends on, the settings as words of `--set`."""
+    return measured_by(wildcards.stage, wildcards.arm)
+
+
+@cache
+def measured_by(stage, arm):
+    settings = study.config(study.run(stage, arm, study.seeds[0])).settings_of("evaluation")
+    words = " ".join(shlex.quote(f"{key}={json.dumps(value)}") for key, value in settings.items())
+    return {"code": code("evaluate", stage), "settings": words}
 
 
 def study_text(wildcards):

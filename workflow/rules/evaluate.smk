@@ -14,13 +14,10 @@ rule evaluate:
     conda:
         ENVIRONMENT
     params:
-        code=lambda wildcards: code("evaluate", wildcards.stage),
-        settings=evaluation_words,
-        directory=lambda wildcards, input: Path(input.run).parent,
-        # a run's own word on these counts for nothing
+        evaluation=evaluation_of,
+        # the cache is nothing that an outcome depends on, so it stands in what is not compared
+        run=lambda wildcards, input: f"{Path(input.run).parent}{CACHE}",
+        # a run's own word on this counts for nothing
         trust=" --trust-remote-code" if study.model.get("trust_remote_code") else "",
-        cache=lambda wildcards, threads: (
-            f" --cache-dir {shlex.quote(cache)}" if (cache := study.model.get("cache_dir")) else ""
-        ),
     shell:
-        "python -m discobeta evaluate {params.directory} --set {params.settings}{params.trust}{params.cache} &> {log}"
+        "python -m discobeta evaluate {params.run}{params.trust} --set {params.evaluation[settings]} &> {log}"
