@@ -105,7 +105,7 @@ DEFAULTS = {
     "disco_mean_penalty of dpo": ('"dpo": {"disco_mean_penalty": 0.1', '"dpo": {"disco_mean_penalty": 0.2', DPO),
     "top_k": ("top_k: int = option(0", "top_k: int = option(5", {"evaluate dpo": 4} | PPO),
     "cutoff_len": ("cutoff_len: int = option(2048", "cutoff_len: int = option(1024", TOKENS),
-    "logging_steps": ("logging_steps: int = option(10", "logging_steps: int = option(7", {}),
+    "plot_loss": ("plot_loss: bool = option(False", "plot_loss: bool = option(True", {}),
 }
 
 
