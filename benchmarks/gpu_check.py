@@ -71,12 +71,17 @@ def write_pairs(path: Path, count: int, vocab_size: int) -> None:
             stream.write(json.dumps(row) + "\n")
 
 
-def main() -> int:
+def train(path: Path) -> None:
+    """In a process of its own, whose peak of memory is the run's."""
+    subprocess.run([sys.executable, "-m", "discobeta", "train", str(path), "--no-evaluate"], check=True)
+
+
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="a small shape, for a machine without a GPU")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--output", type=Path, default=ROOT / "results/published/gpu-check")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     name = "small" if options.small else "qwen3-0.6b"
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -107,8 +112,7 @@ def main() -> int:
                 "stop_after_steps": options.steps,
             }
             write_text(folder / f"{arm}.yaml", yaml.safe_dump(wanted))
-            command = [sys.executable, "-m", "discobeta", "train", str(folder / f"{arm}.yaml"), "--no-evaluate"]
-            subprocess.run(command, check=True)
+            train(folder / f"{arm}.yaml")
             costs[arm] = json.loads((folder / arm / "cost.json").read_text())
         verdicts = compare(folder / "disco-idle_beta-idle", folder / "baseline")
         commit, dirty = source_state()
@@ -133,7 +137,7 @@ def as_markdown(found: dict) -> str:
         "|---|---|---:|---:|---:|---:|",
     ]
     for arm, cost in found["cost"].items():
-        numbers = f"{cost['pairs_per_second']:.1f} | {cost['tokens_per_second']:.0f}"
+        numbers = f"{cost['rows_per_second']:.1f} | {cost['tokens_per_second']:.0f}"
         memory = cost["peak_memory_bytes"] / 1e9
         lines.append(f"| {arm} | {cost['device']} | {numbers} | {memory:.1f} | {cost['seconds']:.1f} |")
     lines += ["", "Both heads idle against no heads:", ""]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from discobeta import files, identity, record
-from discobeta.config import RunConfig, write_yaml
+from discobeta.config import RunConfig, read_yaml, write_yaml
 from discobeta.report.collect import Results
 from discobeta.study import Run, Study
 
@@ -86,10 +86,18 @@ def _read_by_ppo(config: RunConfig) -> dict[str, str]:
     return found | ({"beta_head": files.sha256(head)} if config.beta_head and head.exists() else {})
 
 
-def evaluate(directory: Path, metrics: dict, examples: dict[str, Sequence] = EXAMPLES, seconds: float = 1.0) -> None:
+def evaluate(
+    directory: Path,
+    metrics: dict,
+    examples: dict[str, Sequence] = EXAMPLES,
+    seconds: float = 1.0,
+    config: RunConfig | None = None,
+) -> None:
+    """config: with the settings of the evaluation, where they are not those in the run's."""
     (directory / "evaluation_cost.json").write_text(json.dumps({"seconds": seconds}))
     pd.DataFrame(examples).to_parquet(directory / "examples.parquet")
-    record.write_evaluation(directory, metrics, {})
+    own, _ = RunConfig.from_mapping(read_yaml(directory / "config.yaml"))
+    record.write_evaluation(directory, config or own, metrics, {})
     evaluation = files.read_sealed(directory / "evaluation.json")
     files.write_sealed(directory / "evaluation.json", evaluation | {"kernels": "AVX2"})
 

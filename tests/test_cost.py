@@ -1,6 +1,8 @@
 """The estimate of a study, against sums worked out by hand; what can be fetched ahead."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +10,7 @@ import pytest
 
 from discobeta import cli
 from discobeta.cost import estimate, find, length, report
+from discobeta.data.schedule import schedule_of
 from discobeta.errors import UserError
 from discobeta.fetch import fetch
 from discobeta.study import Study
@@ -61,7 +64,38 @@ def test_epochs_need_the_tokens(tmp_path, monkeypatch):
     folder = study.tokens("all")
     folder.mkdir(parents=True)
     (folder / "tokens.json").write_text(json.dumps({"counts": {"train": 41}}))
-    assert length(study, run) == (21, 84)  # 2 epochs of 41 rows, 4 a step: 20.5 steps
+    assert length(study, run) == (22, 82)  # twice 10 steps of 4 rows and one of a single row
+    capped = Study(SETTINGS | {"common": {"per_device_train_batch_size": 4, "max_steps": 13}})
+    assert length(capped, run) == (13, 41 + 2 * 4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "devices", "expected"),
+    [
+        ("rm", {"num_train_epochs": 1.5}, 1, (17, 41 + 6 * 4)),  # 1.5 * 11 steps an epoch = 16.5
+        ("dpo", {"num_train_epochs": 2}, 2, (20, 80)),  # the 41st row of an epoch has no partner on the other device
+        ("dpo", {"num_train_epochs": 2, "gradient_accumulation_steps": 5}, 1, (6, 82)),  # 20, 20 and 1, twice
+        ("ppo", {"num_train_epochs": 2}, 1, (7, 84)),  # 82 rows in buffers of 12, all of them full: 6.8
+    ],
+)
+def test_the_steps_are_those_of_the_loop(stage, changes, devices, expected, tmp_path, monkeypatch):
+    """Counted by hand, and by going through the loop's own schedule row by row."""
+    monkeypatch.chdir(tmp_path)
+    settings = SETTINGS | {"common": {"per_device_train_batch_size": 4} | changes, "gpus_per_run": devices}
+    study = Study(settings | {"ppo": {"ppo_buffer_size": 3}})
+    run = study.run(stage, "baseline", 1)
+    folder = study.prompts("all") if stage == "ppo" else study.tokens("all")
+    folder.mkdir(parents=True)
+    (folder / "tokens.json").write_text(json.dumps({"counts": {"train": 41}}))
+    assert length(study, run) == expected
+    schedule = schedule_of(study.config(run), 41, devices)
+    assert sum(len(schedule.step_rows(step)) for step in range(expected[0])) == expected[1]
+    assert len(schedule.step_rows(expected[0] - 1)) > 0
+
+
+def test_an_estimate_needs_no_torch():
+    code = "import sys, discobeta.cost; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_the_estimate_is_runs_times_measured_rates(tmp_path):
@@ -147,7 +181,9 @@ def test_tables_that_are_none_are_refused_in_a_line(name, content, published, tm
     assert str(folder) in message
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"counts": 5}', '{"counts": {"train": "41"}}', '{"counts": {}}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"counts": 5}', '{"counts": {"train": "41"}}', '{"counts": {}}', '{"counts": {"train": 0}}']
+)
 def test_tokens_that_do_not_say_how_many_are_refused(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study = Study(SETTINGS | {"common": {"num_train_epochs": 2}})

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import preference_rows, write_rows
 
+from discobeta import cli, record
+from discobeta.config import RunConfig
 from discobeta.errors import UserError
 from discobeta.evaluate import evaluate, policy_metrics, preference_metrics
 from discobeta.metrics import EVALUATION_COLUMNS
@@ -35,6 +37,49 @@ def test_all_columns_of_all_stages_are_names_that_a_truth_may_not_have(run, monk
         if (directory / "generations.jsonl").exists():
             written |= set(json.loads((directory / "generations.jsonl").read_text().splitlines()[0]))
     assert written - TRUTH - {"probability"} == EVALUATION_COLUMNS - {"oracle_probability"}
+
+
+def test_an_evaluation_with_other_settings_is_the_one_of_a_run_that_had_them(run, settings, tmp_path, capsys):
+    """The run stays as it is; its evaluation says what it was made with, and counts only where that is wanted."""
+    sampling = {"num_eval_generations": 3, "max_new_tokens": 4, "temperature": 0.7}
+    path, had_them = run("dpo", name="run"), run("dpo", name="other", **sampling)
+    evaluate(path)
+    evaluate(had_them)
+    trained = (path / "provenance.json").read_bytes()
+    words = [f"{key}={value}" for key, value in sampling.items()]
+    assert cli.main(["evaluate", str(path), "--set", *words]) == 0
+    for name in ("metrics.json", "examples.parquet", "generations.jsonl"):
+        assert (path / name).read_bytes() == (had_them / name).read_bytes()
+    assert (path / "provenance.json").read_bytes() == trained
+    as_trained, _ = RunConfig.from_mapping(settings("dpo", name="run"))
+    assert record.measurement_fault(path, as_trained.replace(**sampling)) is None
+    fault = "evaluated with other settings (max_new_tokens: 4 there, 64 here)"
+    assert record.measurement_fault(path, as_trained) == fault
+    # `train` finds the run finished, and measures it as it is now asked to
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(settings("dpo", name="run")))
+    assert cli.main(["train", str(file)]) == 0
+    assert "holds this run, finished" in capsys.readouterr().err
+    assert (path / "provenance.json").read_bytes() == trained
+    assert record.measurement_fault(path, as_trained) is None
+    assert "generations" not in json.loads((path / "metrics.json").read_text())
+    assert not (path / "generations.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "stage, word, said",
+    [
+        ("dpo", "learning_rate=1", "--set 'learning_rate': this is no setting of an evaluation"),
+        ("dpo", "temprature=1", "did you mean 'temperature'?"),
+        ("dpo", "temperature=hot", "--set: temperature: 'hot' should be a number"),
+        ("rm", "temperature=0.5", "of a run of rm it may be per_device_eval_batch_size"),
+    ],
+)
+def test_what_is_no_setting_of_an_evaluation_is_refused(stage, word, said, run, capsys):
+    path = run(stage)
+    assert cli.main(["evaluate", str(path), "--set", word]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert said in message and not (path / "metrics.json").exists()
 
 
 def pairs_of(**columns):

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from discobeta.config import RunConfig
-from discobeta.data.batches import Pairs, Schedule, collate
+from discobeta.data.batches import Pairs, collate
+from discobeta.data.schedule import Schedule
 from discobeta.data.tokens import Rows, load_or_tokenise
 from discobeta.heads import build
 from discobeta.policy import hidden_states, load_causal_lm, load_scorer, load_tokenizer, response_logps

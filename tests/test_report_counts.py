@@ -1,6 +1,7 @@
 """Which runs count: a number of a run that is not the study's is in no table and no figure, and the run is named."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -389,8 +390,44 @@ def test_a_measurement_of_the_run_before_is_none():
     place = finish(made, finished(made), {"nll": ALIEN})
     path = place / "provenance.json"
     files.write_sealed(path, files.read_sealed(path) | {"dirty": True})  # trained again, and not evaluated
+    _no_measurement_of_seed_2(made, "(evaluated before it was trained again)")
+
+
+@pytest.mark.parametrize(
+    "then, reason",
+    [
+        ({"temperature": 0.5}, "evaluated with other settings (temperature: 0.5 there, 1.0 here)"),
+        ({"num_eval_generations": 8}, "evaluated with other settings (num_eval_generations: 8 there, 0 here)"),
+        (None, "(evaluated by another version of discobeta)"),
+    ],
+)
+def test_a_measurement_with_other_settings_than_the_studys_is_none(then, reason):
+    made = Study(SETTINGS)
+    place = finish(made, finished(made), {"nll": ALIEN})
+    evaluation = files.read_sealed(place / "evaluation.json")
+    evaluation["settings"] = None if then is None else evaluation["settings"] | then
+    files.write_sealed(place / "evaluation.json", evaluation)
+    _no_measurement_of_seed_2(made, reason)
+
+
+def test_a_run_counts_whatever_its_config_says_of_evaluation_and_of_its_log():
+    """What it was trained with is the study's; what it was measured with stands beside the measurement."""
+    made = Study(SETTINGS)
+    run = finished(made)
+    before = made.config(run).replace(temperature=0.5, num_eval_generations=8, logging_steps=3, lam=0.5, plot_loss=True)
+    place = write_run(before, measured(run))
+    assert results(made).absence(run).startswith("evaluated with other settings (")
+    evaluate(place, measured(run), config=made.config(run))
+    assert results(made).absence(run) is None
+    place = write_run(before.replace(pref_beta=0.7, output_dir="other"), measured(run))
+    shutil.rmtree(run.directory)
+    place.rename(run.directory)
+    assert results(made).absence(run) == "stale (pref_beta: 0.7 there, 0.1 here)"
+
+
+def _no_measurement_of_seed_2(made: Study, reason: str) -> None:
     tables.write(results(made))
-    assert "baseline: seed 2 (evaluated before it was trained again)" in said(made)
+    assert f"baseline: seed 2 {reason}" in said(made)
     metrics = pd.read_csv(made.directory / "tables" / "metrics.csv").set_index(["arm", "seed"])
     assert metrics.loc[[("baseline", 2)]].metric.tolist() == ["cost/seconds"]  # which it has cost nevertheless
     (diagram,) = [

@@ -110,7 +110,7 @@ def test_a_checkpoint_of_other_code_is_not_resumed(run, killed_at, monkeypatch, 
     with pytest.raises(Killed):
         run("dpo", name="run", **COMMON)
     monkeypatch.undo()
-    monkeypatch.setattr("discobeta.record.package_hash", lambda: "other")
+    monkeypatch.setattr("discobeta.record.code_hash", lambda stage: "other")
     again = run("dpo", name="run", **COMMON)
     assert "starting at step 0" in capsys.readouterr().out
     assert_same_run(whole, again)

@@ -6,7 +6,6 @@ The counts are derived by hand. Per seed, 3 reward models and 9 policies of dpo 
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import shlex
@@ -331,76 +330,3 @@ def test_schema_and_study_know_the_same_keys():
     assert properties["seeds"]["items"]["maximum"] == study.LARGEST
     objects = [schema, world, world["properties"]["world"], fixed, properties["base"]]
     assert all(part["additionalProperties"] is False for part in objects)
-
-
-# --- which package files a rule lists
-
-BOOKKEEPING = {
-    "__init__", "cli", "config", "errors", "files", "identity", "lock", "processes", "record", "runs", "study",
-    "report/figures",
-}  # fmt: skip
-"""What decides how a step is asked for and written down, not what comes out of it."""
-
-ELSEWHERE = {
-    "train_rm": {"data/tokens", "data/formats", "data/sources", "metrics"},
-    "train_dpo": {"data/tokens", "data/formats", "data/sources", "metrics"},
-    "train_ppo": {"data/tokens", "data/formats", "data/sources", "metrics"},
-    "reference": {"data/tokens", "seeds"},
-    "world_pairs": {"policy", "data/tokens", "data/sources"},
-    "prepare": {"metrics"},
-    "sft": {"policy", "metrics"},
-    "evaluate": {
-        "data/batches",
-        "data/formats",
-        "data/sources",
-        "data/tokens",
-        "heads",
-        "policy",
-        "seeds",
-        "stages/__init__",
-        "world",
-    },
-    "tables": {"flags", "data/sources"},
-    "figures": {"flags", "data/sources"},
-}
-"""Imports that a rule need not list: an earlier step lists them, or only loading a model is taken from them."""
-
-
-@pytest.fixture(scope="module")
-def modules_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """Rule -> the package modules among its input, as Snakemake lists them."""
-    done = dry_run(tmp_path_factory.mktemp("plan"), [ROOT / "config" / "smoke.yaml"])
-    inputs = re.findall(r"^(?:local)?rule (\w+):\n    input: (.*)$", done.stdout, re.MULTILINE)
-    return {rule: set(re.findall(r"src/discobeta/([\w/]+)\.py", files)) for rule, files in inputs}
-
-
-def imported_by(module: str) -> set[str]:
-    """The modules of the package that the file imports, anywhere in it."""
-    package = ROOT / "src" / "discobeta"
-    found = set()
-    for node in ast.walk(ast.parse((package / f"{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "discobeta":
-            parent = "/".join(node.module.split(".")[1:])
-            children = {f"{parent}/{name.name}".strip("/") for name in node.names}
-            modules = {name for name in children if (package / f"{name}.py").exists()}
-            found |= modules or {parent if (package / f"{parent}.py").exists() else f"{parent}/__init__".strip("/")}
-    return found
-
-
-@pytest.mark.parametrize("rule, elsewhere", ELSEWHERE.items(), ids=ELSEWHERE.keys())
-def test_a_rule_lists_the_files_that_it_is_made_of(rule: str, elsewhere: set[str], modules_of: dict[str, set[str]]):
-    listed = modules_of[rule]
-    other_stages = {"stages/rm", "stages/dpo", "stages/ppo", "stages/sft"} - listed
-    needed = {name for module in listed for name in imported_by(module)}
-    assert listed
-    assert needed - listed - BOOKKEEPING - elsewhere - other_stages == set()
-
-
-def test_editing_one_stage_leaves_the_other_alone(modules_of: dict[str, set[str]]):
-    of_ppo = {"stages/ppo", "reward", "generation"}
-    assert not {"stages/dpo", "reference", *of_ppo} & modules_of["train_rm"]
-    assert not {"stages/rm", *of_ppo} & modules_of["train_dpo"]
-    assert not {"stages/dpo", "reference"} & modules_of["train_ppo"]
-    assert {"stages/rm", *of_ppo} <= modules_of["train_ppo"]  # rm: what the reward model is made of
-    trained = modules_of["train_rm"] | modules_of["train_dpo"] | modules_of["train_ppo"]
-    assert not {"evaluate", "metrics", "report/tables"} & trained

@@ -16,9 +16,10 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 from discobeta import __version__, launch
-from discobeta.config import RunConfig
+from discobeta.config import RunConfig, parse_overrides
 from discobeta.design.arms import FLAGS, grid
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.errors import UserError, first_line, lack_of_memory, shorten
@@ -122,6 +123,9 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add("evaluate", evaluate, "measure a finished run on its held-out rows")
     sub.add_argument("directory", type=Path, metavar="RUN_DIR")
+    sub.add_argument(
+        "--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="other settings of the evaluation"
+    )
     sub.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the run's base")
     sub.add_argument("--cache-dir", metavar="DIR", help="the hub's cache, if it is not the usual one")
 
@@ -180,14 +184,10 @@ def train(arguments: argparse.Namespace) -> int | None:
 
     train_run(config)
     directory = Path(config.output_dir)
-    if (
-        _is_measurable(config)
-        and _is_main_process()
-        and not arguments.no_evaluate
-        and record.measurement_fault(directory)
-    ):
-        reader = {"trust_remote_code": config.trust_remote_code, "cache_dir": config.cache_dir}
-        evaluate(argparse.Namespace(directory=directory, **reader))
+    if not _is_measurable(config) or not _is_main_process() or arguments.no_evaluate:
+        return
+    if record.measurement_fault(directory, config):
+        _measure(directory, config.settings_of("evaluation"), config.trust_remote_code, config.cache_dir)
 
 
 def _is_measurable(config: RunConfig) -> bool:
@@ -224,10 +224,14 @@ def reference(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    settings = parse_overrides(arguments.set)
+    _measure(arguments.directory, settings, arguments.trust_remote_code, arguments.cache_dir)
+
+
+def _measure(directory: Path, settings: dict[str, Any], trust_remote_code: bool, cache_dir: str | None) -> None:
     from discobeta.evaluate import evaluate as evaluate_run
 
-    reader = {"trust_remote_code": arguments.trust_remote_code, "cache_dir": arguments.cache_dir}
-    measured = evaluate_run(arguments.directory, **reader)
+    measured = evaluate_run(directory, settings, trust_remote_code=trust_remote_code, cache_dir=cache_dir)
     shown = {name: value for name, value in measured.items() if not isinstance(value, dict)}
     print("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 

@@ -24,7 +24,7 @@ import yaml
 
 from discobeta.config_names import IGNORED, REFUSED, RENAMED, SAME_ADAMW, is_neutral
 from discobeta.design.arms import FLAGS, IDEAS, Arm
-from discobeta.design.stages import BASE_STAGE, STAGES
+from discobeta.design.stages import BASE_STAGE, STAGES, having
 from discobeta.errors import UserError, did_you_mean, first_line, shorten, shown
 
 STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -33,19 +33,35 @@ STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def option(default: Any, help: str, *, least: float | None = None, most: float | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "least": least, "most": most})
+def option(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    of: Literal["data", "model", "training", "evaluation", "log", "bookkeeping"] = "training",
+    stages: str = "base grid",
+    trains: str = "",
+) -> Any:
+    """A key of a run.
+
+    of: the step that it belongs to. data, model and training decide what is trained; evaluation, what is measured of
+    it; log, at which steps a line of the log stands; bookkeeping, nothing that comes out.
+    stages: traits (`stages.having`) of those that read it. trains: of those whose training reads a key of evaluation.
+    """
+    keywords = {"help": help, "least": least, "most": most, "of": of, "stages": having(stages)}
+    return field(default=default, metadata=keywords | {"trains": having(trains)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class _What:
     stage: Literal[(BASE_STAGE, *STAGES)]
-    output_dir: str = option("", "directory of this run")
+    output_dir: str = option("", "directory of this run", of="bookkeeping")
     seed: int = option(42, "every random stream of the run is derived from it", least=0)
 
 
 _FLAGS = [
-    (flag, bool, option(False, help))
+    (flag, bool, option(False, help, stages="grid"))
     for idea in IDEAS
     for flag, help in ((idea.add, f"architecture: {idea.head}"), (idea.use, f"use: {idea.effect}"))
 ]
@@ -56,55 +72,74 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), fro
     """One run. Construct it with `from_mapping` or `read`, which check; never by hand."""
 
     # --- model
-    model_name_or_path: str | None = option(None, "hub id or directory of the base model")
-    model_revision: str = option("main", "revision of a hub model")
-    adapter_name_or_path: str | None = option(None, "LoRA adapter to start from")
-    trust_remote_code: bool = option(False, "run code that comes with a hub model")
-    cache_dir: str | None = option(None, "hub cache")
-    reward_model: str | None = option(None, "ppo: an rm run, or a score or value head of another make")
-    beta_head: str | None = option(None, "ppo: the dpo run whose Beta Head scales the KL coefficient")
+    model_name_or_path: str | None = option(None, "hub id or directory of the base model", of="model")
+    model_revision: str = option("main", "revision of a hub model", of="model")
+    adapter_name_or_path: str | None = option(None, "LoRA adapter to start from", of="model")
+    trust_remote_code: bool = option(False, "run code that comes with a hub model", of="model")
+    cache_dir: str | None = option(None, "hub cache", of="bookkeeping")
+    reward_model: str | None = option(
+        None, "ppo: an rm run, or a score or value head of another make", stages="prompts"
+    )
+    beta_head: str | None = option(None, "ppo: the dpo run whose Beta Head scales the KL coefficient", stages="prompts")
     finetuning_type: Literal["lora", "full"] = option("lora", "LoRA or all weights")
-    lora_rank: int | None = option(8, "LoRA rank; null: that of adapter_name_or_path", least=1)
-    lora_alpha: int | None = option(None, "LoRA alpha; default twice the rank, or the adapter's", least=1)
-    lora_dropout: float | None = option(0.0, "LoRA dropout; null: the adapter's", least=0, most=0.99)
-    lora_target: str | None = option("all", "comma-separated names of layers, or all; null: the adapter's")
+    lora_rank: int | None = option(8, "LoRA rank; null: that of adapter_name_or_path", least=1, stages="grid")
+    lora_alpha: int | None = option(
+        None, "LoRA alpha; default twice the rank, or the adapter's", least=1, stages="grid"
+    )
+    lora_dropout: float | None = option(0.0, "LoRA dropout; null: the adapter's", least=0, most=0.99, stages="grid")
+    lora_target: str | None = option(
+        "all", "comma-separated names of layers, or all; null: the adapter's", stages="grid"
+    )
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2"] = option("auto", "attention implementation")
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
 
     # --- a base trained from scratch (stage sft without model_name_or_path)
-    model_type: str | None = option(None, "architecture of a new base, e.g. qwen3")
-    config_overrides: str = option("", "its sizes: hidden_size=64,num_hidden_layers=2")
-    tokenizer_name: str | None = option(None, "tokenizer of a new base; default: one trained on the data")
-    vocab_size: int = option(2048, "size of a byte-level BPE tokenizer trained on the data", least=260)
+    model_type: str | None = option(None, "architecture of a new base, e.g. qwen3", stages="base")
+    config_overrides: str = option("", "its sizes: hidden_size=64,num_hidden_layers=2", stages="base")
+    tokenizer_name: str | None = option(None, "tokenizer of a new base; default: one trained on the data", of="model")
+    vocab_size: int = option(2048, "size of a byte-level BPE tokenizer trained on the data", least=260, stages="base")
 
     # --- method
-    pref_beta: float = option(0.1, "beta: weight of the prior against the feedback", least=1e-6)
-    pref_loss: Literal["sigmoid"] = option("sigmoid", "the baseline's loss")
-    head_pooling: Literal["last", "mean"] = option("last", "what the Disco Head's variance reads")
-    disco_learning_rate: float | None = option(None, "default 3 x learning_rate", least=0)
-    beta_learning_rate: float | None = option(None, "default 5 x learning_rate", least=0)
-    disco_mean_penalty: float | None = option(None, "weight of (batch mean log sigma/sigma0)^2", least=0)
-    disco_spread_penalty: float | None = option(None, "weight of mean (log sigma/sigma0)^2", least=0)
-    beta_mean_penalty: float = option(0.1, "weight of (batch mean log s)^2", least=0)
-    beta_spread_penalty: float = option(0.01, "weight of mean (log s)^2", least=0)
-    head_max_grad_norm: float = option(1.0, "clipping of each head's gradient", least=0)
+    pref_beta: float = option(0.1, "beta: weight of the prior against the feedback", least=1e-6, stages="policy")
+    pref_loss: Literal["sigmoid"] = option("sigmoid", "the baseline's loss", stages="pairs")
+    head_pooling: Literal["last", "mean"] = option("last", "what the Disco Head's variance reads", stages="pairs")
+    disco_learning_rate: float | None = option(None, "default 3 x learning_rate", least=0, stages="pairs")
+    beta_learning_rate: float | None = option(None, "default 5 x learning_rate", least=0, stages="reference")
+    disco_mean_penalty: float | None = option(
+        None, "weight of (batch mean log sigma/sigma0)^2", least=0, stages="pairs"
+    )
+    disco_spread_penalty: float | None = option(None, "weight of mean (log sigma/sigma0)^2", least=0, stages="pairs")
+    beta_mean_penalty: float = option(0.1, "weight of (batch mean log s)^2", least=0, stages="reference")
+    beta_spread_penalty: float = option(0.01, "weight of mean (log s)^2", least=0, stages="reference")
+    head_max_grad_norm: float = option(1.0, "clipping of each head's gradient", least=0, stages="grid")
 
     # --- data
-    dataset: str | None = option(None, "comma-separated names (dataset_dir), local files or hub ids")
-    eval_dataset: str | None = option(None, "held-out data, named likewise")
-    dataset_dir: str = option("data", "folder of dataset_info.json or datasets.yaml")
-    split: str = option("train", "split of a hub dataset")
-    eval_split: str = option("test", "split of a hub dataset that eval_dataset names")
-    cutoff_len: int = option(2048, "longest prompt + response, in tokens", least=2)
-    max_samples: int | None = option(None, "use the first n rows of each dataset", least=1)
-    val_size: float = option(0.0, "held-out share (< 1) or number of rows (>= 1) of dataset", least=0)
-    max_unusable_rows: float = option(0.05, "refuse the data above this share of unusable rows", least=0, most=1)
-    tokenized_path: str | None = option(None, "folder of tokenised rows: read if there, else written")
-    reference_path: str | None = option(None, "folder of the reference pass: read if there, else written")
+    dataset: str | None = option(None, "comma-separated names (dataset_dir), local files or hub ids", of="data")
+    eval_dataset: str | None = option(None, "held-out data, named likewise", of="data")
+    dataset_dir: str = option("data", "folder of dataset_info.json or datasets.yaml", of="data")
+    split: str = option("train", "split of a hub dataset", of="data")
+    eval_split: str = option("test", "split of a hub dataset that eval_dataset names", of="data")
+    cutoff_len: int = option(2048, "longest prompt + response, in tokens", least=2, of="data")
+    max_samples: int | None = option(None, "use the first n rows of each dataset", least=1, of="data")
+    val_size: float = option(0.0, "held-out share (< 1) or number of rows (>= 1) of dataset", least=0, of="data")
+    max_unusable_rows: float = option(
+        0.05, "refuse the data above this share of unusable rows", least=0, most=1, of="data"
+    )
+    tokenized_path: str | None = option(None, "folder of tokenised rows: read if there, else written", of="data")
+    reference_path: str | None = option(
+        None, "folder of the reference pass: read if there, else written", of="data", stages="reference"
+    )
 
     # --- optimisation
     per_device_train_batch_size: int = option(8, "pairs per forward pass and device", least=1)
-    per_device_eval_batch_size: int = option(8, "pairs per forward pass; responses are sampled 8 x as many", least=1)
+    per_device_eval_batch_size: int = option(
+        8,
+        "pairs per forward pass; responses are sampled 8 x as many",
+        least=1,
+        of="evaluation",
+        stages="grid",
+        trains="base policy",
+    )
     gradient_accumulation_steps: int = option(1, "forward passes per optimiser step", least=1)
     learning_rate: float = option(5e-5, "of the adapter (or the model)", least=0)
     num_train_epochs: float = option(3.0, "passes over the data", least=0)
@@ -125,36 +160,50 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), fro
     deterministic: bool = option(False, "deterministic kernels on a GPU")
 
     # --- bookkeeping
-    logging_steps: int = option(10, "optimiser steps between log lines", least=1)
-    save_steps: int = option(500, "optimiser steps between checkpoints; 0: none", least=0)
+    logging_steps: int = option(10, "optimiser steps between log lines", least=1, of="log")
+    save_steps: int = option(500, "optimiser steps between checkpoints; 0: none", least=0, of="bookkeeping")
     eval_strategy: Literal["no", "steps", "epoch"] = option("no", "held-out loss during training")
-    eval_steps: int | None = option(None, "for eval_strategy: steps; default logging_steps", least=1)
-    plot_loss: bool = option(False, "write loss.png")
-    report_to: Literal["none", "tensorboard", "wandb"] = option("none", "tracker")
-    run_name: str | None = option(None, "name in the tracker")
-    resume_from_checkpoint: str | bool | None = option(None, "default: from the run's own checkpoint, if any")
-    overwrite_output_dir: bool = option(False, "replace another run that output_dir holds")
+    eval_steps: int | None = option(None, "for eval_strategy: steps; default logging_steps", least=1, of="log")
+    plot_loss: bool = option(False, "write loss.png", of="bookkeeping")
+    report_to: Literal["none", "tensorboard", "wandb"] = option("none", "tracker", of="bookkeeping")
+    run_name: str | None = option(None, "name in the tracker", of="bookkeeping")
+    resume_from_checkpoint: str | bool | None = option(
+        None, "default: from the run's own checkpoint, if any", of="bookkeeping"
+    )
+    overwrite_output_dir: bool = option(False, "replace another run that output_dir holds", of="bookkeeping")
 
     # --- generation (evaluation of policies; rollouts of ppo)
-    max_new_tokens: int = option(64, "longest sampled response", least=1)
-    temperature: float = option(1.0, "of sampling", least=1e-3)
-    top_p: float = option(1.0, "of sampling", least=1e-6, most=1)
-    top_k: int = option(0, "of sampling; 0: off", least=0)
-    num_eval_generations: int | None = option(None, "prompts answered in evaluation; default 0, ppo 64", least=0)
-    ground_truth: Literal["none", "world"] = option("none", "the true reward of a sampled response, if known")
+    max_new_tokens: int = option(
+        64, "longest sampled response", least=1, of="evaluation", stages="policy", trains="prompts"
+    )
+    temperature: float = option(1.0, "of sampling", least=1e-3, of="evaluation", stages="policy", trains="prompts")
+    top_p: float = option(1.0, "of sampling", least=1e-6, most=1, of="evaluation", stages="policy", trains="prompts")
+    top_k: int = option(0, "of sampling; 0: off", least=0, of="evaluation", stages="policy", trains="prompts")
+    num_eval_generations: int | None = option(
+        None, "prompts answered in evaluation; default 0, ppo 64", least=0, of="evaluation", stages="policy"
+    )
+    ground_truth: Literal["none", "world"] = option(
+        "none", "the true reward of a sampled response, if known", of="evaluation", stages="policy"
+    )
 
     # --- ppo
-    ppo_epochs: int = option(4, "passes over the buffer", least=1)
-    ppo_buffer_size: int = option(1, "optimiser steps' worth of responses in the buffer", least=1)
-    ppo_target: float | None = option(None, "KL per sequence to steer the coefficient to", least=1e-6)
-    ppo_score_norm: bool = option(False, "standardise scores by those of the reference's own responses")
-    ppo_whiten_rewards: bool = option(False, "scale the tokens' rewards to variance 1")
-    missing_eos_penalty: float = option(1.0, "subtracted from the score of a response that does not end", least=0)
-    cliprange: float = option(0.2, "of the policy's ratio", least=1e-6)
-    cliprange_value: float = option(0.2, "of the value's step", least=1e-6)
-    gamma: float = option(1.0, "discount", least=0, most=1)
-    lam: float = option(0.95, "lambda of the generalised advantages", least=0, most=1)
-    value_learning_rate: float | None = option(None, "of the value head; default 5 x learning_rate", least=0)
+    ppo_epochs: int = option(4, "passes over the buffer", least=1, stages="prompts")
+    ppo_buffer_size: int = option(1, "optimiser steps' worth of responses in the buffer", least=1, stages="prompts")
+    ppo_target: float | None = option(None, "KL per sequence to steer the coefficient to", least=1e-6, stages="prompts")
+    ppo_score_norm: bool = option(
+        False, "standardise scores by those of the reference's own responses", stages="prompts"
+    )
+    ppo_whiten_rewards: bool = option(False, "scale the tokens' rewards to variance 1", stages="prompts")
+    missing_eos_penalty: float = option(
+        1.0, "subtracted from the score of a response that does not end", least=0, stages="prompts"
+    )
+    cliprange: float = option(0.2, "of the policy's ratio", least=1e-6, stages="prompts")
+    cliprange_value: float = option(0.2, "of the value's step", least=1e-6, stages="prompts")
+    gamma: float = option(1.0, "discount", least=0, most=1, stages="prompts")
+    lam: float = option(0.95, "lambda of the generalised advantages", least=0, most=1, stages="prompts")
+    value_learning_rate: float | None = option(
+        None, "of the value head; default 5 x learning_rate", least=0, stages="prompts"
+    )
 
     @classmethod
     def from_mapping(cls, settings: dict[str, Any], where: str = "run config") -> tuple[RunConfig, list[str]]:
@@ -208,7 +257,14 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), fro
 
     def resolved(self) -> dict[str, Any]:
         """Every key with the value that the run uses, as plain YAML types."""
-        return dataclasses.asdict(self)
+        return dict(vars(self))  # in the order of the fields; all values are plain, and asdict copies for long
+
+    def settings_of(self, *steps: str) -> dict[str, Any]:
+        """The keys, resolved, on which the outcome of these steps depends in a run of this stage; see `option`.
+
+        training: with the keys of data and model.
+        """
+        return {name: getattr(self, name) for step in steps for name in keys_of(step, self.stage)}
 
     def _check(self) -> None:
         arm = self.arm  # raises on a use without its head
@@ -286,6 +342,20 @@ def _check_deepspeed(value: Any, where: str) -> None:
     else:
         return
     raise UserError(f"{where}: deepspeed: {shown(value)} is not supported: {fault}")
+
+
+@cache
+def keys_of(step: str, stage: str) -> tuple[str, ...]:
+    """The keys of the run config that decide the outcome of `step` in `stage`, in their order; see `option`."""
+    parts = ("data", "model", "training") if step == "training" else (step,)
+    found = []
+    for entry in dataclasses.fields(RunConfig):
+        of, stages, trains = (entry.metadata.get(key) for key in ("of", "stages", "trains"))
+        if entry.name == "stage":  # which has no `option`
+            of, stages, trains = "training", [stage], []
+        if (of in parts and stage in stages) or (step == "training" and stage in trains):
+            found.append(entry.name)
+    return tuple(found)
 
 
 _hints = cache(typing.get_type_hints)  # which compiles every annotation anew

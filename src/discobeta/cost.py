@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from discobeta.config import read_yaml
+from discobeta.data.schedule import schedule_of, total_steps
 from discobeta.design.arms import Arm
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, telling
@@ -168,28 +170,30 @@ def _read(study: Study, folder: Path) -> Measured:
 def length(study: Study, run: Run) -> tuple[int, int]:
     """(steps, rows) of a run: steps of the loop, and rows that it trains on, each as often as it comes."""
     config = study.config(run)
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * study.gpus_per_run
-    per_step *= config.ppo_buffer_size if not STAGES[run.stage].has_pairs else 1
-    steps = config.max_steps
-    if steps < 0:
-        steps = math.ceil(min(config.num_train_epochs * _rows(study, run) / per_step, 2.0**62))
+    schedule = schedule_of(config, _rows(study, run, is_needed=config.max_steps < 0), study.gpus_per_run)
+    steps = total_steps(config, schedule)
     steps = min(steps, config.stop_after_steps or steps)
-    return steps, steps * per_step
+    return steps, schedule.rows_of(steps)
 
 
-def _rows(study: Study, run: Run) -> int:
-    """Training rows of the run's data, as tokenised."""
+def _rows(study: Study, run: Run, is_needed: bool) -> int:
+    """Training rows of the run's data, as tokenised; if that is not known and not needed, more than any run sees."""
     if study.world:
         return study.world["train"]
     record = study.rows_of(run) / "tokens.json"
     if not record.exists():
+        if not is_needed:
+            return sys.maxsize
         rule = "prepare" if STAGES[run.stage].has_pairs else "prepare_prompts"
         raise UserError(
             f"how many steps num_train_epochs makes is known when the rows are: run `snakemake … --until {rule}` first "
             "(on a login node), or set max_steps"
         )
     with telling(f"{record} does not say how many rows there are"):
-        return operator.index(read_json(record)["counts"]["train"])
+        rows = operator.index(read_json(record)["counts"]["train"])
+        if rows < 1:
+            raise ValueError(rows)
+        return rows
 
 
 def _line(step: str, jobs: int | str, length: str, minutes: str, hours: str, memory: str) -> str:

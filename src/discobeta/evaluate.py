@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ import torch
 from tqdm import tqdm
 
 from discobeta import lock, metrics, preflight, record, runs
-from discobeta.config import RunConfig
+from discobeta.config import RunConfig, keys_of
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
 from discobeta.design.stages import STAGES
-from discobeta.errors import UserError, enough_memory
-from discobeta.files import replacing, write_json, write_text
+from discobeta.errors import UserError, did_you_mean, enough_memory, shown
+from discobeta.files import remove, replacing, write_json, write_text
 from discobeta.generation import generate, has_ended, response_text, stop_ids
 from discobeta.heads import SIGMA0
 from discobeta.policy import hidden_states, load_reference, load_tokenizer, response_logps, use_deterministic_kernels
@@ -34,9 +35,16 @@ from discobeta.seeds import uniforms
 from discobeta.stages import Stage, stage_class
 
 
-def evaluate(directory: str | Path, *, trust_remote_code: bool = False, cache_dir: str | None = None) -> dict[str, Any]:
+def evaluate(
+    directory: str | Path,
+    settings: dict[str, Any] | None = None,
+    *,
+    trust_remote_code: bool = False,
+    cache_dir: str | None = None,
+) -> dict[str, Any]:
     """Measure the run in `directory` on its held-out rows. Writes the files and returns the metrics.
 
+    settings: of the evaluation (num_eval_generations, temperature, ...), where they are not those in the run's config.
     A ppo run without held-out rows answers prompts that it was trained on. Nothing is written outside of `directory`,
     which is held meanwhile; trust_remote_code and cache_dir are the caller's word, and what the run's config says of
     them counts for nothing. Raises UserError for a run that is unfinished or damaged, and if its base, its data or its
@@ -46,7 +54,18 @@ def evaluate(directory: str | Path, *, trust_remote_code: bool = False, cache_di
     record.read(directory, weights=False)  # before anything is made there
     with lock.holding(directory):
         reader = {"trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
-        return _evaluate(runs.read_of(directory, *STAGES, **reader))
+        found = runs.read_of(directory, *STAGES, **reader)
+        return _evaluate(replace(found, config=_with(found.config, settings or {})))
+
+
+def _with(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
+    """The run's config with other settings of its evaluation."""
+    known = keys_of("evaluation", config.stage)
+    for name in settings:
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; of a run of {config.stage} it may be {', '.join(known)}"
+            raise UserError(f"--set {shown(name)}: this is no setting of an evaluation{hint}")
+    return RunConfig.from_mapping(config.resolved() | settings, "--set")[0]
 
 
 def _evaluate(found: record.Record) -> dict[str, Any]:
@@ -81,12 +100,14 @@ def _evaluate(found: record.Record) -> dict[str, Any]:
         measured |= policy_metrics(answers)
         lines = (json.dumps(row, ensure_ascii=False) for row in answers.to_dict("records"))
         write_text(directory / "generations.jsonl", "".join(f"{line}\n" for line in lines))
+    else:
+        remove(directory / "generations.jsonl")  # of an evaluation with other settings
     with replacing(directory / "examples.parquet") as temporary:
         (answers if examples is None else examples).to_parquet(temporary, index=False)
     seconds = time.monotonic() - started
     on_gpu = device.type == "cuda"
     write_json(directory / "evaluation_cost.json", {"seconds": seconds, "gpu_seconds": seconds if on_gpu else 0.0})
-    record.write_evaluation(directory, measured, data.keys())
+    record.write_evaluation(directory, config, measured, data.keys())
     return measured
 
 

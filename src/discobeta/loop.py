@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from discobeta import record
 from discobeta.config import RunConfig
-from discobeta.data.batches import Pairs, Schedule
+from discobeta.data.batches import Pairs
+from discobeta.data.schedule import Schedule, total_steps
 from discobeta.design.stages import STAGES
 from discobeta.errors import TRAINING_MEMORY, UserError, enough_memory
 from discobeta.files import replacing, write_text, writing_error
@@ -106,12 +107,6 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # the last line of a process that was killed while writing it
         return math.inf
-
-
-def total_steps(config: RunConfig, schedule: Schedule) -> int:
-    if config.max_steps > 0:
-        return config.max_steps
-    return math.ceil(config.num_train_epochs * schedule.steps_per_epoch)
 
 
 @enough_memory("training", TRAINING_MEMORY)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from discobeta import __version__, files, identity, lock
+from discobeta.closure import code_hash
 from discobeta.config import RunConfig, read_yaml, write_yaml
 from discobeta.errors import UserError, shown
 
@@ -29,19 +30,8 @@ STARTED = time.monotonic()
 MARK = ".discobeta.json"
 """In every directory that this package fills: by whom it was made and what in it is ours. Written first."""
 
-NOT_THE_RUN = frozenset(
-    [
-        "output_dir",
-        "resume_from_checkpoint",
-        "overwrite_output_dir",
-        "report_to",
-        "run_name",
-        "plot_loss",
-        "save_steps",
-        "cache_dir",
-    ]
-)
-"""Settings that change how a run is done and not what comes out."""
+THE_RUN = ("training", "log")
+"""Steps whose settings a directory's run is known by. For a study those of its log do not matter: `fault`."""
 
 EVALUATION = ("evaluation.json", "metrics.json", "examples.parquet", "generations.jsonl", "evaluation_cost.json")
 """What `discobeta evaluate` leaves in a run's directory."""
@@ -231,13 +221,13 @@ def _difference(directory: Path, config: RunConfig) -> str:
         here = read_yaml(directory / "config.yaml")
     except UserError:
         return "its config.yaml cannot be read"
-    return difference(here, config.resolved())
+    return difference(here, config.settings_of(*THE_RUN))
 
 
 def difference(here: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first setting that decides what comes out of a run and is another one; "" if there is none."""
+    """The first of the wanted settings that is another one here; "" if there is none."""
     for name in wanted:
-        if name not in NOT_THE_RUN and here.get(name) != wanted[name]:
+        if here.get(name) != wanted[name]:
             return f"{name}: {shown(here.get(name))} there, {shown(wanted[name])} here"
     return ""
 
@@ -278,17 +268,20 @@ def remove_checkpoints(directory: Path) -> None:
 
 
 def identity_of(config: RunConfig, facts: dict[str, str]) -> str:
-    """sha256 of what decides the outcome: settings, data and base (`facts`), and this package's code."""
-    settings = {name: value for name, value in config.resolved().items() if name not in NOT_THE_RUN}
-    text = repr((sorted(settings.items()), sorted(facts.items()), package_hash()))
+    """sha256 of what decides the outcome: settings, data and base (`facts`), and the code that trains this stage."""
+    settings = config.settings_of(*THE_RUN)
+    text = repr((sorted(settings.items()), sorted(facts.items()), code_hash(config.stage)))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def settings_hash(config: RunConfig) -> str:
-    """sha256 of the settings that decide the outcome; trust_remote_code is the reader's word and not among them."""
-    left_out = NOT_THE_RUN | {"trust_remote_code"}
-    settings = {name: value for name, value in vars(config).items() if name not in left_out}
-    return hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
+    """sha256 of the settings that decide what is trained."""
+    return hashlib.sha256(repr(sorted(_trained_with(config).items())).encode()).hexdigest()
+
+
+def _trained_with(config: RunConfig) -> dict[str, Any]:
+    """The settings of training, without trust_remote_code, which is the reader's word."""
+    return {name: value for name, value in config.settings_of("training").items() if name != "trust_remote_code"}
 
 
 @cache
@@ -302,13 +295,13 @@ def package_hash() -> str:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether `output_dir` holds this very run, made whole by this very code."""
+    """Whether `output_dir` holds this very run, made whole by this very code of its stage."""
     directory = Path(config.output_dir)
     try:
         found = read(directory)
     except UserError:
         return False
-    return not _difference(directory, config) and found.facts.get("package") == package_hash()
+    return not _difference(directory, config) and found.facts.get("code") == code_hash(config.stage)
 
 
 # --- is it whole, and what was written
@@ -326,7 +319,9 @@ def write_provenance(
         "commit": commit,
         "dirty": dirty,
         "package": package_hash(),
+        "code": code_hash(config.stage),
         "settings": settings_hash(config),
+        "log": config.settings_of("log"),
         "versions": {"discobeta": __version__, "python": platform.python_version(), **_versions()},
         "machine": {"system": platform.system(), "processor": platform.machine(), "kernels": _kernels()},
         "files": manifest(directory, parts),
@@ -416,26 +411,37 @@ def read_facts(directory: Path, *, weights: bool) -> dict[str, Any]:
     return facts
 
 
-def write_evaluation(directory: Path, measured: dict[str, Any], facts: dict[str, str]) -> None:
-    """evaluation.json, which says what of which run was measured, and then metrics.json, whose presence says that it
-    was measured whole."""
+def write_evaluation(directory: Path, config: RunConfig, measured: dict[str, Any], facts: dict[str, str]) -> None:
+    """evaluation.json, which says what of which run was measured and how, and then metrics.json, whose presence says
+    that it was measured whole.
+
+    config: with the settings of this evaluation.
+    """
     text = files.json_text(measured)
     written = {name: files.sha256(directory / name) for name in EVALUATION[2:] if (directory / name).is_file()}
     written["metrics.json"] = hashlib.sha256(text.encode()).hexdigest()
     run = files.sha256(directory / "provenance.json")
-    record = {"run": run, "files": written, "kernels": _kernels(), **facts}
+    settings = config.settings_of("evaluation")
+    record = {"run": run, "settings": settings, "files": written, "kernels": _kernels(), **facts}
     files.write_sealed(directory / "evaluation.json", record)
     files.write_text(directory / "metrics.json", text)
 
 
-def measurement_fault(directory: Path) -> str | None:
-    """Why the metrics in `directory` are not to be read, in a few words; None if they are those of its run."""
+def measurement_fault(directory: Path, wanted: RunConfig | None = None) -> str | None:
+    """Why the metrics in `directory` are not to be read, in a few words; None if they are those of its run.
+
+    wanted: the config whose settings of evaluation they must have been made with.
+    """
     if not (directory / "metrics.json").is_file():
         return "not evaluated"
     try:
         found = files.read_sealed(directory / "evaluation.json")
         if found.get("run") != files.sha256(directory / "provenance.json"):
             return "evaluated before it was trained again"
+        if wanted and not isinstance(found.get("settings"), dict):
+            return "evaluated by another version of discobeta"
+        if wanted and (different := difference(found["settings"], wanted.settings_of("evaluation"))):
+            return f"evaluated with other settings ({different})"
         for name, digest in dict(found["files"]).items():
             if files.sha256(directory / name) != digest:
                 return f"damaged: {name} was changed after the evaluation"
@@ -449,6 +455,7 @@ def measurement_fault(directory: Path) -> str | None:
 def fault(directory: Path, wanted: RunConfig, *, weights: bool = False) -> str | None:
     """Why `directory` does not hold the finished run `wanted`, in a few words; None if it does.
 
+    A log that is written more often, or less, makes no other run of it.
     weights: whether weight files are read too.
     """
     directory = Path(directory)
@@ -460,7 +467,7 @@ def fault(directory: Path, wanted: RunConfig, *, weights: bool = False) -> str |
         found = read(directory, weights=weights)
     except UserError as error:
         return f"damaged: {error}"
-    if different := difference(found.config.resolved(), wanted.replace(trust_remote_code=False).resolved()):
+    if different := difference(found.config.resolved(), _trained_with(wanted)):
         return f"stale: {different}"
     return None
 

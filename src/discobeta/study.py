@@ -45,6 +45,9 @@ LONGEST_NAME = 100
 """Characters of a study's name, which becomes a folder, and of a key."""
 
 WORLD_DEFAULTS = {"sft_examples": 6000, "train": 9600, "evaluation": 1600, "noise": "heteroscedastic", "seed": 1}
+WORLD_STEPS = {"corpus": ("seed", "sft_examples", "noise"), "pairs": ("train", "evaluation")}
+"""Which of them each step of the world reads; what pairs read of the corpus, they read from its record."""
+
 DATA_KEYS = [
     "dataset",
     "eval_dataset",
@@ -136,6 +139,7 @@ class Study:
         self._read_prompts()
         self._read_base()
         self._first_configs: dict[tuple[str, Arm, bool], tuple[dict[str, Any], RunConfig]] = {}
+        self._configs: dict[Run, RunConfig] = {}
         self._proof_lengths: dict[str, int] = {}
         self._check_numbers()
         self._sections = {name: self._section(name) for name in ("common", *STAGES)}
@@ -196,6 +200,8 @@ class Study:
 
         Seeds differ in the seed and in paths alone, so one config per arm is made from its settings.
         """
+        if run in self._configs:
+            return self._configs[run]
         kind = run.stage, run.arm, run.proof
         if kind not in self._first_configs:
             first = self.run(run.stage, run.arm, self.seeds[0], run.proof)
@@ -204,7 +210,9 @@ class Study:
             self._first_configs[kind] = settings, self._checked(settings, label)
         known, config = self._first_configs[kind]
         settings = self.run_settings(run)
-        return config.replace(**{key: value for key, value in settings.items() if value != known[key]})
+        changes = {key: value for key, value in settings.items() if value != known[key]}
+        self._configs[run] = config.replace(**changes)
+        return self._configs[run]
 
     def _shared_out(self, stage: str) -> dict[str, int]:
         """The batch of one device, if several share what the study says of one: the run computes the same.
@@ -400,14 +408,19 @@ class Study:
         }
 
     def resolved(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings of `prepare` or `reference`, with today's defaults of all keys that their outcome depends on.
-
-        What a job is asked for is what it is compared with later: a default that changes remakes what it changes.
-        """
+        """The settings of `prepare` or `reference`, with today's defaults of all keys that they read."""
         config, _ = RunConfig.from_mapping(settings, self._where)
         names = [*TOKENS_DEPEND_ON, *(REFERENCE_KEYS if "reference_path" in settings else ())]
         known = config.resolved()
         return settings | {name: known[name] for name in names}
+
+    def decides_shared(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Those of `resolved` on which the outcome of `prepare` or `reference` depends: no stage, and not the cache."""
+        return {key: value for key, value in self.resolved(settings).items() if key not in ("stage", "cache_dir")}
+
+    def decides_world(self, step: str) -> dict[str, Any]:
+        """What the world's corpus, or its pairs, depend on."""
+        return {key: self.world[key] for key in WORLD_STEPS[step]} if self.world else {}
 
     # --- reading and checking
 

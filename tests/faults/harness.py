@@ -42,7 +42,9 @@ def load() -> None:
         importlib.import_module(name)
     from trl import SFTConfig, SFTTrainer  # noqa: F401, loaded when they are asked for
 
-    record.package_hash()  # of files that somebody may be editing: once, and the same for all
+    for stage in ("sft", "rm", "dpo", "ppo"):  # of files that somebody may be editing: once, and the same for all
+        record.code_hash(stage)
+    record.package_hash()
     state = record.source_state()
     record.source_state = lambda: state
 

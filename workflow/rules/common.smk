@@ -1,7 +1,9 @@
 # What the rules share. Every decision about runs is made by discobeta.study; here are only paths.
+import json
 import os
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -11,7 +13,9 @@ from snakemake.utils import update_config, validate
 SOURCE = Path(os.path.relpath(Path(workflow.basedir).parent / "src"))
 sys.path.insert(0, str(SOURCE.resolve()))
 
+from discobeta.closure import code
 from discobeta.config import as_written
+from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.errors import UserError
 from discobeta.identity import CONFIGS, TOKENIZER, WEIGHTS
 from discobeta.study import Study, as_text
@@ -50,6 +54,7 @@ FIGURE_NAMES = [(name, stage) for stage in study.stages for name in study.figure
 LOGS = study.directory / "logs"
 RUN = study.directory / "runs"
 PROCESSES = f" --processes {study.gpus_per_run}" if study.gpus_per_run > 1 else ""
+CACHE = f" --cache-dir {shlex.quote(cache_dir)}" if (cache_dir := study.model.get("cache_dir")) else ""
 DATA = study.shared_directory / "data"
 
 
@@ -58,44 +63,6 @@ wildcard_constraints:
     seed="[0-9]+",
     proof="(/proof)?",
     draw="[a-z0-9-]+",
-
-
-# The package files that each step is made of: editing one reruns the steps that list it, no others.
-DATA_MODULES = ["data/formats", "data/sources", "data/tokens"]
-TRAINING = [
-    "design/arms",
-    "design/stages",
-    "seeds",
-    "heads",
-    "signals",
-    "losses",
-    "policy",
-    "loop",
-    "train",
-    "launch",
-    "lock",
-    "data/batches",
-    "stages/__init__",
-]
-REPORT = ["record", "identity", "report/collect", "report/measures", "report/render", "report/statistics"]
-MODULES = {
-    "world_corpus": ["world", "seeds"],
-    "world_pairs": ["world", "seeds", "generation"],
-    "sft": ["stages/sft", "seeds", *DATA_MODULES],
-    "prepare": ["seeds", *DATA_MODULES],
-    "reference": ["reference", "policy", "data/batches"],
-    "rm": ["stages/rm", *TRAINING],
-    "dpo": ["stages/dpo", "reference", *TRAINING],
-    "ppo": ["stages/ppo", "chain", "stages/rm", "reward", "generation", *TRAINING],
-    "evaluate": ["evaluate", "metrics", "generation", "reward"],
-    "tables": [*REPORT, "report/effects", "report/neutrality", "report/tables"],
-    "figures": [*REPORT, "report/figures", "metrics"],
-}
-
-
-def modules(step):
-    """The package files of one step."""
-    return [str(SOURCE / "discobeta" / f"{name}.py") for name in MODULES[step]]
 
 
 def local_files(*names):
@@ -145,25 +112,50 @@ def shared_files(stage):
 
     def files(wildcards):
         run = run_of(stage, wildcards)
-        if stage == "ppo":
-            upstream = [other.directory / "provenance.json" for other in study.upstream(run).values()]
-            return [study.prompts(study.prompt_draw(run.seed)) / "tokens.json", *upstream]
-        draw = study.draw(run.seed)
-        tokens = [study.tokens(draw) / "tokens.json"]
-        return tokens if stage == "rm" else [*tokens, study.reference(draw) / "reference.json"]
+        found = [study.rows_of(run) / "tokens.json"]
+        if STAGES[stage].reference_pass:
+            found.append(study.reference(study.draw(run.seed)) / "reference.json")
+        return [*found, *(other.directory / "provenance.json" for other in study.upstream(run).values())]
 
     return files
 
 
+# Snakemake compares the params of a job with those that it was last done with, except those that ask for `threads`:
+# a function of that is taken for derived. So each job has `code` and `decides`, which say what its outcome depends on,
+# and beside them all of its settings.
+
+
+def run_decides(stage):
+    """A params function: the resolved settings on which the outcome of one training run depends, as text."""
+    return lambda wildcards: as_text(study.config(run_of(stage, wildcards)).settings_of("training"))
+
+
 def run_settings(stage):
-    """A params function: the run YAML of one run, as text, with today's defaults: a changed one reruns what it changes."""
-    return lambda wildcards: as_text(study.config(run_of(stage, wildcards)).resolved())
+    """A params function: the run YAML of one run, resolved, as text; not compared."""
+    return lambda wildcards, threads: as_text(study.config(run_of(stage, wildcards)).resolved())
+
+
+def decides_of(make):
+    """A params function: the resolved settings on which the outcome of a shared step depends, as text."""
+    return lambda wildcards: as_text(study.decides_shared(make(wildcards.draw)))
 
 
 def settings_of(make):
-    """A params function: the run YAML of a step that is shared, likewise. In a text that stands in a rule itself,
-    Snakemake would take braces for wildcards."""
-    return lambda wildcards: as_text(study.resolved(make(wildcards.draw)))
+    """A params function: the run YAML of a shared step, resolved, as text; not compared. In a text that stands in a
+    rule itself, Snakemake would take braces for wildcards."""
+    return lambda wildcards, threads: as_text(study.resolved(make(wildcards.draw)))
+
+
+def evaluation_of(wildcards):
+    """A params function: what the outcome of an evaluation depends on, the settings as words of `--set`."""
+    return measured_by(wildcards.stage, wildcards.arm)
+
+
+@cache
+def measured_by(stage, arm):
+    settings = study.config(study.run(stage, arm, study.seeds[0])).settings_of("evaluation")
+    words = " ".join(shlex.quote(f"{key}={json.dumps(value)}") for key, value in settings.items())
+    return {"code": code("evaluate", stage), "settings": words}
 
 
 def study_text(wildcards):
@@ -177,7 +169,7 @@ def results():
 
 
 def caption(name, stage=None):
-    """The text beside a table or figure in the HTML report; the stages share one, save those of ppo's curves."""
-    if (name, stage) == ("learning-curves", "ppo"):
-        return "../report/learning-curves-ppo.rst"
+    """The text beside a table or figure in the HTML report; the stages share one, save the curves of rollouts."""
+    if name == "learning-curves" and not STAGES[stage].has_pairs:
+        return "../report/learning-curves-rollouts.rst"
     return f"../report/{'stage' if name in study.stages else name}.rst"

@@ -3,7 +3,6 @@
 
 rule evaluate:
     input:
-        modules("evaluate"),
         run=RUN / "{stage}" / "{arm}" / "seed-{seed}" / "provenance.json",
     output:
         RUN / "{stage}" / "{arm}" / "seed-{seed}" / "metrics.json",
@@ -15,9 +14,10 @@ rule evaluate:
     conda:
         ENVIRONMENT
     params:
-        directory=lambda wildcards, input: Path(input.run).parent,
-        # a run's own word on these counts for nothing
+        evaluation=evaluation_of,
+        # the cache is nothing that an outcome depends on, so it stands in what is not compared
+        run=lambda wildcards, input: f"{Path(input.run).parent}{CACHE}",
+        # a run's own word on this counts for nothing
         trust=" --trust-remote-code" if study.model.get("trust_remote_code") else "",
-        cache=f" --cache-dir {shlex.quote(cache)}" if (cache := study.model.get("cache_dir")) else "",
     shell:
-        "python -m discobeta evaluate {params.directory}{params.trust}{params.cache} &> {log}"
+        "python -m discobeta evaluate {params.run}{params.trust} --set {params.evaluation[settings]} &> {log}"

@@ -2,8 +2,6 @@
 
 
 rule world_corpus:
-    input:
-        modules("world_corpus"),
     output:
         corpus=study.world_directory / "sft.jsonl",
         tokenizer=study.world_directory / "tokenizer" / "tokenizer.json",
@@ -13,8 +11,9 @@ rule world_corpus:
     conda:
         ENVIRONMENT
     params:
+        code=code("world_corpus"),
         directory=study.world_directory,
-        world=study.world or {},
+        world=study.decides_world("corpus"),
     shell:
         "python -m discobeta world corpus --output {params.directory} --seed {params.world[seed]}"
         " --sft-examples {params.world[sft_examples]} --noise {params.world[noise]} &> {log}"
@@ -22,7 +21,6 @@ rule world_corpus:
 
 rule sft:
     input:
-        modules("sft"),
         corpus_files(),
     output:
         study.base_directory / "provenance.json",
@@ -31,14 +29,15 @@ rule sft:
     conda:
         ENVIRONMENT
     params:
-        settings=lambda wildcards: as_text(study.base_config().resolved()),
+        code=code(BASE_STAGE),
+        decides=lambda wildcards: as_text(study.base_config().settings_of("training")),
+        settings=lambda wildcards, threads: as_text(study.base_config().resolved()),
     shell:
         "printf %s {params.settings:q} | python -m discobeta train - &> {log}"
 
 
 rule world_pairs:
     input:
-        modules("world_pairs"),
         world=rules.world_corpus.output.settings,
         base=BASE,
     output:
@@ -49,10 +48,11 @@ rule world_pairs:
     conda:
         ENVIRONMENT
     params:
+        code=code("world_pairs"),
         world=study.world_directory,
         base=lambda wildcards: study.model["model_name_or_path"],
         directory=lambda wildcards, output: Path(output[0]).parent,
-        sizes=study.world or {},
+        sizes=study.decides_world("pairs"),
     shell:
         "python -m discobeta world pairs --world {params.world} --base {params.base:q} --output {params.directory}"
         " --seed {wildcards.seed} --train {params.sizes[train]} --eval {params.sizes[evaluation]} &> {log}"
@@ -60,7 +60,6 @@ rule world_pairs:
 
 rule prepare:
     input:
-        modules("prepare"),
         row_files(study.data),
         BASE,
     output:
@@ -72,6 +71,8 @@ rule prepare:
     conda:
         ENVIRONMENT
     params:
+        code=code("prepare"),
+        decides=decides_of(study.prepare_settings),
         settings=settings_of(study.prepare_settings),
     shell:
         "printf %s {params.settings:q} | python -m discobeta prepare - &> {log}"
@@ -79,7 +80,6 @@ rule prepare:
 
 use rule prepare as prepare_prompts with:
     input:
-        modules("prepare"),
         row_files(study.prompt_data),
         BASE,
     output:
@@ -89,12 +89,13 @@ use rule prepare as prepare_prompts with:
     log:
         LOGS / "prepare_prompts" / "{draw}.log",
     params:
+        code=code("prepare"),
+        decides=decides_of(study.prompt_settings),
         settings=settings_of(study.prompt_settings),
 
 
 rule reference:
     input:
-        modules("reference"),
         BASE,
         tokens=rules.prepare.output,
     output:
@@ -106,6 +107,8 @@ rule reference:
     conda:
         ENVIRONMENT
     params:
+        code=code("reference"),
+        decides=decides_of(study.reference_settings),
         settings=settings_of(study.reference_settings),
     shell:
         "printf %s {params.settings:q} | python -m discobeta reference - &> {log}"

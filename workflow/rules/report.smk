@@ -11,7 +11,6 @@ FIGURES = study.directory / "figures"
 
 rule tables:
     input:
-        modules("tables"),
         results(),
     output:
         [
@@ -26,6 +25,7 @@ rule tables:
     conda:
         ENVIRONMENT
     params:
+        code=code("tables"),
         study=study_text,
     shell:
         "printf %s {params.study:q} | python -m discobeta tables --strict --configfile - &> {log}"
@@ -33,7 +33,6 @@ rule tables:
 
 rule figures:
     input:
-        modules("figures"),
         results(),
     output:
         [
@@ -51,6 +50,7 @@ rule figures:
     conda:
         ENVIRONMENT
     params:
+        code=code("figures"),
         study=study_text,
     shell:
         "printf %s {params.study:q} | python -m discobeta figures --strict --configfile - &> {log}"

@@ -1,21 +1,15 @@
-"""From tokenised rows to tensors, and from rows to the order in which they are trained on.
-
-The order is a function of (seed, epoch, step) and of nothing else, so a resumed run needs no state
-to go on where it was.
-"""
+"""From tokenised rows to tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from discobeta.data.tokens import Rows
-from discobeta.seeds import derive
 
 
 @dataclass
@@ -130,61 +124,3 @@ def longest_first(lengths: np.ndarray, size: int) -> list[np.ndarray]:
     """All rows once, longest first (so that running out of memory shows at once), `size` at a time."""
     order = np.argsort(-lengths, kind="stable")
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which rows each optimiser step sees, and how a step is cut into forward passes.
-
-    One step takes `pairs_per_step` rows of the epoch's permutation. They are sorted by length and
-    cut into forward passes of `pairs_per_pass` rows (over all processes), so that a pass pads
-    little; the step's gradient is the mean over its rows whatever the cut.
-    """
-
-    rows: int
-    pairs_per_pass: int  # per_device_train_batch_size * processes
-    passes_per_step: int  # gradient_accumulation_steps
-    processes: int
-    seed: int
-
-    @property
-    def pairs_per_step(self) -> int:
-        return self.pairs_per_pass * self.passes_per_step
-
-    @property
-    def steps_per_epoch(self) -> int:
-        usable = self.rows - self.rows % self.processes  # each process gets the same number of rows
-        return -(-usable // self.pairs_per_step)
-
-    def step_rows(self, step: int) -> np.ndarray:
-        """Row numbers of optimiser step `step`, counted from 0 over all epochs."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = _permutation(self.rows, self.seed, epoch)[: self.rows - self.rows % self.processes]
-        return order[within * self.pairs_per_step : (within + 1) * self.pairs_per_step]
-
-    def passes(self, step: int, lengths: np.ndarray, process: int) -> Iterator[np.ndarray]:
-        """The rows of each forward pass of `step` on one process."""
-        chosen = self.step_rows(step)
-        chosen = chosen[np.argsort(-lengths[chosen], kind="stable")]
-        for start in range(0, len(chosen), self.pairs_per_pass):
-            yield np.array_split(chosen[start : start + self.pairs_per_pass], self.processes)[process]
-
-
-@dataclass(frozen=True)
-class EndlessSchedule(Schedule):
-    """The epochs' permutations one after the other, cut into steps that are all full."""
-
-    @property
-    def steps_per_epoch(self) -> float:
-        return self.rows / self.pairs_per_step
-
-    def step_rows(self, step: int) -> np.ndarray:
-        places = np.arange(step * self.pairs_per_step, (step + 1) * self.pairs_per_step)
-        epochs, within = np.divmod(places, self.rows)
-        orders = {epoch: _permutation(self.rows, self.seed, epoch) for epoch in np.unique(epochs).tolist()}
-        return np.array([orders[epoch][row] for epoch, row in zip(epochs.tolist(), within.tolist(), strict=True)])
-
-
-@lru_cache(maxsize=1)
-def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng(derive(seed, "data order", epoch)).permutation(rows)

@@ -96,3 +96,18 @@ REWARD_STAGE = next(row.name for row in _ROWS if row.trains == "reward")
 
 BASE_STAGE = "sft"
 """What trains the base that all stages start from; not in the grid."""
+
+TRAITS = {
+    "base": [BASE_STAGE],
+    "grid": list(STAGES),
+    "pairs": [name for name, row in STAGES.items() if row.has_pairs],
+    "prompts": [name for name, row in STAGES.items() if not row.has_pairs],
+    "policy": [name for name, row in STAGES.items() if row.is_policy],
+    "reference": [name for name, row in STAGES.items() if row.reference_pass],
+}
+"""What stages have in common -> their names."""
+
+
+def having(traits: str) -> list[str]:
+    """Names of the stages that have one of these traits, e.g. "base policy"."""
+    return list(dict.fromkeys(name for trait in traits.split() for name in TRAITS[trait]))

@@ -250,7 +250,7 @@ def _read(study: Study, run: Run, curves: bool, weights: bool) -> Found:
                 _check_log(found.log, directory / "log.jsonl")
             if run.proof:
                 return found
-            if fault := record.measurement_fault(directory):
+            if fault := record.measurement_fault(directory, study.config(run)):
                 if fault.startswith("damaged"):
                     return Found(_named(fault, directory))
                 found.unmeasured = fault

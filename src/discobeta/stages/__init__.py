@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from discobeta import heads as heads_module
 from discobeta.config import RunConfig
-from discobeta.data.batches import Batch, Pairs, Schedule
+from discobeta.data.batches import Batch, Pairs
+from discobeta.data.schedule import Schedule, schedule_of
 from discobeta.data.tokens import Rows, TokenisedData
 from discobeta.design.stages import STAGES
-from discobeta.errors import UserError
 from discobeta.heads import Heads
 from discobeta.optim import Group, model_group
 from discobeta.signals import Comparison, Signals
@@ -125,11 +125,7 @@ class Stage(nn.Module):
 
     def schedule(self, train: Pairs, processes: int) -> Schedule:
         """Which rows each step of the loop sees."""
-        config = self.config
-        if len(train) < processes:
-            raise UserError(f"{len(train)} training pairs cannot be shared by {processes} processes")
-        size = config.per_device_train_batch_size * processes
-        return Schedule(len(train), size, config.gradient_accumulation_steps, processes, config.seed)
+        return schedule_of(self.config, len(train), processes)
 
     def collect(self, step: int, train: Pairs, schedule: Schedule, accelerator: Accelerator) -> Work:
         """The work of a step of the loop: one optimiser step on the next pairs."""

@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from discobeta import chain, losses, seeds
 from discobeta import heads as heads_module
 from discobeta.config import RunConfig
-from discobeta.data.batches import Batch, EndlessSchedule, Pairs, longest_first, pack
+from discobeta.data.batches import Batch, Pairs, longest_first, pack
+from discobeta.data.schedule import Schedule
 from discobeta.data.tokens import Rows, TokenisedData
 from discobeta.errors import UserError, enough_memory
 from discobeta.generation import generate, has_ended, stop_ids
@@ -173,12 +174,6 @@ class ProximalPolicy(Stage):
             groups["value"] = head_group(self.value_head.parameters(), rate, self.config)
         return groups
 
-    def schedule(self, train: Pairs, processes: int) -> EndlessSchedule:
-        config = self.config
-        passes = config.gradient_accumulation_steps * config.ppo_buffer_size
-        size = config.per_device_train_batch_size * processes
-        return EndlessSchedule(len(train), size, passes, processes, config.seed)
-
     @classmethod
     def read_of_others(cls, config: RunConfig) -> dict[str, str]:
         return chain.hashes(config)
@@ -194,7 +189,7 @@ class ProximalPolicy(Stage):
 
     # --- what is trained on
 
-    def collect(self, step: int, train: Pairs, schedule: EndlessSchedule, accelerator: Accelerator) -> Work:
+    def collect(self, step: int, train: Pairs, schedule: Schedule, accelerator: Accelerator) -> Work:
         """Answer the step's prompts, judge the answers, and say in which order they are trained on.
 
         Each process answers its share; then all of them hold all answers, so that nothing that is
@@ -391,7 +386,7 @@ class ProximalPolicy(Stage):
 
 
 def _minibatches(
-    lengths: np.ndarray, schedule: EndlessSchedule, config: RunConfig, step: int, epoch: int, process: int
+    lengths: np.ndarray, schedule: Schedule, config: RunConfig, step: int, epoch: int, process: int
 ) -> list[list[np.ndarray]]:
     """One pass over the buffer in random order: per optimiser step, the forward passes of one process."""
     order = np.random.default_rng(seeds.derive(config.seed, "minibatches", step, epoch)).permutation(len(lengths))

@@ -121,7 +121,7 @@ def is_free(config: RunConfig) -> bool:
     record.check_inputs(config, [output])
     if config.overwrite_output_dir or not (output / "config.yaml").exists():
         return True
-    if different := record.difference(read_yaml(output / "config.yaml"), config.resolved()):
+    if different := record.difference(read_yaml(output / "config.yaml"), config.settings_of(*record.THE_RUN)):
         raise UserError(
             f"output_dir: {output} holds another run ({different}); "
             "give another output_dir, or overwrite_output_dir: true"

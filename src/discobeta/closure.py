@@ -1,0 +1,149 @@
+"""Which of the package's files decide what comes out of a step: found by following imports, not listed.
+
+A step starts in its entry modules (`ENTRIES`); what they import, at the top or inside a function, belongs to it, and
+what that imports. Left out is `BOOKKEEPING`, and what only a type checker imports. An entry `module:function` counts
+the file, and of its imports those that the function reaches by name. Stages are chosen by name when a run starts, so
+an import of a stage's module counts only from the step's own stage: ppo reads reward models and so has rm's.
+
+The files are read with `ast` and never imported: no torch here, and a plan of thousands of jobs asks once a step.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+from discobeta.design.stages import BASE_STAGE, STAGES
+
+ROOT = Path(__file__).parent
+
+REPORT = ("report/collect", "record", "identity", "study")
+"""Of tables and figures too: which runs count."""
+
+ENTRIES = {
+    "world_corpus": ("world:write_corpus",),
+    "world_pairs": ("world:write_pairs",),
+    BASE_STAGE: ("stages/sft",),
+    "prepare": ("data/tokens", "policy:load_tokenizer"),
+    "reference": ("reference", "data/tokens"),
+    "train": ("train",),
+    "evaluate": ("evaluate", "metrics"),
+    "tables": ("report/tables", *REPORT),
+    "figures": ("report/figures", "metrics", *REPORT),
+}
+"""Step -> where its command begins. An entry belongs to its step also where it is bookkeeping for others."""
+
+BOOKKEEPING = {
+    "__init__": "the version, and names that load when they are asked for",
+    "cli": "what a command is asked for",
+    "config": "reads and checks the settings; what they are when resolved is compared itself",
+    "config_names": "other programs' names of them",
+    "design/__init__": "a docstring",
+    "design/stages": "which stages there are; what it says of a run is among its settings, which are compared",
+    "errors": "how a refusal is worded",
+    "files": "how a file is written whole",
+    "identity": "whether a base is still the one that a run was trained on: the hash is compared itself",
+    "launch": "starts the processes of one run",
+    "lock": "who may write a directory",
+    "metrics": "what is said of a trained model; `evaluate` and `figures` begin with it",
+    "processes": "ends what was started here",
+    "record": "what stands in a run's directory",
+    "report/figures": "loss.png beside a run; `figures` begins with it",
+    "study": "makes the settings of every run, which are compared themselves",
+}
+"""Module -> why no result depends on it. Nothing is followed through it."""
+
+CHOOSING = ("train", "stages/__init__")
+"""Modules that import every stage, and go on with the one that the run is of."""
+
+
+def files_of(step: str, stage: str | None = None) -> dict[str, str]:
+    """Module -> sha256 of its file, of `step` as it is for a run of `stage`; sorted."""
+    found = _reached(ENTRIES[step], is_of_stage=stage is None)
+    if stage is not None:
+        found |= _reached([_module(STAGES[stage].implementation.partition(":")[0])], is_of_stage=True)
+    return {name: _digest(name) for name in sorted(found)}
+
+
+@cache
+def code(step: str, stage: str | None = None) -> str:
+    """`files_of` as one line, the digests cut to eight digits: two of them side by side show which file differs."""
+    return " ".join(f"{name}:{digest[:8]}" for name, digest in files_of(step, stage).items())
+
+
+@cache
+def code_hash(stage: str) -> str:
+    """sha256 of the code that trains `stage`."""
+    found = files_of(stage) if stage in ENTRIES else files_of("train", stage)  # sft has a loop of its own
+    return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def _reached(entries: Iterable[str], *, is_of_stage: bool) -> set[str]:
+    """The entries and the modules that they reach. is_of_stage: whether through modules of stages too."""
+    found, waiting = set(), list(entries)
+    while waiting:
+        name, _, function = waiting.pop().partition(":")
+        found.add(name)
+        for other in _imports(name, function) - found - BOOKKEEPING.keys():
+            is_a_stage = other.startswith("stages/") and other != "stages/__init__"
+            if not is_a_stage or (is_of_stage and name not in CHOOSING):
+                waiting.append(other)
+    return found
+
+
+@cache
+def _imports(name: str, function: str = "") -> frozenset[str]:
+    """The modules of the package that a module imports, or those of its imports that one function of it uses."""
+    tree = ast.parse((ROOT / f"{name}.py").read_bytes())
+    if not function:
+        return frozenset(module for statement in _statements(tree) for _, module in _imported(statement))
+    parts = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    found, used, waiting = set(), {function}, [function]
+    while waiting:
+        part = parts[waiting.pop()]
+        found |= {module for statement in _statements(part) for _, module in _imported(statement)}
+        names = {node.id for node in ast.walk(part) if isinstance(node, ast.Name)} - used
+        waiting += names & parts.keys()
+        used |= names
+    return frozenset(found | {module for node in tree.body for bound, module in _imported(node) if bound in used})
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements in one, but for those under `if TYPE_CHECKING:`, which never run."""
+    is_typing = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    for block in ("orelse",) if is_typing else ("body", "orelse", "finalbody", "handlers", "cases"):
+        for statement in getattr(node, block, ()):
+            yield statement
+            yield from _statements(statement)
+
+
+def _imported(node: ast.AST) -> list[tuple[str, str]]:
+    """(name that an import binds, module of the package that it stands for)."""
+    if isinstance(node, ast.Import):
+        words = [(alias.asname or "discobeta", alias.name) for alias in node.names]
+        return [(bound, _module(word)) for bound, word in words if word.split(".")[0] == "discobeta"]
+    if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "discobeta":
+        return []
+    found = []
+    for alias in node.names:
+        inner = f"{node.module}.{alias.name}"
+        found.append((alias.asname or alias.name, _module(inner if _is_module(inner) else node.module)))
+    return found
+
+
+def _module(dotted: str) -> str:
+    """`discobeta.data.tokens` as `data/tokens`, a package as its `__init__`."""
+    name = "/".join(dotted.split(".")[1:])
+    return f"{name}/__init__".lstrip("/") if (ROOT / name).is_dir() else name
+
+
+def _is_module(dotted: str) -> bool:
+    name = "/".join(dotted.split(".")[1:])
+    return (ROOT / name).is_dir() or (ROOT / f"{name}.py").is_file()
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256((ROOT / f"{name}.py").read_bytes()).hexdigest()

@@ -1,0 +1,217 @@
+"""Which files a step is made of, against what an edit of each must rerun; and which settings a step reads."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from discobeta import cli, closure, config
+from discobeta.config import RunConfig
+
+PREFERENCES = ("rm", "dpo", "ppo")
+TRAINING = {f"train {stage}" for stage in PREFERENCES}
+EVALUATION = {f"evaluate {stage}" for stage in PREFERENCES}
+SHARED = {"sft", "prepare", "reference", "world_pairs"}
+STEPS = [("train", stage) for stage in PREFERENCES] + [("evaluate", stage) for stage in PREFERENCES]
+STEPS += [(step, None) for step in closure.ENTRIES if step not in ("train", "evaluate")]
+
+MADE_OF = {
+    "losses": TRAINING | EVALUATION,
+    "signals": TRAINING | EVALUATION,
+    "heads": TRAINING | EVALUATION,
+    "loop": TRAINING,
+    "train": TRAINING,
+    "data/schedule": TRAINING | EVALUATION,  # of the stage, which says how it goes through its rows
+    "stages/__init__": TRAINING | EVALUATION,
+    "stages/sft": {"sft"},
+    "stages/rm": {"train rm", "evaluate rm", "train ppo", "evaluate ppo"},
+    "stages/dpo": {"train dpo", "evaluate dpo"},
+    "stages/ppo": {"train ppo", "evaluate ppo"},
+    "reference": {"reference", "train dpo", "evaluate dpo"},
+    "reward": {"train ppo"} | EVALUATION,
+    "generation": {"world_pairs", "train ppo"} | EVALUATION,
+    "policy": SHARED | TRAINING | EVALUATION,
+    "data/tokens": SHARED | TRAINING | EVALUATION,
+    "data/formats": SHARED | TRAINING | EVALUATION | {"tables", "figures"},  # is the data still what it was?
+    "world": {"world_corpus", "world_pairs"} | EVALUATION,
+    "evaluate": EVALUATION,
+    "metrics": EVALUATION | {"figures"},
+    "report/tables": {"tables"},
+    "report/effects": {"tables"},
+    "report/figures": {"figures"},
+    "report/collect": {"tables", "figures"},
+    "record": {"tables", "figures"},
+    "study": {"tables", "figures"},
+    **dict.fromkeys(["cli", "config", "cost", "errors", "fetch", "files", "launch", "lock", "processes"], set()),
+}
+"""Module -> every step whose outcome may be another one when it is edited."""
+
+
+@pytest.mark.parametrize("module, expected", MADE_OF.items(), ids=MADE_OF.keys())
+def test_an_edited_module_changes_the_steps_that_are_made_of_it(module: str, expected: set[str]):
+    assert (closure.ROOT / f"{module}.py").is_file()
+    found = {" ".join(filter(None, step)) for step in STEPS if module in closure.files_of(*step)}
+    assert found == expected
+
+
+def test_a_step_is_known_by_what_is_in_its_files(tmp_path, monkeypatch):
+    """An import within a function counts, one for a type checker does not, and bookkeeping is not followed."""
+    texts = {
+        "train": "from discobeta import lock\nfrom discobeta.stages import stage_class\n",
+        "lock": "import discobeta.hidden\n",
+        "hidden": "",
+        "typed": "",
+        "inner": "",
+        "stages/__init__": "def f():\n    from discobeta.stages.rm import A\n    from discobeta.stages import dpo\n",
+        "stages/rm": "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from discobeta import typed\nelse:\n    import discobeta.inner\n"
+        "def f():\n    try:\n        pass\n    except ValueError:\n        from discobeta.deep.er import thing\n",
+        "stages/dpo": "",
+        "deep/__init__": "",
+        "deep/er": "",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(closure, "ROOT", tmp_path)
+    closure._imports.cache_clear()
+    try:
+        before = closure.files_of("train", "rm")
+        assert list(before) == ["deep/er", "inner", "stages/__init__", "stages/rm", "train"]
+        (tmp_path / "deep" / "er.py").write_text("x = 1\n")
+        (tmp_path / "lock.py").write_text("x = 1\n")
+        after = closure.files_of("train", "rm")
+        assert {name for name in before if before[name] != after[name]} == {"deep/er"}
+    finally:
+        closure._imports.cache_clear()
+
+
+def test_of_a_function_only_what_it_reaches_counts(tmp_path, monkeypatch):
+    (tmp_path / "world.py").write_text(
+        "from discobeta.top import used\nfrom discobeta.other import unused\n"
+        "def write_corpus():\n    helper()\n"
+        "def helper():\n    from discobeta import lazy\n    used()\n"
+        "def write_pairs():\n    from discobeta import late\n    unused()\n"
+    )
+    for name in ("top", "other", "lazy", "late"):
+        (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.setattr(closure, "ROOT", tmp_path)
+    closure._imports.cache_clear()
+    try:
+        assert set(closure.files_of("world_corpus")) == {"world", "top", "lazy"}
+        assert set(closure.files_of("world_pairs")) == {"world", "other", "late"}
+    finally:
+        closure._imports.cache_clear()
+
+
+COMMANDS = {
+    "train": "train", "prepare": "prepare", "reference": "reference", "_measure": "evaluate", "tables": "tables",
+    "figures": "figures", "_results": "tables", "world_corpus": "world_corpus", "world_pairs": "world_pairs",
+}  # fmt: skip
+"""Function of the command line -> the step that it does."""
+
+
+@pytest.mark.parametrize("function, step", COMMANDS.items(), ids=COMMANDS.keys())
+def test_a_step_begins_where_its_command_does(function: str, step: str):
+    tree = ast.parse(Path(cli.__file__).read_text())
+    (part,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    begins = {module for node in ast.walk(part) for _, module in closure._imported(node)}
+    assert begins and begins - closure.BOOKKEEPING.keys() <= closure.files_of(step).keys()
+
+
+def test_bookkeeping_is_there_and_says_why():
+    for name, why in closure.BOOKKEEPING.items():
+        assert (closure.ROOT / f"{name}.py").is_file() and why
+
+
+def test_the_closure_needs_no_torch():
+    code = "import sys; from discobeta import closure; closure.code('evaluate', 'ppo'); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+# --- which settings a step reads
+
+
+@pytest.fixture
+def reads(monkeypatch) -> dict[tuple[str, str], set[str]]:
+    """(stage, key) -> the functions that read it of a RunConfig from now on, apart from those of bookkeeping."""
+    names = {entry.name for entry in dataclasses.fields(RunConfig)}
+    found = defaultdict(set)
+    not_read = {dataclasses.__file__, *(str(closure.ROOT / f"{name}.py") for name in closure.BOOKKEEPING)}
+
+    def get(self, name):
+        if name in names:
+            frame = sys._getframe(1)
+            while frame.f_code.co_name.startswith("<"):  # a comprehension
+                frame = frame.f_back
+            if frame.f_code.co_filename not in not_read:
+                found[object.__getattribute__(self, "stage"), name].add(
+                    f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
+                )
+        return object.__getattribute__(self, name)
+
+    monkeypatch.setattr(RunConfig, "__getattribute__", get, raising=False)
+    return found
+
+
+HARMLESS = {
+    # to refuse at once what could not be measured afterwards
+    "num_eval_generations": {"train._train"},
+    "max_new_tokens": {"train._train"},
+    # of rm: in what passes the held-out loss of the log is computed
+    "per_device_eval_batch_size": {"loop.held_out_means"},
+    # of sft, whose config has none of them: it names the arm in its record
+    **dict.fromkeys(["add_disco_head", "disco_pref", "add_beta_head", "use_dynamic_beta"], {"flags.of"}),
+}
+HARMLESS |= dict.fromkeys(
+    ["disco_learning_rate", "beta_learning_rate", "value_learning_rate"], {"loop._optimizer_group"}
+)  # which makes a table of all, and takes from it what the stage trains
+HEADS = dict.fromkeys(["add_disco_head", "disco_pref", "add_beta_head", "use_dynamic_beta"], True)
+
+
+@pytest.mark.numeric
+def test_no_step_reads_a_key_that_is_not_said_to_be_its_own(run, reads, tmp_path):
+    """Else a changed value of it would leave what is stale. Found by watching tiny runs with all heads."""
+    from discobeta.evaluate import evaluate
+
+    foreign = []
+
+    def check(step: str, stage: str) -> None:
+        for (of, name), readers in reads.items():  # ppo reads the config of its reward model too
+            if not any(name in config.keys_of(part, of) for part in ("training", step, "bookkeeping")):
+                foreign.extend((step, of, name, reader) for reader in readers - HARMLESS.get(name, set()))
+        assert {(stage, name) for name in ("seed", "model_name_or_path", "cutoff_len")} <= reads.keys()
+        reads.clear()
+
+    changes = {"eval_strategy": "steps", "gradient_accumulation_steps": 2, "num_eval_generations": 4}
+    scratch = {"model_type": "qwen3", "config_overrides": "hidden_size=32,num_hidden_layers=1", "vocab_size": 300}
+    run("sft", name="base", **scratch, model_name_or_path=None, finetuning_type="full", eval_strategy="steps")
+    check("log", "sft")
+    for stage in ("rm", "dpo"):
+        run(stage, name=stage, **changes, **HEADS, max_new_tokens=4)
+        check("log", stage)
+        evaluate(tmp_path / stage)
+        check("evaluation", stage)
+    found = {"reward_model": str(tmp_path / "rm"), "beta_head": str(tmp_path / "dpo")}
+    changes = {"num_eval_generations": 4, "max_new_tokens": 4, "max_steps": 2, "ppo_score_norm": True}
+    run("ppo", name="ppo", **HEADS, **found, **changes)
+    check("log", "ppo")
+    evaluate(tmp_path / "ppo")
+    check("evaluation", "ppo")
+    assert not foreign, "\n".join(map(str, foreign))
+
+
+def test_every_key_belongs_to_a_step():
+    for entry in dataclasses.fields(RunConfig):
+        if entry.name != "stage":
+            assert entry.metadata["of"] in ("data", "model", "training", "evaluation", "log", "bookkeeping"), entry.name
+            assert set(entry.metadata["stages"]) | set(entry.metadata["trains"]) <= {"sft", *PREFERENCES}
+    assert "lam" not in config.keys_of("training", "rm") and "lam" in config.keys_of("training", "ppo")
+    assert json.dumps(RunConfig.from_mapping({"stage": "rm", "model_name_or_path": "m"})[0].settings_of("training"))

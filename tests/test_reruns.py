@@ -1,0 +1,161 @@
+"""What a change of the code, of a default or of the study makes Snakemake do again: the table in docs/workflow.md.
+
+The study is config/smoke.yaml with two arms. It is run once, by a copy of the workflow and of the package whose
+commands do nothing but leave what they should (`STUB`), so that Snakemake has its records; every change is then made to
+that copy and planned. Counts are by hand: of each stage two arms and two seeds, so 4 runs and 4 evaluations.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("snakemake")
+
+ROOT = Path(__file__).parent.parent
+STUDY = {"arms": "[baseline,disco-used_beta-used]"}
+STUB = """
+import json, os
+for path in json.load(open("made.json"))[os.path.relpath(os.readlink("/proc/self/fd/1"))]:
+    open(path, "w").write(path)
+"""
+"""In place of `python -m discobeta`: the job is known by its log, which is where its output goes."""
+
+REPORT = {"tables": 1, "figures": 1}
+MEASURED = {"evaluate rm": 4, "evaluate dpo": 4, "evaluate ppo": 4} | REPORT
+PPO = {"train_ppo": 4, "evaluate ppo": 4} | REPORT
+DPO = {"train_dpo": 4, "evaluate dpo": 4, "train_ppo": 2, "evaluate ppo": 2} | REPORT  # ppo of the Beta Head's arm
+RM = {"train_rm": 4, "evaluate rm": 4} | PPO
+TRAINED = DPO | RM
+TOKENS = {"prepare": 2, "prepare_prompts": 2, "reference": 2} | TRAINED
+EVERYTHING = {"world_corpus": 1, "sft": 1, "world_pairs": 2} | TOKENS
+
+
+def snakemake(folder: Path, *words: str, **settings: str) -> str:
+    command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "2"]
+    command += ["--configfile", "config/smoke.yaml", *words]
+    command += ["--config", *(f"{key}={value}" for key, value in (STUDY | settings).items())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def planned(folder: Path, **settings: str) -> Counter:
+    """Jobs of a dry run, by rule; evaluations by rule and stage."""
+    text = snakemake(folder, "--dry-run", **settings)
+    assert "missing provenance" not in text
+    counts = Counter()
+    for rule, outputs in re.findall(r"^(?:local)?rule (\w+):\n(?:    input: .*\n)?    output: (.*)$", text, re.M):
+        stage = re.search("/runs/([a-z]+)/", outputs)
+        counts[f"{rule} {stage[1]}" if rule == "evaluate" else rule] += 1
+    return counts
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    for name in ("src", "workflow", "config", "envs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "src" / "discobeta" / "__main__.py").write_text(STUB)
+    text = snakemake(folder, "--dry-run")
+    jobs = re.findall(r"^    output: (.*)\n    log: (.*)$", text, re.M)
+    assert len(jobs) == EVERYTHING_COUNT
+    (folder / "made.json").write_text(json.dumps({log: outputs.split(", ") for outputs, log in jobs}))
+    snakemake(folder)
+    assert planned(folder) == {}
+    return folder
+
+
+EVERYTHING_COUNT = sum(EVERYTHING.values())
+
+
+@pytest.fixture
+def copy(finished: Path) -> Iterator[Path]:
+    """The finished study, whose source may be edited."""
+    package = finished / "src" / "discobeta"
+    before = {path: path.read_bytes() for path in package.rglob("*.py")}
+    yield finished
+    for path, content in before.items():
+        if path.read_bytes() != content:
+            path.write_bytes(content)
+
+
+def edit(folder: Path, name: str, old: str = "", new: str = "") -> None:
+    """A new text in a file of the package, or a comment at its end."""
+    path = folder / "src" / "discobeta" / f"{name}.py"
+    text = path.read_text()
+    assert text.count(old) == 1 or not old
+    path.write_text(text.replace(old, new) if old else f"{text}\n# another comment\n")
+
+
+ALL_BUT_THE_CORPUS = {rule: count for rule, count in EVERYTHING.items() if rule != "world_corpus"}
+
+DEFAULTS = {
+    "lam": ("lam: float = option(0.95", "lam: float = option(0.9", PPO),
+    "disco_mean_penalty of rm": ('"rm": {"disco_mean_penalty": 0.01', '"rm": {"disco_mean_penalty": 0.02', RM),
+    "disco_mean_penalty of dpo": ('"dpo": {"disco_mean_penalty": 0.1', '"dpo": {"disco_mean_penalty": 0.2', DPO),
+    "top_k": ("top_k: int = option(0", "top_k: int = option(5", {"evaluate dpo": 4} | PPO),
+    "cutoff_len": ("cutoff_len: int = option(2048", "cutoff_len: int = option(1024", TOKENS),
+    "plot_loss": ("plot_loss: bool = option(False", "plot_loss: bool = option(True", {}),
+}
+
+
+@pytest.mark.parametrize("old, new, expected", DEFAULTS.values(), ids=DEFAULTS.keys())
+def test_a_changed_default_reruns_what_reads_it(copy: Path, old: str, new: str, expected: dict):
+    edit(copy, "config", old, new)
+    assert planned(copy) == expected
+
+
+CHANGES = {
+    "num_eval_generations of dpo": ({"dpo": "{num_eval_generations: 32}"}, {"evaluate dpo": 4} | REPORT),
+    "temperature of dpo": ({"dpo": "{temperature: 0.7}"}, {"evaluate dpo": 4} | REPORT),
+    "temperature of ppo": ({"ppo": "{temperature: 0.7}"}, PPO),
+    "what rm does not read": ({"rm": "{lam: 0.5, num_eval_generations: 9}"}, REPORT),
+    "logging": ({"common": "{logging_steps: 3, save_steps: 7, plot_loss: true, report_to: none}"}, REPORT),
+    "rows of the world": ({"data": "{world: {train: 700}}"}, {"world_pairs": 2} | TOKENS),
+    "a seed": (
+        {"seeds": "[1,2,3]"},
+        {"world_pairs": 1, "prepare": 1, "prepare_prompts": 1, "reference": 1, "train_rm": 2, "train_dpo": 2}
+        | {"train_ppo": 2, "evaluate rm": 2, "evaluate dpo": 2, "evaluate ppo": 2}
+        | REPORT,
+    ),
+}
+
+
+@pytest.mark.parametrize("changes, expected", CHANGES.values(), ids=CHANGES.keys())
+def test_a_changed_study_reruns_what_reads_it(finished: Path, changes: dict, expected: dict):
+    """Tables and figures say which study they are of, so they are written anew in any case."""
+    assert planned(finished, **changes) == expected
+
+
+CODE = {
+    "report/figures": {"figures": 1},
+    "cost": {},
+    "lock": {},
+    "metrics": MEASURED,
+    "losses": TRAINED,
+    "stages/dpo": DPO,
+    "stages/sft": ALL_BUT_THE_CORPUS,
+}
+
+
+@pytest.mark.parametrize("name, expected", CODE.items(), ids=CODE.keys())
+def test_edited_code_reruns_what_is_made_of_it(copy: Path, name: str, expected: dict):
+    edit(copy, name)
+    assert planned(copy) == expected
+
+
+def test_what_an_edit_has_taken_back_is_done(copy: Path):
+    """Files are known by what is in them, not by when they were written."""
+    for path in (copy / "src" / "discobeta").rglob("*.py"):
+        os.utime(path)
+    assert planned(copy) == {}
