@@ -88,7 +88,7 @@ def test_parquet(read, tmp_path):
         read("b.parquet")
 
 
-@pytest.mark.parametrize("content", [LINE, gzip.compress(LINE * 999)[:-20]])
+@pytest.mark.parametrize("content", [LINE, gzip.compress(LINE * 999, mtime=0)[:-20]])
 def test_a_broken_gzip_file_is_refused(read, tmp_path, content):
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(UserError, match="a.jsonl.gz is not a whole gzip file"):
@@ -260,7 +260,7 @@ def test_zero_usable_rows_are_refused(read, tmp_path, content, message):
         ("a.json", b'{\n "prompt": "hi",\n "chosen": "a"\n}\n', '\'{\\n "prompt": "hi"'),
         ("a.json", json.dumps([{"prompt": "hi"}]).encode("utf-16"), "'\ufffd\ufffd[\\x00{"),
         ("a.jsonl", b"PAR1\x15\x04", "'PAR1\\x15\\x04'"),
-        ("a.jsonl.gz", gzip.compress(gzip.compress(LINE)), "'\\x1f\ufffd"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(LINE, mtime=0), mtime=0), "'\\x1f\ufffd"),
     ],
 )
 def test_a_file_that_is_no_json_is_said_to_be_none_and_how_it_begins(read, tmp_path, name, content, start):
