@@ -6,6 +6,7 @@ of torch ever starts in it), and forks for each command. The kernel then gives e
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import hashlib
 import importlib
@@ -40,7 +41,11 @@ def load() -> None:
     os.environ |= {"MPLBACKEND": "agg", "COLUMNS": "80"}
     for name in NEEDED.split():
         importlib.import_module(name)
+    from tqdm import tqdm
     from trl import SFTConfig, SFTTrainer  # noqa: F401, loaded when they are asked for
+
+    # its own is shared by all forks, so that one that was killed in the middle of a bar would hold it for ever
+    tqdm.set_lock(threading.RLock())
 
     for stage in ("sft", "rm", "dpo", "ppo"):  # of files that somebody may be editing: once, and the same for all
         record.code_hash(stage)
@@ -102,6 +107,8 @@ class Child:
             os.kill(self.number, kill_after[1])
         if not self.ends_within(limit):
             hung = True
+            os.kill(self.number, signal.SIGUSR1)  # say where
+            time.sleep(0.5)
             os.kill(self.number, signal.SIGKILL)
         _, code = os.waitpid(self.number, 0)
         os.close(self.handle)
@@ -182,6 +189,7 @@ def _become(folder: Path, printed: int, done: int, fault: Fault | None, largest_
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     lock.BEAT = 0.2
+    faulthandler.register(signal.SIGUSR1, 2)
     _count_operations(str(folder), done, fault)
 
 
