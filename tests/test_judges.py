@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import discobeta
+from discobeta import runs
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs, pack
 from discobeta.data.tokens import load_or_tokenise
@@ -417,10 +418,10 @@ def test_the_critic_starts_as_the_value_head(base, settings, tmp_path):
     """With its bias: V before a token is the value of the text so far."""
     model, head = lora_with_value_head(base, tmp_path / "saves")
     save_file(head, tmp_path / "saves" / "value_head.safetensors")
-    stage = ProximalPolicy.fresh(
-        RunConfig.from_mapping(settings("ppo", reward_model=str(tmp_path / "saves"), ppo_score_norm=False, **PPO))[0],
-        {},
+    config, _ = RunConfig.from_mapping(
+        settings("ppo", reward_model=str(tmp_path / "saves"), ppo_score_norm=False, **PPO)
     )
+    stage = ProximalPolicy.fresh(config, {}, given=runs.given(config))
     values = stage.eval().judge(PROMPTS[:1], [np.array([9, 10, 2], np.int32)])["values"][0]
     with torch.no_grad():
         states = model(torch.tensor([[4, 6, 5, 9, 10]]), output_hidden_states=True).hidden_states[-1][0, 2:]
@@ -516,7 +517,7 @@ def test_a_rollout_is_judged_in_the_judges_tokens_and_valued_in_the_policys(sett
     config, _ = RunConfig.from_mapping(
         settings("ppo", reward_model=str(tmp_path / "judge"), ppo_score_norm=True, **(MORE | talking))
     )
-    stage = ProximalPolicy.fresh(config, {}).eval()
+    stage = ProximalPolicy.fresh(config, {}, given=runs.given(config)).eval()
     prompts = [np.array(ids, np.int32) for ids in ([4, 6, 5], [4, 6, 8, 5], [4, 7, 5])]
     responses = [np.array(ids, np.int32) for ids in ([9, 10, 17, 2], [11], [2])]
     said = stage.judge(prompts, responses)

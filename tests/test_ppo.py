@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen3ForSequenceClassification
 
 import discobeta
+from discobeta import runs
 from discobeta.cli import main
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs, pack
@@ -87,7 +88,7 @@ def started(ppo):
     def start(**changes):
         config, _ = RunConfig.from_mapping(ppo(**changes))
         prompts = Pairs(load_or_tokenise(config, load_tokenizer(config)).train)
-        return ProximalPolicy.fresh(config, {}), prompts
+        return ProximalPolicy.fresh(config, {}, given=runs.given(config)), prompts
 
     return start
 
@@ -707,7 +708,7 @@ def test_log_s_of_the_measurement_is_that_of_the_training(go, upstream):
     evaluate(directory)
     rows = {row["prompt"]: row["log_s"] for row in map(json.loads, (directory / "generations.jsonl").open())}
     config = discobeta.load_policy(directory).config
-    stage = ProximalPolicy.fresh(config, {})
+    stage = ProximalPolicy.fresh(config, {}, given=runs.given(config))
     tokenizer = stage.tokenizer
     prompts = [np.array(tokenizer(prompt)["input_ids"], np.int32) for prompt in rows]
     judged = stage.judge(prompts, [np.array([9, 2], np.int32)] * len(prompts))

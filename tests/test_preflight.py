@@ -183,7 +183,7 @@ def test_a_policy_that_cannot_end_a_response_is_refused(refused, made, judges):
 
 
 def test_scores_of_texts_beyond_the_judge_are_refused(made, judges):
-    from discobeta.reward import load_reward_model
+    from discobeta import load_reward_model
 
     judge = load_reward_model(judges(made("gpt2", [*WORDS, "extra"])))
     with pytest.raises(UserError, match=r"knows 19 tokens \(ids 0 to 18\), and was given the token id 19"):

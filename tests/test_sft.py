@@ -73,7 +73,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def test_a_base_is_an_ordinary_model_folder(config, corpus):
-    folder = trained(config(plot_loss=True))
+    folder = trained(config())
     model, tokenizer = load(folder)
     assert type(model).__name__ == "Qwen3ForCausalLM"
     sizes = model.config
@@ -83,7 +83,7 @@ def test_a_base_is_an_ordinary_model_folder(config, corpus):
     assert model.generation_config.eos_token_id == 2
     assert tokenizer("soup basil")["input_ids"] == load_tokenizer(corpus)("soup basil")["input_ids"]
     written = {path.name for path in folder.iterdir()}
-    assert written >= {"config.yaml", "log.jsonl", "cost.json", "provenance.json", "loss.png", "model.safetensors"}
+    assert written >= {"config.yaml", "log.jsonl", "cost.json", "provenance.json", "model.safetensors"}
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # no temporary is left
 
 

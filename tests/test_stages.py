@@ -332,11 +332,11 @@ def test_a_run_that_was_moved_is_measured_where_it_is(run, tmp_path):
 
 
 def test_a_run_directory_holds_what_is_promised(run):
-    directory = run("dpo", plot_loss=True, eval_strategy="steps", eval_steps=2, report_to="tensorboard", **USED)
+    directory = run("dpo", eval_strategy="steps", eval_steps=2, report_to="tensorboard", **USED)
     names = {path.name for path in directory.iterdir()}
     assert names == {
         "config.yaml", "adapter", "heads.safetensors", "heads.json", "log.jsonl", "speed.jsonl", "cost.json",
-        ".discobeta.json", "provenance.json", "loss.png", "reference", "tracker",
+        ".discobeta.json", "provenance.json", "reference", "tracker",
     }  # fmt: skip
     resolved = yaml.safe_load((directory / "config.yaml").read_text())
     assert resolved["disco_pref"] is True and resolved["disco_mean_penalty"] == 0.1

@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "load_policy": "discobeta.runs",
-    "load_reward_model": "discobeta.reward",
+    "load_reward_model": "discobeta.runs",
     "Arm": "discobeta.design.arms",
     "UserError": "discobeta.errors",
 }

@@ -184,6 +184,10 @@ def train(arguments: argparse.Namespace) -> int | None:
 
     train_run(config)
     directory = Path(config.output_dir)
+    if config.plot_loss and _is_main_process() and not (directory / "loss.png").exists():
+        from discobeta.report.figures import loss_curve
+
+        loss_curve(directory / "log.jsonl", directory / "loss.png")
     if not _is_measurable(config) or not _is_main_process() or arguments.no_evaluate:
         return
     if record.measurement_fault(directory, config):

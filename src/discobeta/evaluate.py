@@ -30,7 +30,6 @@ from discobeta.files import remove, replacing, write_json, write_text
 from discobeta.generation import generate, has_ended, response_text, stop_ids
 from discobeta.heads import SIGMA0
 from discobeta.policy import hidden_states, load_reference, load_tokenizer, response_logps, use_deterministic_kernels
-from discobeta.reward import load_reward_model, loading
 from discobeta.seeds import uniforms
 from discobeta.stages import Stage, stage_class
 
@@ -260,7 +259,7 @@ def answer_prompts(
         }
     )
     if STAGES[config.stage].judge:
-        judge = load_reward_model(config.reward_model, **loading(config))
+        judge = runs.load_reward_model(config.reward_model, **runs.loading(config))
         found.check_fact("reward_model", judge.fingerprint, config.reward_model)
         judge.stage.to(device)
         translation = judge.translation(config, reference, tokenizer)

@@ -1,34 +1,32 @@
-"""Reward models as judges of single responses: runs of this project, and those of other makes (`judges`)."""
+"""Reward models as judges of single responses."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from discobeta import identity, judges, runs
 from discobeta.config import RunConfig
 from discobeta.data.batches import longest_first, pack
 from discobeta.data.formats import Example
 from discobeta.data.sources import RowReport
 from discobeta.data.tokens import encode
-from discobeta.design.stages import REWARD_STAGE
 from discobeta.errors import enough_memory
 from discobeta.generation import stop_ids
-from discobeta.heads import SIGMA0, Heads
-from discobeta.policy import load_tokenizer, plain
+from discobeta.heads import SIGMA0
+from discobeta.policy import plain
 from discobeta.preflight import check_ids, check_lengths, context_of, name_of
 from discobeta.translation import Translation, needed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from discobeta.heads import Heads
     from discobeta.stages.rm import RewardModelling
 
 
@@ -84,38 +82,3 @@ class RewardModel:
                 log_sigmas = torch.empty_like(means) if log_sigmas is None else log_sigmas
                 log_sigmas[indices] = log_sigma.cpu()
         return means, None if log_sigmas is None else (SIGMA0 * log_sigmas.exp()).square()
-
-
-def load_reward_model(source: str | Path, **settings) -> RewardModel:
-    """A reward model, frozen, on the CPU, from any of
-
-    - the directory of an rm run of this project (its base, its adapter, its heads),
-    - a PEFT adapter with a `score` (a directory or a hub id), on the base that it names,
-    - a model for sequence classification with one output, `score` (a directory or a hub id),
-    - a reward model of LLaMA-Factory, a language model or an adapter with a value head (a directory or a hub id).
-
-    settings: run keys that say how the others than ours are loaded (bf16, flash_attn, cutoff_len, ...), and
-    trust_remote_code and cache_dir, which hold for all; what a run's own config says of these counts for nothing.
-    Raises UserError for anything else, for one that has no score of its own, and for a run that is unfinished or
-    damaged, or whose base has changed.
-    """
-    from discobeta.stages.rm import RewardModelling
-
-    folder = Path(source)
-    if (folder / "config.yaml").exists():
-        reader = {key: settings[key] for key in ("trust_remote_code", "cache_dir") if key in settings}
-        stage = runs.load_stage(runs.read_of(folder, REWARD_STAGE, **reader))
-        weights = [part for part in (folder / "adapter", folder / "model") if part.exists()]
-    else:
-        config, model, weights = judges.load(str(source), settings)
-        stage = RewardModelling(config, model, Heads()).eval()
-    stage.requires_grad_(False)
-    tokenizer = load_tokenizer(stage.config)
-    return RewardModel(stage.model, tokenizer, stage.heads, stage.config, stage, identity.folders_hash(*weights))
-
-
-def loading(config: RunConfig) -> dict:
-    """The settings of a run that a reward model of another make is loaded with."""
-    return {
-        name: getattr(config, name) for name in ("bf16", "flash_attn", "cache_dir", "trust_remote_code", "cutoff_len")
-    }

@@ -1,4 +1,4 @@
-"""Finished runs, given back as ordinary objects."""
+"""Finished runs, given back as ordinary objects: record -> model. Nothing in a stage imports this."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from discobeta import record
+from discobeta import identity, record
 from discobeta.config import RunConfig
-from discobeta.design.stages import STAGES
+from discobeta.design.stages import REWARD_STAGE, STAGES
 from discobeta.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from discobeta.heads import Heads
     from discobeta.record import Record
+    from discobeta.reward import RewardModel
     from discobeta.stages import Stage
 
 
@@ -57,3 +58,55 @@ def load_stage(found: Record) -> Stage:
     from discobeta.stages import stage_class
 
     return stage_class(found.config.stage).trained(found.config, found.directory)
+
+
+def load_reward_model(source: str | Path, **settings) -> RewardModel:
+    """A reward model, frozen, on the CPU, from any of
+
+    - the directory of an rm run of this project (its base, its adapter, its heads),
+    - a PEFT adapter with a `score` (a directory or a hub id), on the base that it names,
+    - a model for sequence classification with one output, `score` (a directory or a hub id),
+    - a reward model of LLaMA-Factory, a language model or an adapter with a value head (a directory or a hub id).
+
+    settings: run keys that say how the others than ours are loaded (bf16, flash_attn, cutoff_len, ...), and
+    trust_remote_code and cache_dir, which hold for all; what a run's own config says of these counts for nothing.
+    Raises UserError for anything else, for one that has no score of its own, and for a run that is unfinished or
+    damaged, or whose base has changed.
+    """
+    from discobeta import judges
+    from discobeta.heads import Heads
+    from discobeta.policy import load_tokenizer
+    from discobeta.reward import RewardModel
+    from discobeta.stages import stage_class
+
+    folder = Path(source)
+    if (folder / "config.yaml").exists():
+        reader = {key: settings[key] for key in ("trust_remote_code", "cache_dir") if key in settings}
+        stage = load_stage(read_of(folder, REWARD_STAGE, **reader))
+        weights = [part for part in (folder / "adapter", folder / "model") if part.exists()]
+    else:
+        config, model, weights = judges.load(str(source), settings)
+        stage = stage_class(REWARD_STAGE)(config, model, Heads()).eval()
+    stage.requires_grad_(False)
+    tokenizer = load_tokenizer(stage.config)
+    return RewardModel(stage.model, tokenizer, stage.heads, stage.config, stage, identity.folders_hash(*weights))
+
+
+def loading(config: RunConfig) -> dict:
+    """The settings of a run that a reward model of another make is loaded with."""
+    return {
+        name: getattr(config, name) for name in ("bf16", "flash_attn", "cache_dir", "trust_remote_code", "cutoff_len")
+    }
+
+
+def given(config: RunConfig) -> dict[str, Any]:
+    """Run key -> what a run of `config` is given by runs of earlier stages: a `RewardModel`, or their `Heads`."""
+    from discobeta import heads
+
+    found: dict[str, Any] = {}
+    for reading in STAGES[config.stage].reads:
+        if reading.idea is None:
+            found[reading.key] = load_reward_model(getattr(config, reading.key), **loading(config))
+        elif getattr(config, reading.key) and config.arm.has(reading.idea):
+            found[reading.key] = heads.load(Path(getattr(config, reading.key)))
+    return found

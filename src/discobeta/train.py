@@ -70,7 +70,7 @@ def _is_free(config: RunConfig, accelerator: Accelerator) -> bool:
 
 
 def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) -> None:
-    from discobeta import loop, policy, preflight
+    from discobeta import loop, policy, preflight, runs
     from discobeta.data.batches import Pairs
     from discobeta.data.formats import KINDS
     from discobeta.data.sources import contents_hash
@@ -91,7 +91,7 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
     preflight.check(model, data, config, tokenizer)  # before the reference pass
     with accelerator.main_process_first():
         columns = kind.columns(config, data.parts())
-    stage = kind.fresh(config, columns["train"], model)
+    stage = kind.fresh(config, columns["train"], model, runs.given(config))
     stage.check_data(data)
     material = Pairs(data.train, columns["train"])
     held_out = None if data.held_out is None else Pairs(data.held_out, columns["eval"])
@@ -118,10 +118,6 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
         hold.confirm()
         stage.save(directory)
         write_json(directory / "cost.json", _cost(spent, startup, accelerator))
-        if config.plot_loss:
-            from discobeta.report.figures import loss_curve
-
-            loss_curve(directory / "log.jsonl", directory / "loss.png")
         more = {"sources": contents_hash(config), KINDS[config.stage]: len(material), "rows": data.report}
         record.write_provenance(directory, config, facts | more)
         record.remove_checkpoints(directory)

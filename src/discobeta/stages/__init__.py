@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -66,10 +66,19 @@ class Stage(nn.Module):
         return add_adapter(cls.load_base(config), config, cls.task)
 
     @classmethod
-    def fresh(cls, config: RunConfig, columns: dict[str, Tensor], model: nn.Module | None = None) -> Self:
-        """The stage at step 0, its heads built from the run's architecture. model: `start`, if it is there already."""
+    def fresh(
+        cls,
+        config: RunConfig,
+        columns: dict[str, Tensor],
+        model: nn.Module | None = None,
+        given: dict[str, Any] | None = None,
+    ) -> Self:
+        """The stage at step 0, its heads built from the run's architecture.
+
+        model: `start`, if it is there already. given: run key -> what it names among other runs (`runs.given`).
+        """
         model = cls.start(config) if model is None else model
-        return cls(config, model, cls.fresh_heads(config, model, columns))
+        return cls(config, model, cls.fresh_heads(config, model, columns, given or {}))
 
     @classmethod
     def trained(cls, config: RunConfig, directory: Path) -> Self:
@@ -83,7 +92,9 @@ class Stage(nn.Module):
         return cls(config, model, heads_module.load(directory)).eval()
 
     @classmethod
-    def fresh_heads(cls, config: RunConfig, model: nn.Module, columns: dict[str, Tensor]) -> Heads:
+    def fresh_heads(
+        cls, config: RunConfig, model: nn.Module, columns: dict[str, Tensor], given: dict[str, Any]
+    ) -> Heads:
         from discobeta.policy import width
 
         present = config.arm.heads_in(config.stage)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from discobeta import chain, losses, seeds
-from discobeta import heads as heads_module
 from discobeta.config import RunConfig
 from discobeta.data.batches import Batch, Pairs, longest_first, pack
 from discobeta.data.schedule import Schedule
@@ -39,7 +37,6 @@ from discobeta.policy import (
     token_logps,
 )
 from discobeta.preflight import check_answers, check_context, check_ids, check_rows
-from discobeta.reward import load_reward_model, loading
 from discobeta.signals import scaled
 from discobeta.stages import Stage, Work
 from discobeta.stages.rm import score
@@ -131,19 +128,28 @@ class ProximalPolicy(Stage):
         return {}
 
     @classmethod
-    def fresh_heads(cls, config: RunConfig, model: nn.Module, columns: dict[str, Tensor]) -> Heads:
+    def fresh_heads(
+        cls, config: RunConfig, model: nn.Module, columns: dict[str, Tensor], given: dict[str, Any]
+    ) -> Heads:
         """The Beta Head of the dpo run in place of a fresh one."""
-        heads = super().fresh_heads(config, model, columns)
-        if heads.beta is not None and config.beta_head:
-            heads.beta = heads_module.load(Path(config.beta_head)).beta
+        heads = super().fresh_heads(config, model, columns, given)
+        if "beta_head" in given:
+            heads.beta = given["beta_head"].beta
         return heads
 
     @classmethod
-    def fresh(cls, config: RunConfig, columns: dict[str, Tensor], model: nn.Module | None = None) -> Self:
-        stage = super().fresh(config, columns, model)
+    def fresh(
+        cls,
+        config: RunConfig,
+        columns: dict[str, Tensor],
+        model: nn.Module | None = None,
+        given: dict[str, Any] | None = None,
+    ) -> Self:
+        """With the reward model that is given."""
+        stage = super().fresh(config, columns, model, given)
         stage.tokenizer = load_tokenizer(config)
         stage.reference = load_reference(config)
-        judge = load_reward_model(config.reward_model, **loading(config))
+        judge = given["reward_model"]
         stage.reward, stage.reward_fingerprint = judge.stage, judge.fingerprint
         stage.translation = judge.translation(config, stage.reference, stage.tokenizer)
         start = score(judge.model) if stage.translation is None else None

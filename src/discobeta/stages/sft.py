@@ -82,10 +82,6 @@ def train(config: RunConfig) -> None:
                 write_yaml(config.resolved(), folder / "config.yaml")
                 files.write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log.rows))
                 files.write_json(folder / "cost.json", cost(trainer, spent, begun - record.STARTED))
-                if config.plot_loss:
-                    from discobeta.report.figures import loss_curve
-
-                    loss_curve(folder / "log.jsonl", folder / "loss.png")
                 facts = {
                     **data.keys(),
                     "sources": contents_hash(config),
@@ -94,8 +90,8 @@ def train(config: RunConfig) -> None:
                 }
                 if config.model_name_or_path:
                     facts["base"] = identity.weights_hash(config)
-                record.write_provenance(folder, config, facts, sorted(set(os.listdir(folder)) - {"loss.png"}))
-                record.write_mark(folder, "discobeta train, stage sft", os.listdir(folder))
+                record.write_provenance(folder, config, facts, sorted(os.listdir(folder)))
+                record.write_mark(folder, "discobeta train, stage sft", [*os.listdir(folder), "loss.png"])
     except _WrittenMeanwhile:
         print(finished, file=sys.stderr)
     processes.wait_for_everyone()
