@@ -53,7 +53,7 @@ def refused(settings, tmp_path, capsys):
         ({"use_dynamic_beta": True}, "use_dynamic_beta: true needs add_beta_head: true"),
         ({"val_size": 0.1}, "val_size and eval_dataset contradict each other"),
         ({"fp16": True}, "use bf16: true"),
-        ({"deepspeed": "ds.json"}, "--processes N"),
+        ({"use_mca": True}, "--processes N"),
         ({"cutoff_len": 2, "max_unusable_rows": 1.0}, "none of the 40 rows is usable"),
         ({"cutoff_len": 5}, "not usable|unusable"),
         ({"lr_scheduler_type": "sideways"}, "lr_scheduler_type: 'sideways' should be linear or cosine or"),

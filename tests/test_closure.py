@@ -36,6 +36,8 @@ MADE_OF = {
     "stages/ppo": {"train ppo", "evaluate ppo"},
     "reference": {"reference", "train dpo", "evaluate dpo"},
     "reward": {"train ppo"} | EVALUATION,
+    "translation": {"train ppo"} | EVALUATION,
+    "judges": {"train rm", "train ppo"} | EVALUATION,
     "generation": {"world_pairs", "train ppo"} | EVALUATION,
     "policy": SHARED | TRAINING | EVALUATION,
     "data/tokens": SHARED | TRAINING | EVALUATION,
@@ -49,7 +51,9 @@ MADE_OF = {
     "report/collect": {"tables", "figures"},
     "record": {"tables", "figures"},
     "study": {"tables", "figures"},
-    **dict.fromkeys(["cli", "config", "cost", "errors", "fetch", "files", "launch", "lock", "processes"], set()),
+    **dict.fromkeys(
+        ["cli", "closure", "config", "cost", "errors", "fetch", "files", "launch", "lock", "processes"], set()
+    ),
 }
 """Module -> every step whose outcome may be another one when it is edited."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 
 import pytest
 
@@ -448,6 +449,9 @@ def test_openai_formatting_and_a_messages_column_beside_the_answers():
         (MESSAGES | {"rejected": [USER]}, ("last turn is not the assistant's", "rejected")),
         (MESSAGES | {"rejected": [{"role": "assistant", "content": 3}]}, ("wrong types", "rejected")),
         (WORDS | {"truth": "no"}, ("wrong types", "truth")),
+        (WORDS | {"truth": {"topic": "a", "noise": [1]}}, ("wrong types", "'noise' in truth")),
+        (WORDS | {"truth": {"price": Decimal("1.5")}}, ("wrong types", "'price' in truth")),
+        (WORDS | {"truth": {"id": 2**64}}, ("truth that cannot be kept", "'id'")),
     ],
 )
 def test_reasons_name_the_column_and_the_role(row, reason):

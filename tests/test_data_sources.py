@@ -113,7 +113,7 @@ def test_rows_that_python_would_read_as_something_else(read, tmp_path):
         assert sources(examples) == [f"{name}:3"] and examples[0].prompt == "hi"
         assert report.first == {
             "a key stands twice": [f"{name}:1", f"{name}:2"],
-            "truth that cannot be kept": [f"{name}:4", f"{name}:5"],
+            "truth that cannot be kept: 'id'": [f"{name}:4", f"{name}:5"],
             "wrong types: prompt": [f"{name}:6"],
         }
 
@@ -241,13 +241,36 @@ def test_too_many_unusable_rows_are_refused_with_reasons(read, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"", "has no rows"), (b"x\ny", r"none of the 2 rows .*\n.*not JSON: 2")]
+    ("content", "message"), [(b"", "has no rows"), (b"3\nx", r"none of the 2 rows .*\n.*not JSON: 1")]
 )
 def test_zero_usable_rows_are_refused(read, tmp_path, content, message):
     (tmp_path / "a.jsonl").write_bytes(content)
     (tmp_path / "b.jsonl").write_bytes(LINE)
     with pytest.raises(UserError, match=f"a.jsonl.*{message}"):
         read("b.jsonl,a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "start"),
+    [
+        ("a.jsonl", b"prompt,chosen,rejected\r\nhi,a,b\r\n", "'prompt,chosen,rejected\\r\\nhi,a,b\\r\\n'"),
+        ("a.json", b"<!doctype html>\n<html></html>", "'<!doctype html>\\n<html></html>'"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "'version https://git-lfs"),
+        ("a.jsonl", b"{'prompt': 'hi', 'chosen': 'a'}\n", "\"{'prompt': 'hi'"),
+        ("a.json", b'{\n "prompt": "hi",\n "chosen": "a"\n}\n', '\'{\\n "prompt": "hi"'),
+        ("a.json", json.dumps([{"prompt": "hi"}]).encode("utf-16"), "'\ufffd\ufffd[\\x00{"),
+        ("a.jsonl", b"PAR1\x15\x04", "'PAR1\\x15\\x04'"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(LINE)), "'\\x1f\ufffd"),
+    ],
+)
+def test_a_file_that_is_no_json_is_said_to_be_none_and_how_it_begins(read, tmp_path, name, content, start):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read(name)
+    where, _, begins = str(caught.value).partition(
+        " is neither one JSON array nor JSON objects, one a line: it begins "
+    )
+    assert where == str(tmp_path / name) and begins.startswith(start)
 
 
 def test_report_lines(read, tmp_path):
@@ -281,7 +304,7 @@ def test_entries_of_dataset_info_and_datasets_yaml(read, tmp_path):
         ({"file_name": "gone.json"}, "no such file: .*gone.json"),
         ({"file": "a.json"}, "'file' is not supported; known: file_name"),
         ({"file_name": "a.json", "columns": {"promt": "x"}}, "'promt' is not supported; known: prompt"),
-        ({"file_name": "a.json", "columns": {"kto_tag": "x"}}, "'kto_tag' is not supported"),
+        ({"file_name": "a.json", "columns": {"label": "x"}}, "'label' is not supported"),
         ({"file_name": "a.json", "formatting": "chatml"}, "should be alpaca, sharegpt or openai"),
         ({"file_name": "a.json", "num_samples": "all"}, "num_samples"),
         ({"file_name": 3}, "file_name: 3 should be text"),
@@ -318,6 +341,11 @@ def test_wrong_entries(read, tmp_path, entry, message, monkeypatch):
         ("mime", "did you mean the entry 'mine'"),
         ("table.csv", "unknown kind of file"),
         (" , ", "or names none"),
+        ("https://example.com/a.jsonl", "https://example.com/a.jsonl is an address: download the file"),
+        ("s3://bucket/a.jsonl", "s3://bucket/a.jsonl is an address"),
+        ("rows/*.jsonl", r"no such file: rows/\*.jsonl or [^\n]*; patterns are not expanded: name the files"),
+        ("a\nb.jsonl", r"^dataset: no such file: 'a\\nb.jsonl'$"),
+        ("\x1b[31mred.jsonl", r"^dataset: no such file: '\\x1b\[31mred.jsonl'$"),
     ],
 )
 def test_wrong_names(read, tmp_path, name, message):
@@ -382,6 +410,24 @@ def test_a_broken_dataset_info_is_one_line(read, tmp_path, content):
         read("a.jsonl")
 
 
+def test_a_broken_dataset_info_says_where(read, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+    (tmp_path / "dataset_info.json").write_text('{\n  "mine": {"file_name": "a.jsonl"},\n}\n')
+    with pytest.raises(UserError, match=r"dataset_info.json is not valid JSON: [^\n]* line [23] column"):
+        read("mine")
+
+
+def test_an_entry_of_kto_rows_gives_prompts(read, tmp_path):
+    """As in llamafactory's dataset_info.json; the tag is about the answer."""
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}], "label": True}
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    entry = {"file_name": "a.json", "formatting": "sharegpt", "columns": {"messages": "messages", "kto_tag": "label"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"kto_en_demo": entry | {"tags": tags}}))
+    (example,) = read("kto_en_demo", kind="prompts")[0]
+    assert example.prompt == [{"role": "user", "content": "hi"}]
+
+
 def test_a_dataset_info_may_begin_with_a_byte_order_mark(read, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINE)
     (tmp_path / "dataset_info.json").write_bytes(
@@ -405,6 +451,13 @@ def test_a_hub_id_offline_fails_fast(read):
     assert time.monotonic() - start < 5
 
 
+def test_a_dataset_dir_without_entries_is_named(read, tmp_path):
+    with pytest.raises(UserError) as caught:
+        read("dpo_en_demo")
+    says = f"is no local file, no entry ({tmp_path} has no dataset_info.json or datasets.yaml), and cannot be loaded"
+    assert says in str(caught.value)
+
+
 def test_hub_datasets_take_subset_split_and_limit(read, tmp_path, monkeypatch):
     import datasets
 
@@ -421,6 +474,22 @@ def test_hub_datasets_take_subset_split_and_limit(read, tmp_path, monkeypatch):
     assert sources(read("me/pairs", split="test")[0]) == ["me/pairs:0", "me/pairs:1", "me/pairs:2"]
     assert sources(read("mine", split="test")[0]) == ["me/pairs:0", "me/pairs:1"]
     assert asked == [("me/pairs", None, None, "test"), ("me/pairs", "en", "helpful", "train_prefs")]
+
+
+def test_what_a_hub_dataset_holds_and_python_cannot_costs_nothing_where_nobody_reads_it(read, monkeypatch):
+    import datasets
+    import pyarrow as pa
+
+    late = pa.array([0, 2**62], pa.timestamp("us"))  # in the year 148,000
+    table = pa.table({"prompt": ["hi", "ho"], "chosen": ["a", "a"], "rejected": ["b", "b"], "made": late})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words, **more: datasets.Dataset(table))
+    examples, report = read("me/pairs")
+    assert [example.prompt for example in examples] == ["hi", "ho"] and report.usable == 2
+    truth = pa.StructArray.from_arrays([late], ["made"])
+    table = table.append_column("truth", truth)
+    with pytest.raises(UserError, match="none of the 2 rows") as caught:
+        read("me/pairs")
+    assert "a value that cannot be read: 1 (me/pairs:1)" in str(caught.value)
 
 
 def test_the_shipped_entries_can_be_resolved():

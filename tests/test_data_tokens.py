@@ -219,6 +219,20 @@ def test_a_tokenizer_without_an_end_token_is_refused():
 # --- truncation
 
 
+@pytest.mark.parametrize("vocabulary", [None, {}])
+def test_a_tokenizer_without_a_vocabulary_is_refused_and_not_the_rows(tmp_path, vocabulary):
+    """transformers makes one whose texts have no tokens, of a model's config.json or of an empty table."""
+    from transformers import AutoTokenizer
+
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    if vocabulary is not None:
+        model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, eos_token="<|endoftext|>")
+    with pytest.raises(UserError, match=r"has no vocabulary: its files \(tokenizer.json"):
+        ids(Example("a", "b", "c"), tokenizer)
+
+
 def test_responses_are_cut_at_the_right_and_counted():
     report = RowReport("data", total=2)
     examples = [Example("a b", "c c d", "d"), Example("a", "b", "c")]
@@ -892,16 +906,23 @@ def test_where_both_merge_the_prompt_keeps_its_own_ids(legacy):
     assert tokenizer.decode(chosen[:-1]) == "o 12."
 
 
-@pytest.mark.parametrize("name", ["byte level", "legacy", "metaspace", "crossing"])
+@pytest.mark.parametrize("name", ["byte level", "legacy", "metaspace", "crossing", "special"])
 def test_the_end_of_a_prompt_is_enough_to_go_on_from(byte_level, name):
     """Random texts, with blanks of all kinds at and around the border, against the tokens of the one text."""
     import random
 
-    tokenizer = byte_level() if name == "byte level" else sentence_piece(legacy=name == "legacy")
+    from tokenizers import AddedToken
+
+    tokenizer = byte_level() if name in ("byte level", "special") else sentence_piece(legacy=name == "legacy")
     if name == "crossing":
         tokenizer.add_tokens(["to 12"])  # no token of the model itself
     rng, compared = random.Random(0), 0
     words = ["Count", "to", "12.", "done", "<think>", "é", "tall ", " tide", "\n", "\n\n", "  ", "\t", "?", "o", " "]
+    tokenizer.add_tokens([AddedToken(f"<{part}>", special=True, **{part: True}) for part in ("lstrip", "rstrip")])
+    tokenizer.add_tokens([AddedToken("<m>", special=True), AddedToken("<1>", special=True, single_word=True)])
+    words += ["<m>", "<lstrip>", "<rstrip>", "<1>"]
+    if name == "special":  # a token that goes on from a special one, and one that begins before it
+        tokenizer.add_tokens(["<m>to", "12.<rstrip>done"])
     for _ in range(400):
         prompt, response = (rng.choice(["", " "]).join(rng.choices(words, k=rng.randint(2, 9))) for _ in range(2))
         alone, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + response))
@@ -911,6 +932,27 @@ def test_the_end_of_a_prompt_is_enough_to_go_on_from(byte_level, name):
         assert next(tokens._ids_of([rendered], tokenizer)) == [alone, whole[len(alone) :]], (prompt, response)
         compared += 1
     assert compared > 200
+
+
+def test_a_token_that_holds_a_special_one_goes_before_it():
+    """Where it would cross the border, the response is tokenised apart, and so without a mark of a beginning."""
+    from tokenizers import AddedToken
+
+    tokenizer = sentence_piece(legacy=True)
+    tokenizer.add_tokens([AddedToken("<m>", special=True), AddedToken("12<m>do", normalized=False)])
+    prompt, chosen, _ = ids(Example("Count to 12<m>", "done", "x"), tokenizer)
+    assert tokenizer("Count to 12<m>done")["input_ids"][: len(prompt)] != prompt
+    assert not tokenizer.convert_ids_to_tokens(chosen)[0].startswith("▁")
+
+
+def test_what_stands_before_the_last_special_token_is_tokenised_once(byte_level, monkeypatch):
+    """Of 3 renderings of a prompt only what its last special token begins is tokenised again."""
+    tokenizer, seen = byte_level(CHATML), []
+    bare = tokens._bare_ids
+    monkeypatch.setattr(tokens, "_bare_ids", lambda one, texts: seen.extend(texts) or bare(one, texts))
+    ids(Example([{"role": "user", "content": "How tall is tower 3?"}], "1 done", "now"), tokenizer, 500)
+    assert len([text for text in seen if "tower" in text]) == 1
+    assert "<|im_start|>assistant\n1 done<|im_end|>" in seen
 
 
 def test_byte_level_tokens_are_those_of_prompt_and_response_apart(byte_level):
@@ -960,6 +1002,47 @@ def test_tokens_are_those_of_trl(byte_level):
                 assert one == two or one + line_break == two
             compared += 1
     assert compared == 42
+
+
+TURNS = {"system": ("system", "be exact"), "user": ("user", "How tall is tower 3?"), "again": ("assistant", "tall")}
+# As LLaMA-Factory 0.9.5 registers them in data/template.py: the turn of a system, of a user with what opens the
+# answer, of an assistant; what stands in front. There qwen3_nothink, chatml and llama3.
+SLOTS = {
+    "qwen3_nothink": (
+        "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        "{}<|im_end|>\n", [],
+    ),
+    "llama3": (
+        "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "{}<|eot_id|>", ["<s>"],
+    ),
+}  # fmt: skip
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", SLOTS)
+@pytest.mark.parametrize("turns", [["user"], ["system", "user"], ["user", "again", "user"]])
+def test_tokens_are_those_of_llama_factory(byte_level, name, turns):
+    """Its encode_oneturn tokenises each slot of its template apart; what it has more is the line break behind the
+    answer's end, which its ChatML templates train on."""
+    from tokenizers import AddedToken
+
+    system, user, assistant, front = SLOTS[name]
+    tokenizer = byte_level(CHATML if name == "qwen3_nothink" else LLAMA3, bos=bool(front))
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in re.findall(r"<\|\w+\|>", system + user)])
+    spoken = {"system": system, "user": user, "again": assistant}
+    slots = [*front, *(spoken[turn].format(TURNS[turn][1]) for turn in turns)]
+    prompt = [token for slot in slots for token in tokenizer(slot, add_special_tokens=False)["input_ids"]]
+    answers = ["1 done", "I would rather not count."]
+    theirs = [tokenizer(assistant.format(answer), add_special_tokens=False)["input_ids"] for answer in answers]
+    messages = [{"role": TURNS[turn][0], "content": TURNS[turn][1]} for turn in turns]
+    line_break = tokenizer("\n", add_special_tokens=False)["input_ids"] if name == "qwen3_nothink" else []
+    mine = ids(Example(messages, *answers), tokenizer, 500)
+    assert [mine[0], *(answer + line_break for answer in mine[1:])] == [prompt, *theirs]
 
 
 # --- the day

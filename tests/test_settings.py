@@ -214,8 +214,9 @@ def test_every_default_of_the_trainer_is_accepted():
         ("fp16", True),
         ("fp8", True),
         ("pure_bf16", True),
-        ("deepspeed", "ds.json"),
-        ("fsdp", "full_shard"),
+        ("deepspeed", {"optimizer": {"type": "Lion"}}),
+        ("deepspeed", {"scheduler": {"type": "WarmupLR"}}),
+        ("deepspeed", {"fp16": {"enabled": True}}),
         ("full_determinism", True),
         ("optim", "adafactor"),
         ("optim", "adamw_8bit"),
@@ -227,6 +228,25 @@ def test_every_default_of_the_trainer_is_accepted():
 def test_what_would_change_the_result_is_refused(name, value):
     message = refusal(**{name: value})
     assert message.startswith(f"run config: {name}: ") and "unknown" not in message and "\n" not in message
+
+
+# llamafactory 0.9.5's examples/deepspeed/ds_z3_config.json, and the optimizer of transformers' documentation
+ZERO3 = {
+    "train_batch_size": "auto", "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
+    "fp16": {"enabled": "auto", "loss_scale": 0}, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 3},
+}  # fmt: skip
+ADAMW = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+
+
+def test_sharing_memory_is_ignored_and_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    why = "is ignored: sharding over processes would change memory and speed, and is not done"
+    Path("ds.json").write_text(json.dumps(ZERO3 | ADAMW, indent="\t"))
+    for value in ("examples/deepspeed/ds_z3_config.json", "ds.json", ZERO3, None):
+        assert parsed(deepspeed=value)[1] == [f"deepspeed {why}"]
+    assert parsed(fsdp="full_shard auto_wrap")[1] == [f"fsdp {why}"]
+    Path("ds.json").write_text(json.dumps(ZERO3 | {"scheduler": {"type": "WarmupLR"}}))
+    assert refusal(deepspeed="ds.json").endswith("'ds.json' is not supported: the schedule is lr_scheduler_type")
 
 
 @pytest.mark.parametrize("name", sorted(config_names.REFUSED))
@@ -313,7 +333,7 @@ ddp_timeout: 180000000
 resume_from_checkpoint: null
 """
 LORA = "do_train: true\nfinetuning_type: lora\nlora_rank: 8\nlora_target: all\n"
-FULL = "do_train: true\nfinetuning_type: full\n"
+FULL = "do_train: true\nfinetuning_type: full\ndeepspeed: examples/deepspeed/ds_z3_config.json\n"
 STAGES = {
     "rm": "stage: rm\noutput_dir: saves/reward\nlearning_rate: 1.0e-4\n",
     "dpo": "stage: dpo\noutput_dir: saves/dpo\nlearning_rate: 5.0e-6\npref_beta: 0.1\npref_loss: sigmoid\n",
@@ -326,7 +346,8 @@ STAGES = {
 @pytest.mark.parametrize("method", [LORA, FULL])
 @pytest.mark.parametrize("stage", STAGES)
 def test_example_yamls_of_reward_dpo_and_ppo(tmp_path, stage, method, report):
-    """The keys of LLaMA-Factory's examples llama3_lora_{reward,dpo,ppo}.yaml and of their qwen3 successors."""
+    """The keys of LLaMA-Factory's examples llama3_lora_{reward,dpo,ppo}.yaml and of their qwen3 successors,
+    and with all weights as in its examples/train_full, of which none is of these stages."""
     path = tmp_path / "run.yaml"
     path.write_text(MODEL + STAGES[stage] + method + DATA + f"report_to: {report}\n")
     config, notes = RunConfig.read(path)
@@ -335,6 +356,7 @@ def test_example_yamls_of_reward_dpo_and_ppo(tmp_path, stage, method, report):
     assert (config.warmup_ratio, config.lr_scheduler_type, config.bf16) == (0.1, "cosine", True)
     assert config.reward_model == ("saves/reward" if stage == "ppo" else None)
     ignored = "do_train template overwrite_cache preprocessing_num_workers dataloader_num_workers save_only_model"
+    ignored = ignored.replace("template", "deepspeed template") if method is FULL else ignored
     assert [note.split()[0] for note in notes] == [*ignored.split(), "ddp_timeout"]
 
 
@@ -422,6 +444,11 @@ def test_no_suggestion_where_nothing_is_near(name):
         ("--- a", "--- a"),
         ("!!str 1", "!!str 1"),
         ("C:\\models\\qwen", "C:\\models\\qwen"),
+        ("%s", "%s"),
+        ("@home/x", "@home/x"),
+        ("a: b: c", "a: b: c"),
+        ("*best*", "*best*"),
+        ("`x`", "`x`"),
         ("'a #b'", "a #b"),
         ('"a"', "a"),
         ("[a, 'b #c']", ["a", "b #c"]),
@@ -435,6 +462,12 @@ def test_no_suggestion_where_nothing_is_near(name):
 )
 def test_the_value_of_set_is_what_was_written(written, value):
     assert parse_overrides([f"key={written}"]) == {"key": value}
+
+
+@pytest.mark.parametrize("written", ["[a", "{a", "'a", '"a', "a\0b", "half \ud83d"])
+def test_a_value_that_is_begun_and_not_ended_is_refused(written):
+    with pytest.raises(UserError, match=r"^--set key=[^\n]*: the value is n"):
+        parse_overrides([f"key={written}"])
 
 
 def test_a_number_with_a_comment_is_no_number():

@@ -361,7 +361,7 @@ def test_a_model_that_changes_its_logits_is_refused(base, monkeypatch):
         return output
 
     monkeypatch.setattr(model, "forward", capped)
-    with pytest.raises(UserError, match="changes its logits"):
+    with pytest.raises(UserError, match="or its logits after it, in a way that is not known"):
         policy._check_head(model, "capped")
 
 

@@ -153,7 +153,8 @@ def test_only_a_whole_plain_lora_adapter_is_one(run, tmp_path):
     assert "lacks base_model" in refused(weights=lambda all: dict(list(all.items())[: len(all) // 2]))
     assert "does not fit this model" in refused(weights=lambda all: all | {"base_model.model.extra": torch.ones(2)})
     assert "not finite" in refused(weights=lambda all: {name: value * torch.nan for name, value in all.items()})
-    assert "only adapter_model.bin" in refused(file="adapter_model.bin")
+    assert "adapter_model.bin is damaged, or holds more than a model's weights" in refused(file="adapter_model.bin")
+    assert "only adapter_model.pt" in refused(file="adapter_model.pt")
 
 
 @pytest.mark.parametrize("key", ["model_name_or_path", "adapter_name_or_path", "reward_model"])

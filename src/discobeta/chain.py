@@ -19,6 +19,8 @@ def check(config: RunConfig) -> None:
     """Refuse a ppo config whose reward model or Beta Head does not belong to its arm."""
     if not config.reward_model:
         raise UserError("stage ppo needs reward_model: an rm run, a PEFT adapter with a score, or a hub model")
+    if not Path(config.reward_model).is_dir():
+        identity.check_local(config.reward_model, "reward_model")
     _check_reward_model(config, Path(config.reward_model))
     if config.beta_head and config.arm.beta is not State.ABSENT:
         _check_beta_head(config, Path(config.beta_head))

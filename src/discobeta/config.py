@@ -75,9 +75,7 @@ class RunConfig:
     adapter_name_or_path: str | None = option(None, "LoRA adapter to start from", of="model")
     trust_remote_code: bool = option(False, "run code that comes with a hub model", of="model")
     cache_dir: str | None = option(None, "hub cache", of="bookkeeping")
-    reward_model: str | None = option(
-        None, "ppo: an rm run, a PEFT adapter with a score, or a sequence classifier", stages="ppo"
-    )
+    reward_model: str | None = option(None, "ppo: an rm run, or a score or value head of another make", stages="ppo")
     beta_head: str | None = option(None, "ppo: the dpo run whose Beta Head scales the KL coefficient", stages="ppo")
     finetuning_type: Literal["lora", "full"] = option("lora", "LoRA or all weights")
     lora_rank: int = option(8, "LoRA rank", least=1, stages="rm dpo ppo")
@@ -208,6 +206,8 @@ class RunConfig:
             if name in known:
                 values[name] = _typed(name, value, hints[name], known[name], where)
             elif name in IGNORED:
+                if name == "deepspeed":
+                    _check_deepspeed(value, where)
                 notes.append(f"{name} is ignored: {IGNORED[name]}")
             elif name in REFUSED:
                 neutral, why = REFUSED[name]
@@ -300,6 +300,26 @@ def _said_as_here(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if name in settings and settings[name] is None:
             del settings[name]
     return settings, notes
+
+
+def _check_deepspeed(value: Any, where: str) -> None:
+    """Refuse a DeepSpeed config, a mapping or its file, that does more than share memory: what else it says is either
+    `auto` or, as the Trainer insists, what the YAML says."""
+    settings = value
+    if isinstance(value, str) and Path(value).is_file():
+        settings = read_yaml(value)
+    if not isinstance(settings, dict):
+        return
+    optimizer, half = settings.get("optimizer"), settings.get("fp16")
+    if optimizer and (not isinstance(optimizer, dict) or optimizer.get("type") not in ("Adam", "AdamW")):
+        fault = "only AdamW is supported"  # which its Adam is too
+    elif settings.get("scheduler"):
+        fault = "the schedule is lr_scheduler_type"
+    elif isinstance(half, dict) and half.get("enabled") is True:
+        fault = REFUSED["fp16"][1]
+    else:
+        return
+    raise UserError(f"{where}: deepspeed: {shown(value)} is not supported: {fault}")
 
 
 @cache
@@ -415,9 +435,18 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
 def as_written(text: str) -> Any:
     """A number, true, false, null, a quoted text or a `[list]` or `{mapping}`; else the text, all of it.
 
-    YAML itself would drop a comment (`a #b`), an anchor (`&a b`) or a line's end, and see a list in `- a`.
+    YAML itself would refuse `%s` and `a: b: c`, drop a comment (`a #b`), an anchor (`&a b`) or a line's end, and see
+    a list in `- a`.
     """
-    value, written = parse_yaml(text), text.strip()
+    written = text.strip()
+    try:
+        yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        if written[:1] not in ("'", '"', "[", "{") and not isinstance(error, yaml.reader.ReaderError):
+            return written
+    except RecursionError:
+        pass
+    value = parse_yaml(text)
     tokens = list(yaml.scan(text))
     if any("#" in text[one.end_mark.index : other.start_mark.index] for one, other in pairwise(tokens)):
         return written

@@ -60,6 +60,7 @@ _IGNORED_BECAUSE = {
         low_cpu_mem_usage offload_folder device_map tf32 torch_compile torch_compile_backend torch_compile_mode
         torch_empty_cache_steps use_liger_kernel liger_kernel_config enable_liger_kernel use_v1_kernels use_cache
         use_kv_cache jit_mode_eval use_ipex torchdynamo activation_offloading precompute_ref_batch_size""",
+    "sharding over processes would change memory and speed, and is not done": "deepspeed fsdp sharded_ddp",
     "gradient_checkpointing alone says whether activations are recomputed": """
         disable_gradient_checkpointing use_reentrant_gc use_unsloth_gc gradient_checkpointing_kwargs
         activation_checkpointing_kwargs""",
@@ -94,7 +95,7 @@ _REFUSED_BECAUSE = {
     "precision is that of bf16: true or false": """
         pure_bf16 fp8 bf16_full_eval fp16_full_eval upcast_layernorm upcast_lmhead_output compute_dtype""",
     "runs are data parallel only (`discobeta train RUN.yaml --processes N`)": """
-        deepspeed fsdp parallelism_config accelerator_config use_mca use_hyper_parallel use_kt sharded_ddp""",
+        parallelism_config accelerator_config use_mca use_hyper_parallel use_kt""",
     "quantised bases are not supported": """
         quantization_bit ref_model_quantization_bit reward_model_quantization_bit load_in_8bit load_in_4bit""",
     "only plain LoRA is supported": """

@@ -264,8 +264,10 @@ def answer_prompts(
         judge = load_reward_model(config.reward_model, **loading(config))
         found.check_fact("reward_model", judge.fingerprint, config.reward_model)
         judge.stage.to(device)
+        translation = judge.translation(config, reference, tokenizer)
         for side, name in (("", "policy"), ("reference_", "reference")):
-            scores, _ = judge.score_ids(prompts, sampled[name], config.per_device_eval_batch_size)
+            texts = (prompts, sampled[name]) if translation is None else translation(prompts, sampled[name])
+            scores, _ = judge.score_ids(*texts, config.per_device_eval_batch_size)
             answers[f"{side}reward"] = scores.double().numpy()
         if (log_s := stage.log_s_of(reference, prompts)) is not None:
             answers["log_s"] = log_s.double().numpy()

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from discobeta.config import RunConfig
 from discobeta.data.sources import resolve
-from discobeta.errors import telling
+from discobeta.errors import UserError, telling
 from discobeta.identity import check_local
 from discobeta.study import Study
 
-PARTS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+PARTS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "value_head.bin"]
 """Of a model's files: weights in one format, and what is needed to load them."""
+OLDER = ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"]
+"""Weights of the format before, which are taken where there are none in the other."""
 
 
 def fetch(study: Study) -> None:
@@ -50,11 +52,19 @@ def _sources(names: str | None, split: str, config: RunConfig):
 
 
 def _model(name: str, revision: str, cache_dir: str | None, key: str) -> str:
-    """The folder of a model, downloaded if need be; run key `key` names it."""
+    """The folder of a model, downloaded if need be; run key `key` names it.
+
+    What there is is seen in the folder, as a cache without a network can list nothing else.
+    """
     from huggingface_hub import snapshot_download
 
     if os.path.isdir(name):
         return "a local folder"
     check_local(name, key)
     with telling(f"{key}: cannot fetch {name}"):  # the hub's client has dozens of classes
-        return snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=PARTS)
+        folder = snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=PARTS)
+        if not any(Path(folder).glob("*.safetensors")):
+            folder = snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=PARTS + OLDER)
+    if key != "tokenizer_name" and not any(any(Path(folder).glob(part)) for part in ("*.safetensors", *OLDER)):
+        raise UserError(f"{key}: {name} has no weights that transformers loads (*.safetensors or {', '.join(OLDER)})")
+    return folder

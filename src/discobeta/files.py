@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from discobeta import processes
-from discobeta.errors import UserError, shorten
+from discobeta.errors import UserError, first_line, shorten
 
 
 @contextmanager
@@ -190,5 +190,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {first_line(error)}") from None
     except (ValueError, RecursionError):  # also a number of 5,000 digits, and what is not UTF-8
         raise UserError(f"{path} is not valid JSON") from None

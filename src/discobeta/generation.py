@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from itertools import groupby
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,7 +18,7 @@ from discobeta.errors import UserError
 from discobeta.policy import check_context, plain
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @torch.no_grad()
@@ -64,8 +67,7 @@ def generate(
     responses: list[np.ndarray] = [np.empty(0, np.int32)] * len(prompt_ids)
     bar = tqdm(total=len(order), desc=description, unit="response", disable=description is None)
     with bar, _set_for_sampling(language_model):
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
+        for indices in _batches(order, prompt_ids, batch_size, _reads_left_padded(language_model, settings)):
             ids, mask = _left_padded([prompt_ids[index] for index in indices], pad)
             sampler = InverseCDF(uniforms[indices], ids.shape[1], temperature, top_p, top_k)
             output = language_model.generate(
@@ -132,6 +134,38 @@ def _left_padded(sequences: list[np.ndarray | list[int]], pad: int) -> tuple[tor
         ids[row, width - len(sequence) :] = torch.as_tensor(np.asarray(sequence, dtype=np.int64))
         mask[row, width - len(sequence) :] = 1
     return ids, mask
+
+
+def _batches(
+    order: list[int], prompt_ids: Sequence[np.ndarray | list[int]], batch_size: int, may_pad: bool
+) -> Iterator[list[int]]:
+    """`order`, batch_size at a time; unless prompts may be padded, those of one length."""
+    groups = [order] if may_pad else [list(group) for _, group in groupby(order, lambda i: len(prompt_ids[i]))]
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+_LEFT_PADDED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _reads_left_padded(model: PreTrainedModel, settings: GenerationConfig) -> bool:
+    """Whether padding in front of a prompt leaves the next token's logits as they are. Not so where a recurrent state
+    has run over the padding (RWKV), or positions are counted from it (BART's decoder). Asked once of every model."""
+    if model not in _LEFT_PADDED:
+        ids, mask = _left_padded([[1, 2, 3], [1, 2, 3, 4, 1]], settings.pad_token_id)
+        one = copy(settings)
+        one.update(max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+        padded, alone = (
+            model.generate(
+                input_ids=ids[:1, start:].to(model.device),
+                attention_mask=mask[:1, start:].to(model.device),
+                generation_config=one,
+            ).logits[0].float()
+            for start in (0, 2)
+        )  # fmt: skip
+        _LEFT_PADDED[model] = bool((padded - alone).norm() < torch.finfo(model.dtype).eps ** 0.5 * alone.norm())
+    return _LEFT_PADDED[model]
 
 
 def _until_stop(ids: np.ndarray, stops: list[int]) -> np.ndarray:

@@ -60,10 +60,30 @@ def check_local(name: str, key: str) -> None:
     if os.path.exists(name):
         raise UserError(f"{key}: {name} is a file, not a directory")
     first, *rest = name.split("/")
+    if found := _in_its_place(Path(name), key):
+        raise UserError(f"{key}: there is no directory {name}; there is {found}")
     if name.startswith((".", "/", "~")) or len(rest) != bool(rest) or not all([first, *rest]):
         raise UserError(f"{key}: there is no directory {name}")
     if rest and os.path.isdir(first):
         raise UserError(f"{key}: there is no directory {name} (and as {first}/ is here, none is looked for on the hub)")
+
+
+PLACES = {
+    "reward_model": ("config.yaml", "adapter_config.json", "config.json"),
+    "adapter_name_or_path": ("adapter/adapter_config.json", "adapter_config.json"),
+    "model_name_or_path": ("model/config.json", "config.json"),
+}
+"""Run key -> what says that a directory holds, itself or in a part of it, what the key names."""
+
+
+def _in_its_place(path: Path, key: str) -> Path | None:
+    """The run whose checkpoint `path` would be, or, if that holds nothing itself, its last checkpoint that is there."""
+    numbered = sorted(path.parent.glob("checkpoint-*"), key=lambda other: (len(other.name), other.name), reverse=True)
+    for folder in (path.parent, *numbered) if path.parent != Path() else ():
+        for place in PLACES.get(key, ()):
+            if (folder / place).is_file():
+                return (folder / place).parent
+    return None
 
 
 def weights_hash(config: RunConfig) -> str:

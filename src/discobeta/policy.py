@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Set
+import re
+from collections.abc import Callable, Set
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from discobeta.config import RunConfig
-from discobeta.data.batches import Batch
+from discobeta.data.batches import Batch, pack
 from discobeta.errors import UserError, shown, telling
 from discobeta.files import read_json, read_mapping, replacing, write_json
 from discobeta.identity import check_local, folder_of
@@ -49,22 +52,27 @@ def load_causal_lm(config: RunConfig) -> PreTrainedModel:
             **_hub(config), **_weights(config),
         )  # fmt: skip
     _check_weights(model, config, info)
-    _check_head(model, config.model_name_or_path)
+    if config.flash_attn != "fa2":  # which has no CPU kernels
+        _check_head(model, config.model_name_or_path)
+        _check_padding(model, config.model_name_or_path)
     return model
 
 
-def load_scorer(config: RunConfig, *, must_have_score: bool = False) -> PreTrainedModel:
-    """The base's trunk with a scalar score, r = w . h (Linear, no bias).
+def load_scorer(
+    config: RunConfig, *, must_have_score: bool = False, key_mapping: dict[str, str] | None = None
+) -> PreTrainedModel:
+    """The base's trunk with a scalar score, r = w . h (Linear, mostly without bias), read where `scored_at` says.
 
     A fresh w is normal with standard deviation 1 / sqrt(hidden_size + 1), from a stream of its own
     (Stiennon et al. 2020; Huang et al. 2024, arXiv:2403.17031); one that comes with the model stays.
+    key_mapping: pattern -> replacement in the names of the weights in the files.
     """
     from transformers import AutoModelForSequenceClassification
 
     with _loading(config, "model"), global_stream(config.seed, "unused"):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             config.model_name_or_path, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True,
-            **_hub(config), **_weights(config),
+            key_mapping=key_mapping, **_hub(config), **_weights(config),
         )  # fmt: skip
     name = config.model_name_or_path
     if not isinstance(getattr(model, "score", None), nn.Linear):
@@ -72,11 +80,14 @@ def load_scorer(config: RunConfig, *, must_have_score: bool = False) -> PreTrain
     if any(key.startswith("score") for key, *_ in info["mismatched_keys"]):
         raise UserError(f"{name} has a `score` of another size than a reward model's, which has one output")
     _check_weights(model, config, info, fresh="score.")
+    if config.flash_attn != "fa2":  # which has no CPU kernels
+        _check_padding(model, name)
+        _check_score(model, name)
     model.score.float()
     if any(key.startswith("score.") for key in info["missing_keys"]):
         if must_have_score:
             raise UserError(f"{name} is no reward model: it has no trained `score`")
-        deviation = 1 / math.sqrt(model.config.hidden_size + 1)
+        deviation = 1 / math.sqrt(model.score.in_features + 1)
         model.score.weight.data.normal_(0, deviation, generator=generator(config.seed, "score"))
     return model
 
@@ -135,13 +146,19 @@ def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn
     return peft_model
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
-    """The model with a finished adapter, frozen."""
-    from peft import PeftModel, get_peft_model_state_dict
+def load_adapter(model: PreTrainedModel, folder: Path, *, trunk_only: bool = False) -> nn.Module:
+    """The model with a finished adapter, frozen.
+
+    trunk_only: it is that of a language model, and this is a scorer, whose trunk is the same.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     found = adapter_weights(folder)
     with telling(f"cannot load adapter {folder}"):
-        peft_model = PeftModel.from_pretrained(model, str(folder))
+        settings = PeftConfig.from_pretrained(str(folder))
+        if trunk_only:
+            settings.task_type = None
+        peft_model = PeftModel.from_pretrained(model, str(folder), config=settings)
         places = get_peft_model_state_dict(peft_model).keys()
     _check_adapter(folder, found, places)
     return peft_model
@@ -183,10 +200,28 @@ KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """Of init_lora_weights: others (PiSSA, OLoRA, LoftQ, CorDA) change the base's own weights too."""
 
 
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Name -> tensor of a .safetensors file, or of a .bin file, of which nothing but tensors is read."""
+    from safetensors.torch import load_file
+
+    if path.suffix == ".safetensors":
+        with telling(f"cannot read {path}"):
+            return load_file(path)
+    try:
+        found = torch.load(path, "cpu", weights_only=True)
+    except Exception:  # torch's message advises to let it run what stands in the file
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise UserError(f"{path} is damaged, or holds more than a model's weights by name")
+    return found
+
+
 def adapter_weights(folder: Path) -> dict[str, Tensor]:
     """Name -> tensor of a plain LoRA adapter. Raises UserError for any other, and for one that is not whole."""
     from peft import LoraConfig
-    from safetensors.torch import load_file
 
     settings, default = read_mapping(folder / "adapter_config.json"), LoraConfig().to_dict()
     if settings.get("peft_type") != "LORA":
@@ -196,12 +231,12 @@ def adapter_weights(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"adapter {folder} ({name}: {shown(value)}) belongs to a base with other weights")
         if name not in (*PLAIN_LORA, "init_lora_weights") and value and value != default.get(name):
             raise UserError(f"adapter {folder} is no plain LoRA ({name}: {shown(value)}), and no other is supported")
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
+    path = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
         others = [other.name for other in sorted(folder.glob("adapter_model*"))]
-        raise UserError(f"adapter {folder} has no {path.name}" + (f", only {', '.join(others)}" if others else ""))
-    with telling(f"cannot read {path}"):
-        found = load_file(path)
+        others = f", only {', '.join(others)}" if others else ""
+        raise UserError(f"adapter {folder} has no {' and no '.join(ADAPTER_WEIGHTS)}{others}")
+    found = read_tensors(path)
     for name, tensor in found.items():
         if not tensor.isfinite().all():
             raise UserError(f"adapter {folder}: {name} holds numbers that are not finite (NaN or infinity)")
@@ -251,7 +286,10 @@ def plain(model: nn.Module) -> PreTrainedModel:
 def trunk(model: nn.Module) -> nn.Module:
     """The model without its output layer: tokens -> last hidden state."""
     inner = plain(model)
-    return getattr(inner, inner.base_model_prefix)
+    for name in (inner.base_model_prefix, "model"):  # Llama4ForCausalLM names a prefix that it does not have
+        if isinstance(body := getattr(inner, name, None), nn.Module):
+            return body
+    raise UserError(f"{inner.config.name_or_path}: {type(inner).__name__} has no part without its output layer")
 
 
 def check_context(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> None:
@@ -265,13 +303,38 @@ def check_context(model: nn.Module, longest_prompt: int, max_new_tokens: int) ->
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """(N, T, hidden_size), the trunk's last hidden state (after its final norm)."""
-    return trunk(model)(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).last_hidden_state
+    """(N, T, width), the trunk's last hidden state (after its final norm)."""
+    body = trunk(model)
+    inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids, "use_cache": False}
+    taken = inputs.keys() & signature(type(body).forward).parameters.keys()  # no positions for ALiBi, for recurrence
+    return body(input_ids=batch.input_ids, **{name: inputs[name] for name in inputs if name in taken}).last_hidden_state
+
+
+def width(model: nn.Module) -> int:
+    """The size of a state of `hidden_states`: mostly the config's hidden_size, but not where a trunk ends in a
+    projection (OPT-350m) or a config is one of several models (text and images)."""
+    inner = plain(model)
+    return (inner.score if hasattr(inner, "score") else inner.get_output_embeddings()).weight.shape[1]
+
+
+AFTER_OUTPUT_LAYER: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "logit_scale": lambda logits, scale: logits * scale,  # Cohere
+    "lm_head_multiplier": lambda logits, scale: logits * scale,  # Falcon-H1
+    "logits_scaling": lambda logits, scale: logits / scale,  # Granite
+    "final_logit_softcapping": lambda logits, cap: cap * torch.tanh(logits / cap),  # Gemma 2
+    "logits_soft_cap": lambda logits, cap: cap * torch.tanh(logits / cap),  # RecurrentGemma
+}
+"""What a model does to its logits by its config. That this is all it does is what `_check_head` checks."""
+
+
+def logits_of(model: nn.Module, states: Tensor) -> Tensor:
+    """(..., vocabulary) float32 logits of (..., width) states."""
+    inner = plain(model)
+    logits, config = inner.get_output_embeddings()(states).float(), inner.config.get_text_config()
+    for name, change in AFTER_OUTPUT_LAYER.items():
+        if isinstance(value := getattr(config, name, None), int | float) and value != 1:
+            logits = change(logits, value)
+    return logits
 
 
 def token_logps(
@@ -283,11 +346,10 @@ def token_logps(
     token is predicted, a chunk at a time; the backward pass computes a chunk's logits again instead
     of keeping them.
     """
-    output_layer = plain(model).get_output_embeddings()
     states = hidden.flatten(0, 1)[batch.predictor_index]
 
     def of_chunk(part: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = output_layer(part).float()
+        logits = logits_of(model, part)
         if temperature != 1:
             logits = logits / temperature
         log_sum, entropy = logits.logsumexp(-1), None
@@ -319,6 +381,20 @@ def per_sequence(values: Tensor, batch: Batch) -> Tensor:
 def at(hidden: Tensor, positions: Tensor) -> Tensor:
     """(N, hidden_size) float32, the state at one position of each sequence."""
     return hidden[torch.arange(len(hidden), device=hidden.device), positions].float()
+
+
+def scored_at(model: nn.Module, batch: Batch) -> Tensor:
+    """(N,) where a score is read: at the last token that is not the pad_token_id of the model's config.
+
+    It is where transformers' classifiers read it, so the same weights give the same score there. That is the last
+    response token, unless this is the pad: where <pad> is <eos>, it is the token before.
+    """
+    pad = plain(model).config.get_text_config().pad_token_id
+    if pad is None:
+        return batch.response_end
+    place = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+    counts = (place <= batch.response_end[:, None]) & (batch.input_ids != pad)
+    return (place * counts).argmax(1)
 
 
 def pooled(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
@@ -389,6 +465,10 @@ def _loading(config: RunConfig, what: str):
         with telling(f"cannot load the {what} {name}"):
             yield
     except UserError as error:
+        if absent := re.search(r"(\w+)Config'> for this kind of AutoModel: AutoModel(\w+)\.", str(error.__cause__)):
+            raise UserError(
+                f"{name}: transformers has no {''.join(absent.groups())}, which stage {config.stage} would train"
+            ) from None
         if not config.trust_remote_code and "trust_remote_code" in str(error.__cause__):
             raise UserError(
                 f"{name} comes with code of its own, which runs only if you say so: trust_remote_code: true in your "
@@ -432,6 +512,11 @@ def _integer_weight(folder: Path) -> str | None:
     """The first weight of the folder's files that is not stored in floating point; transformers casts it in silence."""
     from safetensors import safe_open
 
+    if not any(folder.glob("model*.safetensors")):
+        for path in sorted(folder.glob("pytorch_model*.bin")):
+            for name, tensor in read_tensors(path).items():
+                if not tensor.is_floating_point() and name.endswith("weight"):
+                    return name
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
@@ -452,10 +537,49 @@ def non_finite(model: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model whose logits are not output_layer(trunk(x)), e.g. one that caps or scales them."""
+    """Refuse a model whose logits are not `logits_of` its trunk's last state."""
     ids = torch.tensor([[1, 2, 3]])
     with telling(f"{name}: {type(model).__name__} cannot be used as a language model here"):
         expected = model(ids).logits
-        actual = model.get_output_embeddings()(trunk(model)(ids).last_hidden_state)
-    if not torch.allclose(expected.float(), actual.float(), rtol=1e-3, atol=1e-3):
-        raise UserError(f"{name}: {type(model).__name__} changes its logits after the output layer; not supported")
+        actual = logits_of(model, trunk(model)(ids).last_hidden_state)
+    near = max(1e-3, 4 * torch.finfo(model.dtype).eps)  # what it does to them it does in its own dtype
+    if not torch.allclose(expected.float(), actual, rtol=near, atol=near):
+        raise UserError(
+            f"{name}: {type(model).__name__} changes its last state before the output layer, or its logits after it, "
+            "in a way that is not known here"
+        )
+
+
+@torch.no_grad()
+def _check_padding(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model that says something else of a text in training, or with padding behind it, than of it alone: one
+    that looks ahead, counts positions in a way of its own, lets the rows of a batch compete, or draws at random.
+
+    || h_padded - h || < sqrt(eps) || h ||, eps being the distance of two numbers near 1 in the model's dtype.
+    """
+    text, longer = np.array([1, 2, 3]), np.array([1, 2, 3, 4, 5, 4])
+    batch = pack([text[:2], longer[:2]], [text[2:], longer[2:]])
+    with telling(f"{name}: {type(model).__name__} cannot be used here"), torch.random.fork_rng(devices=[]):
+        alone = trunk(model)(batch.input_ids[:1, : len(text)]).last_hidden_state.float()
+        switch_off_dropout(model)
+        padded = hidden_states(model.train(), batch)[:1, : len(text)].float()
+        model.eval()
+    if not (padded - alone).norm() < torch.finfo(model.dtype).eps ** 0.5 * alone.norm():
+        raise UserError(
+            f"{name}: {type(model).__name__} says something else of a text in training, or with padding behind it, "
+            "than of the text alone: it looks ahead, counts positions in a way of its own, or draws at random"
+        )
+
+
+@torch.no_grad()
+def _check_score(model: PreTrainedModel, name: str) -> None:
+    """Refuse a classifier whose logits are not score(trunk(x)) at the token that `scored_at` says."""
+    pad = model.config.get_text_config().pad_token_id
+    last = 3 if pad is None or not 0 <= pad < model.get_input_embeddings().num_embeddings else pad
+    with telling(f"{name}: {type(model).__name__} cannot be used as a reward model here"):
+        for ids in (torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, last]])):
+            place = max((i for i in range(3) if ids[0, i] != pad), default=0)
+            expected = model(ids).logits
+            actual = model.score(trunk(model)(ids).last_hidden_state)[:, place]
+            if not torch.allclose(expected.float(), actual.float(), rtol=1e-3, atol=1e-3):
+                raise UserError(f"{name}: {type(model).__name__} does not score the last token's state; not supported")

@@ -22,7 +22,7 @@ from discobeta.data.tokens import Rows
 from discobeta.errors import UserError, telling
 from discobeta.files import read_sealed, replacing, sha256, sweep, write_json, write_sealed
 from discobeta.identity import weights_hash
-from discobeta.policy import at, hidden_states, load_reference, response_logps
+from discobeta.policy import at, hidden_states, load_reference, response_logps, width
 from discobeta.record import check_replaceable, write_mark
 
 Columns = dict[str, Tensor]
@@ -95,7 +95,7 @@ def _reference(config: RunConfig) -> tuple[torch.nn.Module, torch.device]:
 def compute(model: torch.nn.Module, pairs: Pairs, config: RunConfig, device: torch.device, name: str = "") -> Columns:
     """The live reference's columns, in the order of the rows."""
     logps = torch.empty(len(pairs), 2)
-    features = torch.empty(len(pairs), model.config.hidden_size)
+    features = torch.empty(len(pairs), width(model))
     passes = pairs.evaluation_passes(config.per_device_eval_batch_size)
     for indices in tqdm(passes, desc=f"reference pass {name}", unit="batch", mininterval=1):
         batch = pairs.batch(indices).to(device)

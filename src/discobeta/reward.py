@@ -1,7 +1,8 @@
-"""Reward models as judges of single responses: runs of this project, PEFT adapters, whole models."""
+"""Reward models as judges of single responses: runs of this project, and those of other makes (`judges`)."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from discobeta import identity, runs
+from discobeta import identity, judges, runs
 from discobeta.config import RunConfig
 from discobeta.data.batches import longest_first, pack
 from discobeta.data.formats import Example
 from discobeta.data.sources import RowReport
 from discobeta.data.tokens import encode
-from discobeta.errors import UserError, telling
-from discobeta.files import read_mapping
+from discobeta.generation import stop_ids
 from discobeta.heads import SIGMA0, Heads
-from discobeta.policy import adapter_weights, load_adapter, load_scorer, load_tokenizer
+from discobeta.policy import load_tokenizer, plain
+from discobeta.translation import Translation, needed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +39,16 @@ class RewardModel:
     config: RunConfig
     stage: RewardModelling
     fingerprint: str
-    """sha256 over its weight files."""
+    """sha256 over its weight files, and those of the base where it is an adapter that no run of ours vouches for."""
+
+    def translation(
+        self, config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> Translation | None:
+        """How this judge reads what policies of `config` write, which are like `model`; None: as it is."""
+        if not needed(tokenizer, self.tokenizer):
+            return None
+        context = getattr(plain(self.model).config, "max_position_embeddings", None) or sys.maxsize
+        return Translation(config, tokenizer, self.tokenizer, context, stop_ids(model, tokenizer))
 
     def score(self, prompts: list[str], responses: list[str], batch_size: int = 64) -> tuple[Tensor, Tensor | None]:
         """(N,) float32 mean rewards and variances of N texts; variance is None where a reward is a number.
@@ -75,10 +85,11 @@ def load_reward_model(source: str | Path, **settings) -> RewardModel:
 
     - the directory of an rm run of this project (its base, its adapter, its heads),
     - a PEFT adapter with a `score` (a directory or a hub id), on the base that it names,
-    - a model for sequence classification with one output, `score` (a directory or a hub id).
+    - a model for sequence classification with one output, `score` (a directory or a hub id),
+    - a reward model of LLaMA-Factory, a language model or an adapter with a value head (a directory or a hub id).
 
-    settings: run keys that say how the latter two are loaded (bf16, flash_attn, cutoff_len, ...), and
-    trust_remote_code and cache_dir, which hold for all three; what a run's own config says of these counts for nothing.
+    settings: run keys that say how the others than ours are loaded (bf16, flash_attn, cutoff_len, ...), and
+    trust_remote_code and cache_dir, which hold for all; what a run's own config says of these counts for nothing.
     Raises UserError for anything else, for one that has no score of its own, and for a run that is unfinished or
     damaged, or whose base has changed.
     """
@@ -90,8 +101,8 @@ def load_reward_model(source: str | Path, **settings) -> RewardModel:
         stage = runs.load_stage(runs.read_of(folder, "rm", **reader))
         weights = [part for part in (folder / "adapter", folder / "model") if part.exists()]
     else:
-        config, adapter, weights = _foreign(str(source), settings)
-        stage = RewardModelling(config, _with_score(config, adapter), Heads()).eval()
+        config, model, weights = judges.load(str(source), settings)
+        stage = RewardModelling(config, model, Heads()).eval()
     stage.requires_grad_(False)
     tokenizer = load_tokenizer(stage.config)
     return RewardModel(stage.model, tokenizer, stage.heads, stage.config, stage, identity.folders_hash(*weights))
@@ -102,40 +113,3 @@ def loading(config: RunConfig) -> dict:
     return {
         name: getattr(config, name) for name in ("bf16", "flash_attn", "cache_dir", "trust_remote_code", "cutoff_len")
     }
-
-
-def _foreign(source: str, settings: dict) -> tuple[RunConfig, str | None, list[Path]]:
-    """The config that loads a reward model of another make, its adapter if it is one, and where its weights are."""
-    from transformers.utils import cached_file
-
-    identity.check_local(source, "reward_model")
-    base, weights = source, []
-    for name in ("adapter_config.json", "config.json"):
-        with telling(f"reward_model: cannot load {source}"):
-            found = cached_file(
-                source, name, cache_dir=settings.get("cache_dir"), _raise_exceptions_for_missing_entries=False
-            )
-        if found is not None:
-            weights.append(Path(found).parent)
-            break
-    else:
-        raise UserError(
-            f"reward_model: {source} is no run of stage rm, no PEFT adapter and no transformers model "
-            "(it has no config.yaml, no adapter_config.json and no config.json)"
-        )
-    is_adapter = name == "adapter_config.json"
-    if is_adapter:
-        base = read_mapping(weights[0] / "adapter_config.json").get("base_model_name_or_path")
-        if not base or not isinstance(base, str):
-            raise UserError(f"reward_model: {source}/adapter_config.json names no base model")
-    config, _ = RunConfig.from_mapping({"stage": "rm", **settings, "model_name_or_path": base}, "reward_model")
-    return config, str(weights[0]) if is_adapter else None, weights
-
-
-def _with_score(config: RunConfig, adapter: str | None) -> torch.nn.Module:
-    """The model, which must bring a trained score along: a fresh one would be noise."""
-    if adapter is None:
-        return load_scorer(config, must_have_score=True)
-    if not any(name.endswith("score.weight") for name in adapter_weights(Path(adapter))):
-        raise UserError(f"reward_model: the adapter {adapter} has no `score` (a reward model's last layer)")
-    return load_adapter(load_scorer(config), Path(adapter))

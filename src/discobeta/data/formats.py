@@ -64,7 +64,7 @@ OWN_ARGUMENTS = (
 """What `chat_template_kwargs` cannot set, as it is no variable of a template."""
 TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "system_tag", "observation_tag", "function_tag")
 COLUMNS = ("prompt", "query", "response", "history", "system", "tools", "messages", "chosen", "rejected")
-COLUMNS += ("images", "videos", "audios")
+COLUMNS += ("images", "videos", "audios", "kto_tag")
 
 LONGEST_TRUTH = 1000
 """Characters of a text in `truth`, which is a name or a note."""
@@ -565,10 +565,11 @@ def _truth(value: Any) -> dict[str, float | str | int]:
     if not isinstance(value, dict):
         raise Unusable(Reason.WRONG_TYPES, "truth")
     known = {name: item for name, item in value.items() if item is not None and item == item}
-    if not all(isinstance(item, float | str | int) for item in known.values()):
-        raise Unusable(Reason.WRONG_TYPES, "truth")
-    if not all(_can_be_kept(item) for item in known.values()):
-        raise Unusable(Reason.TRUTH_TOO_LARGE)
+    for name, item in known.items():
+        if not isinstance(item, float | str | int):
+            raise Unusable(Reason.WRONG_TYPES, f"{shown(name)} in truth")
+        if not _can_be_kept(item):
+            raise Unusable(Reason.TRUTH_TOO_LARGE, shown(name))
     return known
 
 

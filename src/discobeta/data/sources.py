@@ -31,12 +31,16 @@ FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 TEXTS = ("file_name", "hf_hub_url", "subset", "folder", "split", "script_url")
 ENTRY = (*TEXTS, "file_sha1", "num_samples", "ranking", "formatting", "columns", "tags")
 HUB_ID = r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?"
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 LONGEST_NAME = 200
 """Characters of the name of a column."""
 ELSEWHERE = ("ms_hub_url", "om_hub_url")
 """Other hubs' addresses of the same data, which LLaMA-Factory's entries carry along."""
 SCRIPTS = {"hh_rlhf_en": "Anthropic/hh-rlhf", "ultra_chat": "HuggingFaceH4/ultrachat_200k"}
 """LLaMA-Factory's loading scripts, which current `datasets` cannot run, and the data that they load."""
+
+LISTS = ("dataset_info.json", "datasets.yaml")
+NO_JSON = (Reason.NOT_JSON, Reason.NOT_UTF8)
 
 Row = tuple[str, dict[str, Any] | Unusable]
 """(where it stands, the row or why it could not be read)."""
@@ -171,6 +175,10 @@ def read_examples(names: str, config: RunConfig, *, split: str, kind: Kind) -> t
     for source in resolve(names, config, split):
         rows, own, before = source.rows(config), RowReport(source.name), len(examples)
         readable = [row for _, row in rows if isinstance(row, dict)]
+        if source.path and rows and all(isinstance(row, Unusable) and row.reason in NO_JSON for _, row in rows):
+            raise UserError(
+                f"{source.path} is neither one JSON array nor JSON objects, one a line: it begins {_start(source.path)}"
+            )
         layout = find_layout(readable, source.entry, kind, source.name) if readable else None
         if layout is not None:
             report.not_read += [name for name in layout.not_read if name not in report.not_read]
@@ -222,6 +230,12 @@ def contents_hash(config: RunConfig) -> str:
 def _resolve(name: str, entries: dict[str, Any], config: RunConfig, split: str) -> Source:
     if name in entries:
         return _from_entry(name, entries[name], config, split)
+    if CONTROL.search(name):
+        raise UserError(f"dataset: no such file: {shown(name)}")
+    if "://" in name:
+        raise UserError(
+            f"dataset: {shorten(name, 200)} is an address: download the file, or name the hub id of the data"
+        )
     places = [Path(name), Path(config.dataset_dir) / name]
     for path in places:
         if os.path.isfile(path):
@@ -234,6 +248,7 @@ def _resolve(name: str, entries: dict[str, Any], config: RunConfig, split: str) 
         check_regular(path)
     if name.endswith(FILES) or not re.fullmatch(HUB_ID, name):
         looked = " or ".join(dict.fromkeys(map(str, places)))
+        hint = "; patterns are not expanded: name the files, with commas" if re.search(r"[*?\[]", name) else hint
         raise UserError(f"dataset: no such file: {looked}{hint}")
     if near and "/" not in name:
         raise UserError(f"dataset {name!r} is neither an entry of {config.dataset_dir} nor a file{hint}")
@@ -250,7 +265,7 @@ def _is_text(value: Any) -> bool:
 
 def _entries(folder: Path) -> dict[str, Any]:
     entries: dict[str, Any] = {}
-    for path in (folder / "dataset_info.json", folder / "datasets.yaml"):
+    for path in (folder / name for name in LISTS):
         check_regular(path)
         if os.path.isfile(path):
             found = read_json(path) if path.suffix == ".json" else read_yaml(path)
@@ -282,7 +297,7 @@ def _check_entry(entry: Any, where: str) -> None:
     if not isinstance(entry, dict):
         raise UserError(f"{where}: its entry must be a mapping with file_name or hf_hub_url")
     for key in TEXTS:
-        if entry.get(key) is not None and not _is_text(entry[key]):
+        if entry.get(key) is not None and (not _is_text(entry[key]) or CONTROL.search(entry[key])):
             raise UserError(f"{where}: {key}: {shown(entry[key])} should be text")
     if script := entry.get("script_url"):
         instead = SCRIPTS.get(script)
@@ -338,6 +353,12 @@ def _file_rows(path: Path) -> Iterator[Row]:
         if isinstance(error.__cause__, gzip.BadGzipFile | EOFError | zlib.error):
             raise UserError(f"{path} is not a whole gzip file") from None
         raise
+
+
+def _start(path: Path) -> str:
+    """The first characters of a file that is no JSON, which say what it is: a table, a page, a pointer of Git LFS."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        return shown(file.read(40).decode(errors="replace"))
 
 
 def _is_array(content: bytes) -> bool:
@@ -445,8 +466,10 @@ def _cell(value: Any) -> Any:
 def _hub_rows(source: Source, config: RunConfig, limit: int) -> list[Row]:
     import datasets
 
+    is_listed = any(os.path.isfile(Path(config.dataset_dir) / name) for name in LISTS)
+    listed = "" if is_listed or source.entry else f", no entry ({config.dataset_dir} has no {' or '.join(LISTS)})"
     with telling(  # the hub, its cache and its parsers raise whatever they like
-        f"dataset {source.name!r} is no local file, and cannot be loaded from the hub or its cache "
+        f"dataset {source.name!r} is no local file{listed}, and cannot be loaded from the hub or its cache "
         f"as {source.hub!r}, split {source.split!r}"
     ):
         dataset = datasets.load_dataset(
@@ -454,4 +477,17 @@ def _hub_rows(source: Source, config: RunConfig, limit: int) -> list[Row]:
         )
         if limit < len(dataset):
             dataset = dataset.select(range(limit))
-        return [(f"{source.hub}:{index}", row) for index, row in enumerate(dataset.to_list())]
+        try:
+            rows = dataset.to_list()
+        except Exception:  # of a value that Python cannot hold: look column by column
+            columns = [_hub_cells(dataset, name) for name in dataset.column_names]
+            rows = [dict(zip(dataset.column_names, values, strict=True)) for values in zip(*columns, strict=True)]
+        return [(f"{source.hub}:{index}", row) for index, row in enumerate(rows)]
+
+
+def _hub_cells(dataset: Any, name: str) -> list[Any]:
+    column = dataset.select_columns(name)
+    try:
+        return [row[name] for row in column.to_list()]
+    except Exception:
+        return _cells(column.with_format("arrow")[:][name])

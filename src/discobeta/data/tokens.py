@@ -271,6 +271,11 @@ def encode(examples: list[Example], tokenizer: Any, cutoff_len: int, kind: Kind,
 
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token (eos_token)")
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers makes one of a model's config.json alone
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no vocabulary: "
+            "its files (tokenizer.json, tokenizer.model, …) are missing or empty"
+        )
     leading = _leading_tokens(tokenizer, next((text for e in examples for text in (e.chosen, e.prompt) if text), "a"))
     quiet = True if len(examples) < QUIET_BELOW else None  # None: quiet unless on a terminal
     columns: list[list[np.ndarray]] = [[] for _ in range({"pairs": 3, "supervised": 2, "prompts": 1}[kind])]
@@ -572,12 +577,14 @@ def _ids_of(items: list[Rendered], tokenizer: Any) -> Iterator[list[list[int]]]:
         yield from ([next(ids) for _ in range(1 + len(item.responses))] for item in items)
         return
     prompts = _bare_ids(tokenizer, [item.prompt for item in items])
-    wholes = iter(_bare_ids(tokenizer, [item.prompt + text for item in items for text in item.responses]))
+    starts = _starts(tokenizer, [item.prompt for item in items], prompts)
+    begun = [(item.prompt[start:], item.responses) for item, (start, _) in zip(items, starts, strict=True)]
+    wholes = iter(_bare_ids(tokenizer, [prompt + text for prompt, responses in begun for text in responses]))
     found: list[list[list[int] | str]] = []
-    for item, prompt in zip(items, prompts, strict=True):
+    for item, prompt, (_, before) in zip(items, prompts, starts, strict=True):
         parts: list[list[int] | str] = [prompt]
         for text in item.responses:
-            whole = next(wholes)
+            whole = before + next(wholes)
             # An unknown token may hide that the prompt's last word has gone on.
             meets = whole[: len(prompt)] == prompt and not (prompt and prompt[-1] == tokenizer.unk_token_id)
             parts.append(whole[len(prompt) :] if meets else text)
@@ -585,6 +592,26 @@ def _ids_of(items: list[Rendered], tokenizer: Any) -> Iterator[list[list[int]]]:
     apart = iter(_ids_apart(tokenizer, [part for parts in found for part in parts if isinstance(part, str)]))
     for parts in found:
         yield [next(apart) if isinstance(part, str) else part for part in parts]
+
+
+def _starts(tokenizer: Any, texts: list[str], ids: list[list[int]]) -> list[tuple[int, list[int]]]:
+    """(the character at which a text's last special token begins, the ids before it); (0, []) where it has none.
+
+    A tokenizer takes a text apart at its special tokens before anything else, so that what goes on from the last one
+    needs not be tokenised together with all that stands before it.
+    """
+    added = tokenizer.added_tokens_decoder.values() if tokenizer.is_fast else ()
+    special = [token.content for token in added if token.special and not token.normalized]
+    special = [one for one in special if not any(one in other.content and one != other.content for other in added)]
+    if not special:
+        return [(0, [])] * len(texts)
+    last = re.compile(f"(?s:.*)({'|'.join(map(re.escape, special))})")
+    places = [match.start(1) if (match := last.match(text)) else 0 for text in texts]
+    ends = _bare_ids(tokenizer, [text[place:] for text, place in zip(texts, places, strict=True)])
+    return [
+        (place, whole[: len(whole) - len(end)]) if place and whole[len(whole) - len(end) :] == end else (0, [])
+        for place, whole, end in zip(places, ids, ends, strict=True)
+    ]
 
 
 def _marks_beginnings(tokenizer: Any) -> bool:

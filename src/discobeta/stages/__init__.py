@@ -77,9 +77,11 @@ class Stage(nn.Module):
 
     @classmethod
     def fresh_heads(cls, config: RunConfig, model: nn.Module, columns: dict[str, Tensor]) -> Heads:
+        from discobeta.policy import width
+
         architecture = config.arm.architecture_in(config.stage)
         starts = cls.head_starts(model, columns)
-        return heads_module.build(architecture, model.config.hidden_size, config.seed, **starts)
+        return heads_module.build(architecture, width(model), config.seed, **starts)
 
     @classmethod
     def load_base(cls, config: RunConfig) -> PreTrainedModel:

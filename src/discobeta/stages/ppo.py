@@ -75,16 +75,20 @@ class Rollouts:
 class ValueHead(nn.Module):
     """V(x, y_<t) = w . h_t + b + net(h_t), the expected return from token t on, in the unit of the scaled scores.
 
-    h_t is the reward model's last hidden state before token t. The linear part starts as the reward
-    model's score, so V starts as the score of the unfinished response; net starts at zero.
+    h_t is the reward model's last hidden state before token t. The linear part starts as `start`, the reward
+    model's score, so V starts as the score of the unfinished response; net starts at zero. Without a start V = 0.
     """
 
-    def __init__(self, score_weight: Tensor):
+    def __init__(self, size: int, start: nn.Linear | None):
         super().__init__()
-        size = score_weight.shape[1]
         self.linear = nn.Linear(size, 1)
-        self.linear.weight.data.copy_(score_weight.float())
         nn.init.zeros_(self.linear.bias)
+        if start is None:
+            nn.init.zeros_(self.linear.weight)
+        else:
+            self.linear.weight.data.copy_(start.weight.float())
+            if start.bias is not None:
+                self.linear.bias.data.copy_(start.bias.float())
         self.net = nn.Sequential(nn.Linear(size, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
@@ -140,14 +144,12 @@ class ProximalPolicy(Stage):
         stage.tokenizer = load_tokenizer(config)
         stage.reference = load_reference(config)
         judge = load_reward_model(config.reward_model, **loading(config))
-        if judge.tokenizer.get_vocab() != stage.tokenizer.get_vocab():
-            raise UserError(
-                f"reward_model: {config.reward_model} reads other tokens than {config.model_name_or_path} writes; "
-                "it must have the policy's tokenizer"
-            )
         stage.reward, stage.reward_fingerprint = judge.stage, judge.fingerprint
+        stage.translation = judge.translation(config, stage.reference, stage.tokenizer)
+        start = score(judge.model) if stage.translation is None else None
+        size = stage.reference.config.hidden_size if start is None else start.in_features
         with seeds.global_stream(config.seed, "value head"):
-            stage.value_head = ValueHead(score(judge.model).weight)
+            stage.value_head = ValueHead(size, start)
         stage.kl_coefficient, stage.score_scale = config.pref_beta, None if config.ppo_score_norm else (0.0, 1.0)
         switch_off_dropout(stage)  # the ratio compares two passes of one network, not two of its subnetworks
         stage.freeze_unused()
@@ -161,8 +163,11 @@ class ProximalPolicy(Stage):
         return {"model": self.model_parameters(), "value": list(self.value_head.parameters())}
 
     def schedule(self, train: Pairs, processes: int) -> Schedule:
-        for model in (self.model, self.reward.model):
-            check_context(model, int(train.lengths.max()), self.config.max_new_tokens)
+        config = self.config
+        longest = int(train.lengths.max())
+        check_context(self.model, longest, config.max_new_tokens)
+        translated = longest if self.translation is None else self.translation.longest_prompt
+        check_context(self.reward.model, translated, config.max_new_tokens)
         return super().schedule(train, processes)
 
     @classmethod
@@ -190,7 +195,8 @@ class ProximalPolicy(Stage):
         if self.score_scale is None:
             scale = self.scores_of_reference(train.rows) if accelerator.is_main_process else None
             self.score_scale = broadcast_object_list([scale])[0]
-            self.value_head.standardise(*self.score_scale)
+            if self.translation is None:  # otherwise V starts at 0, the mean of the scaled scores
+                self.value_head.standardise(*self.score_scale)
         config, rows = self.config, schedule.step_rows(step)
         prompts = [train.rows.prompt_ids[row] for row in rows]
         uniforms = seeds.uniforms(config.seed, "rollouts", step, shape=(len(rows), config.max_new_tokens))
@@ -228,7 +234,8 @@ class ProximalPolicy(Stage):
         """What policy, reference, reward model and value head say, on the CPU, in the order of the responses.
 
         Per token of the response: `logps`, `entropy`, `reference_logps`, `values`, and `states`, the
-        reward model's (hidden_size,). Per response: `scores`, and `log_s` where the coefficient is scaled.
+        reward model's (hidden_size,), or, where that reads other tokens, the reference's. Per response: `scores`, and
+        `log_s` where the coefficient is scaled.
         """
         temperature, device = self.config.temperature, next(self.model.parameters()).device
         found: dict[str, list] = {}
@@ -240,7 +247,13 @@ class ProximalPolicy(Stage):
                 logps, entropy = token_logps(self.model, policy, batch, temperature, with_entropy=True)
                 reference_logps, _ = token_logps(self.reference, reference, batch, temperature)
                 log_s = self.signals.log_s(at(reference, batch.prompt_end))
-            reward = self.reward.hidden(batch)
+            if self.translation is None:
+                reward = self.reward.hidden(batch)
+                scores, _ = self.reward.rewards_of(reward, batch)
+            else:
+                translated = self.translation([prompts[i] for i in indices], [responses[i] for i in indices])
+                scores, _ = self.reward.rewards(pack(*translated).to(device))
+                reward = reference
             states = reward.flatten(0, 1)[batch.predictor_index].float()
             per_token = {
                 "logps": logps, "entropy": entropy, "reference_logps": reference_logps,
@@ -248,7 +261,7 @@ class ProximalPolicy(Stage):
             }  # fmt: skip
             sizes = [len(responses[i]) for i in indices]
             said = {name: values.cpu().split(sizes) for name, values in per_token.items()}
-            said["scores"] = self.reward.rewards_of(reward, batch)[0].cpu()
+            said["scores"] = scores.cpu()
             if log_s is not None:
                 said["log_s"] = log_s.cpu()
             for name, values in said.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from discobeta.config import RunConfig
 from discobeta.data.batches import Batch
 from discobeta.heads import full_precision
-from discobeta.policy import at, hidden_states, load_scorer, plain, pooled
+from discobeta.identity import folder_of
+from discobeta.judges import has_value_head, value_head
+from discobeta.policy import at, hidden_states, load_scorer, plain, pooled, scored_at, start_adapter
 from discobeta.signals import Comparison
 from discobeta.stages import Stage
 
@@ -18,14 +21,23 @@ from discobeta.stages import Stage
 class RewardModelling(Stage):
     """-log sigmoid(r_w - r_l), or -log Phi((mu_w - mu_l) / sqrt(sigma_w^2 + sigma_l^2)).
 
-    r and mu are linear maps of the trunk's last hidden state at the last response token.
+    r and mu are linear maps of the trunk's last hidden state at the last response token (see `scored_at`).
     """
 
     task = "SEQ_CLS"
 
     @classmethod
     def load_base(cls, config: RunConfig):
-        return load_scorer(config)
+        """A value head that comes along is what the score starts as, without its constant, on which no comparison
+        depends."""
+        scorer = load_scorer(config)
+        if config.adapter_name_or_path:
+            start = start_adapter(config)
+        else:
+            start = folder_of(config.model_name_or_path, "config.json", config, "model_name_or_path")
+        if has_value_head(start):
+            scorer.score.weight.data.copy_(value_head(start, scorer.score.in_features).weight)
+        return scorer
 
     @classmethod
     def head_starts(cls, model: nn.Module, columns: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,6 +62,7 @@ class RewardModelling(Stage):
 
     def rewards_of(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """`rewards`, from `hidden` states."""
+        batch = replace(batch, response_end=scored_at(self.model, batch))
         with self.autocast():
             with full_precision(hidden):
                 means = self.signals.reward_map(score(self.model))(at(hidden, batch.response_end)).squeeze(-1)
