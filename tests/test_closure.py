@@ -219,3 +219,10 @@ def test_every_key_belongs_to_a_step():
             assert set(entry.metadata["stages"]) | set(entry.metadata["trains"]) <= {"sft", *PREFERENCES}
     assert "lam" not in config.keys_of("training", "rm") and "lam" in config.keys_of("training", "ppo")
     assert json.dumps(RunConfig.from_mapping({"stage": "rm", "model_name_or_path": "m"})[0].settings_of("training"))
+
+
+def test_a_stage_that_no_key_names_reads_all_of_them():
+    """So that a new stage is right before anybody has said what it does not read."""
+    read = {*config.keys_of("training", "new"), *config.keys_of("log", "new"), *config.keys_of("bookkeeping", "new")}
+    assert read == {entry.name for entry in dataclasses.fields(RunConfig)}
+    assert "temperature" in config.keys_of("evaluation", "new")

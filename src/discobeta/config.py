@@ -324,15 +324,19 @@ def _check_deepspeed(value: Any, where: str) -> None:
 
 @cache
 def keys_of(step: str, stage: str) -> tuple[str, ...]:
-    """The keys of the run config that decide the outcome of `step` in `stage`, in their order; see `option`."""
+    """The keys of the run config that decide the outcome of `step` in `stage`, in their order; see `option`.
+
+    A stage that no key names yet reads all of them, in training and in evaluation.
+    """
+    options = {entry.name: entry.metadata for entry in dataclasses.fields(RunConfig) if entry.metadata}
+    is_new = not any(stage in each["stages"] + each["trains"] for each in options.values())
     parts = ("data", "model", "training") if step == "training" else (step,)
-    found = []
-    for entry in dataclasses.fields(RunConfig):
-        of, stages, trains = (entry.metadata.get(key) for key in ("of", "stages", "trains"))
-        if entry.name == "stage":  # which has no `option`
-            of, stages, trains = "training", [stage], []
-        if (of in parts and stage in stages) or (step == "training" and stage in trains):
-            found.append(entry.name)
+    found = ["stage"] if step == "training" else []
+    for name, each in options.items():
+        is_of_step = each["of"] in parts and (is_new or stage in each["stages"])
+        is_trained_with = step == "training" and (stage in each["trains"] or (is_new and each["of"] == "evaluation"))
+        if is_of_step or is_trained_with:
+            found.append(name)
     return tuple(found)
 
 
