@@ -38,7 +38,9 @@ MADE_OF = {
     "reward": {"train ppo"} | EVALUATION,
     "translation": {"train ppo"} | EVALUATION,
     "judges": {"train rm", "train ppo"} | EVALUATION,
-    "generation": {"world_pairs", "train ppo"} | EVALUATION,
+    # says which layers LoRA is put on, and so is more than a refusal; it asks generation what ends a response
+    "preflight": SHARED - {"prepare"} | TRAINING | EVALUATION,
+    "generation": SHARED - {"prepare"} | TRAINING | EVALUATION,
     "policy": SHARED | TRAINING | EVALUATION,
     "data/tokens": SHARED | TRAINING | EVALUATION,
     "data/formats": SHARED | TRAINING | EVALUATION | {"tables", "figures"},  # is the data still what it was?
@@ -167,8 +169,8 @@ def reads(monkeypatch) -> dict[tuple[str, str], set[str]]:
 
 HARMLESS = {
     # to refuse at once what could not be measured afterwards
-    "num_eval_generations": {"train._train"},
-    "max_new_tokens": {"train._train"},
+    "num_eval_generations": {"preflight.check_answers"},
+    "max_new_tokens": {"preflight.check_answers"},
     # of rm: in what passes the held-out loss of the log is computed
     "per_device_eval_batch_size": {"loop.held_out_means"},
     # of sft, whose config has none of them: it names the arm in its record

@@ -310,7 +310,7 @@ def test_a_reward_model_starts_from_a_value_head(base, settings, tmp_path, key, 
         head = fresh_head(model.config.hidden_size)
     if is_there:
         save_file(head, tmp_path / "saves" / "value_head.safetensors")
-    config, _ = RunConfig.from_mapping(settings("rm", **{key: str(tmp_path / "saves")}))
+    config, _ = RunConfig.from_mapping(settings("rm", **{key: str(tmp_path / "saves")}, lora_rank=2))
     stage = stage_class("rm").fresh(config, {}).eval()
     with torch.no_grad():
         found = stage.rewards(pack(PROMPTS[:3], RESPONSES[:3]))[0] + 0.75
@@ -378,7 +378,7 @@ def test_a_checkpoint_that_is_not_there_names_the_run_that_is(base, run, setting
 
 def test_a_run_starts_from_an_adapter_saved_as_bin(base, run, tmp_path):
     lora_with_value_head(base, tmp_path / "saves")
-    start = {"adapter_name_or_path": str(tmp_path / "saves")}
+    start = {"adapter_name_or_path": str(tmp_path / "saves"), "lora_rank": 2}
     first = run("dpo", name="first", **start)
     to_bin(tmp_path / "saves" / "adapter_model.safetensors", "adapter_model.bin")
     second = run("dpo", name="second", **start)

@@ -97,7 +97,7 @@ def test_when_a_process_is_killed_the_other_ends_too(training):
     os.kill(both[1], signal.SIGKILL)
     status, said = ended(process, both)
     assert status == 137 and "Traceback" not in said
-    assert said.endswith("discobeta: process 1 of 2 was killed (Killed); the others were ended\n")
+    assert said.endswith("discobeta: process 1 of 2 was killed (Killed: out of memory?); the others were ended\n")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -142,7 +142,11 @@ def test_what_others_say_is_not_shown_if_the_first_fails_or_all_end_well(tmp_pat
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("text", "status", "name"),
-    [("os.kill(os.getpid(), 9)", 137, "Killed"), ("os.abort()", 134, "Aborted"), ("sys.exit(143)", 143, "Terminated")],
+    [
+        ("os.kill(os.getpid(), 9)", 137, "Killed: out of memory?"),
+        ("os.abort()", 134, "Aborted"),
+        ("sys.exit(143)", 143, "Terminated"),
+    ],
 )
 def test_a_killed_process_is_named(tmp_path, capfd, rank, text, status, name):
     text = f"if rank == {rank}: {text}\nprint(rank, file=sys.stderr)\ntime.sleep(60)"

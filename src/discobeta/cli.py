@@ -21,7 +21,7 @@ from typing import Any
 
 from discobeta import __version__, launch
 from discobeta.config import RunConfig, parse_overrides
-from discobeta.errors import UserError, first_line, shorten
+from discobeta.errors import UserError, first_line, lack_of_memory, shorten
 from discobeta.flags import STAGES, grid
 
 
@@ -60,6 +60,8 @@ def _say(error: Exception) -> None:
         text = str(error)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         text = f"no space left on the device ({error.filename or 'while writing'})"
+    elif (asked := lack_of_memory(error)) is not None:
+        text = f"out of memory{asked}"
     elif isinstance(error, OSError) and error.errno:
         text = first_line(error)
     else:

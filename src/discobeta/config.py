@@ -78,10 +78,16 @@ class RunConfig:
     reward_model: str | None = option(None, "ppo: an rm run, or a score or value head of another make", stages="ppo")
     beta_head: str | None = option(None, "ppo: the dpo run whose Beta Head scales the KL coefficient", stages="ppo")
     finetuning_type: Literal["lora", "full"] = option("lora", "LoRA or all weights")
-    lora_rank: int = option(8, "LoRA rank", least=1, stages="rm dpo ppo")
-    lora_alpha: int | None = option(None, "LoRA alpha; default twice the rank", least=1, stages="rm dpo ppo")
-    lora_dropout: float = option(0.0, "LoRA dropout", least=0, most=0.99, stages="rm dpo ppo")
-    lora_target: str = option("all", "comma-separated module names, or all linear layers", stages="rm dpo ppo")
+    lora_rank: int | None = option(8, "LoRA rank; null: that of adapter_name_or_path", least=1, stages="rm dpo ppo")
+    lora_alpha: int | None = option(
+        None, "LoRA alpha; default twice the rank, or the adapter's", least=1, stages="rm dpo ppo"
+    )
+    lora_dropout: float | None = option(
+        0.0, "LoRA dropout; null: the adapter's", least=0, most=0.99, stages="rm dpo ppo"
+    )
+    lora_target: str | None = option(
+        "all", "comma-separated names of layers, or all; null: the adapter's", stages="rm dpo ppo"
+    )
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2"] = option("auto", "attention implementation")
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
 
@@ -223,6 +229,9 @@ class RunConfig:
         for name, value in STAGE_DEFAULTS[values["stage"]].items():
             if values.get(name) is None:
                 values[name] = value
+        for name in ("lora_rank", "lora_dropout", "lora_target"):  # what is not written is as the adapter has it
+            if values.get(name) is None:
+                values[name] = None if values.get("adapter_name_or_path") else known[name].default
         config = cls(**values)
         try:
             config._check()

@@ -144,7 +144,7 @@ _REFUSED_UNLESS: dict[str, tuple[tuple, str]] = {
     "data_seed": ((None,), "all rows of an epoch are drawn in an order made of seed"),
     "f_divergence_type": ((None, "reverse_kl"), "another loss would change what the study compares"),
     "truncation_mode": ((None, "keep_start"), "a response is cut at its end, a prompt never"),
-    "disable_dropout": ((None, True), "the dropout is lora_dropout"),
+    "disable_dropout": ((None, True), "the base's dropout is off, and the adapter's is lora_dropout"),
     "train_sampling_strategy": ((None, "random"), "all rows of an epoch are drawn in an order made of seed"),
     "do_sample": ((None, True), "responses are sampled (a low temperature comes near to greedy decoding)"),
     "num_beams": ((None, 1), "responses are sampled, one by one"),

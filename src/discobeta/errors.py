@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,8 +32,45 @@ def telling(what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # of what is written in Rust
-            raise UserError(f"{what}: {first_line(error)}") from error
+            asked = lack_of_memory(error)
+            said = first_line(error) if asked is None else f"out of memory{asked}"
+            raise UserError(f"{what}: {said}") from error
         raise
+
+
+TRAINING_MEMORY = (
+    "per_device_train_batch_size (and raise gradient_accumulation_steps by as much) or cutoff_len, "
+    "or set gradient_checkpointing: true"
+)
+"""What a training step needs memory for."""
+
+
+@contextmanager
+def enough_memory(step: str, lower: str) -> Iterator[None]:
+    """Running out of memory in the block, or in the function that this decorates, becomes a `UserError`.
+
+    step: what was being done; lower: the settings that it takes its memory for.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (asked := lack_of_memory(error)) is None:
+            raise
+        raise UserError(f"out of memory in {step}{asked}: lower {lower}") from error
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """How much was asked for, as words in brackets, or "" where that is not said; None if it is another error."""
+    text = str(error)
+    is_one = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if not is_one and not (isinstance(error, RuntimeError) and re.search(NO_MEMORY, text, re.IGNORECASE)):
+        return None
+    amount = re.search(r"allocate ([\d.,]+ ?[A-Za-z]+)", text)
+    return f" ({amount[1]} were asked for)" if amount else ""
+
+
+NO_MEMORY = r"out of memory|can(no|')t allocate memory|bad_alloc|_ALLOC_FAILED"
+"""In what torch, CUDA and C++ say."""
 
 
 def first_line(error: BaseException) -> str:
@@ -41,7 +80,7 @@ def first_line(error: BaseException) -> str:
         return shorten(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
     if not lines or isinstance(error, KeyError | RecursionError | AttributeError | TypeError | MemoryError):
         return shorten(": ".join([type(error).__name__, *lines[:1]]))
-    return shorten(lines[0])
+    return shorten(" ".join(lines[:2] if lines[0].endswith(":") else lines[:1]))
 
 
 def shown(value: Any) -> str:

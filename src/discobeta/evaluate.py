@@ -20,11 +20,11 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from discobeta import lock, metrics, record, runs
+from discobeta import lock, metrics, preflight, record, runs
 from discobeta.config import RunConfig, keys_of
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
-from discobeta.errors import UserError, did_you_mean, shown
+from discobeta.errors import UserError, did_you_mean, enough_memory, shown
 from discobeta.files import remove, replacing, write_json, write_text
 from discobeta.generation import generate, has_ended, response_text, stop_ids
 from discobeta.heads import SIGMA0
@@ -82,6 +82,7 @@ def _evaluate(found: record.Record) -> dict[str, Any]:
     if config.stage == "ppo" and not config.num_eval_generations:
         raise UserError(f"{directory}: a ppo run is measured by sampled responses, and num_eval_generations is 0")
     stage = runs.load_stage(found)
+    preflight.check(stage.model, data, config, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage.to(device)
     examples = answers = None
@@ -106,6 +107,7 @@ def _evaluate(found: record.Record) -> dict[str, Any]:
     return measured
 
 
+@enough_memory("evaluation", "per_device_eval_batch_size")
 @torch.no_grad()
 def compare_all(stage: Stage, pairs: Pairs, batch_size: int, device: torch.device) -> pd.DataFrame:
     """One row per pair, in the order of the data: what the run says of it, beside what is known."""
@@ -283,6 +285,7 @@ def answer_prompts(
     return answers
 
 
+@enough_memory("evaluation", "per_device_eval_batch_size")
 @torch.no_grad()
 def _logps(model: torch.nn.Module, pairs: Pairs, config: RunConfig, device: torch.device) -> torch.Tensor:
     """(rows, 2) log-probabilities of both responses under `model`, on the CPU."""

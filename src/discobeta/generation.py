@@ -14,13 +14,16 @@ import torch
 from torch import nn
 
 from discobeta.data.tokens import closing_id
-from discobeta.errors import UserError
-from discobeta.policy import check_context, plain
+from discobeta.errors import UserError, enough_memory
+from discobeta.policy import plain
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+@enough_memory(
+    "sampling", "per_device_eval_batch_size (8 times as many responses are sampled at once) or max_new_tokens"
+)
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -50,6 +53,8 @@ def generate(
     """
     from tqdm import tqdm
     from transformers import GenerationConfig, LogitsProcessorList
+
+    from discobeta.preflight import check_context
 
     language_model = plain(model)
     check_context(model, max(map(len, prompt_ids), default=0), uniforms.shape[1])
@@ -178,7 +183,7 @@ def _padding_id(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stops: lis
     """Some token of the model, and of no matter which: nothing attends to padding, and a response is cut before it."""
     known = model.get_input_embeddings().num_embeddings  # some tokenizers have a <pad> that their model lacks
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in ids if token is not None and token < known), stops[0])
+    return next((token for token in (*ids, *stops) if token is not None and token < known), 0)
 
 
 def has_ended(response_ids: np.ndarray, stops: list[int]) -> bool:

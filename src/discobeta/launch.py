@@ -91,6 +91,8 @@ def _run(command: list[str], processes: int, shared: dict[str, str], folder: Pat
     rank = next(iter(killed or failed))
     if killed:
         name = signal.strsignal(killed[rank]) or f"signal {killed[rank]}"
+        if killed[rank] == signal.SIGKILL:
+            name += ": out of memory?"
         print(f"discobeta: process {rank} of {processes} was killed ({name}); the others were ended", file=sys.stderr)
         return 128 + killed[rank]
     if rank:

@@ -29,7 +29,7 @@ from discobeta import record
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs
 from discobeta.data.schedule import Schedule, total_steps
-from discobeta.errors import UserError
+from discobeta.errors import TRAINING_MEMORY, UserError, enough_memory
 from discobeta.files import replacing, write_text, writing_error
 from discobeta.lock import Hold
 from discobeta.seeds import derive
@@ -114,6 +114,7 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
+@enough_memory("training", TRAINING_MEMORY)
 def fit(
     stage: Stage,
     train: Pairs,
@@ -230,6 +231,7 @@ def clip_gradients(groups: dict[str, list[torch.nn.Parameter]], config: RunConfi
     return norms
 
 
+@enough_memory("evaluation", "per_device_eval_batch_size or cutoff_len")
 @torch.no_grad()
 def held_out_means(
     module: torch.nn.Module, stage: Stage, held_out: Pairs, config: RunConfig, accelerator: Accelerator

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
+import warnings
 from collections.abc import Callable, Set
 from contextlib import contextmanager
 from inspect import signature
@@ -24,6 +26,7 @@ from discobeta.identity import check_local, folder_of
 from discobeta.seeds import generator, global_stream
 
 if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
@@ -97,30 +100,59 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
 
     task: CAUSAL_LM, or SEQ_CLS, in which case PEFT keeps the score's weights beside the adapter's.
     """
+    switch_off_dropout(model)  # the base's; the run's own is lora_dropout
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with telling(f"gradient_checkpointing: {model.config.name_or_path}"):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
     if config.finetuning_type == "full":
         return model
     if config.adapter_name_or_path:
         return continue_adapter(model, config, task)
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
-    linear = {name.rpartition(".")[2] for name, part in trunk(model).named_modules() if isinstance(part, nn.Linear)}
-    targets = linear if config.lora_target == "all" else {name.strip() for name in config.lora_target.split(",")}
-    if unknown := sorted(targets - linear):
-        raise UserError(
-            f"lora_target: the model has no linear layer called {unknown[0]}; it has {', '.join(sorted(linear))}"
-        )
+    from discobeta.preflight import ALL_LINEAR, experts, linear_layers, lora_layers, words
+
+    layers = linear_layers(model)
+    wanted = lora_layers(layers, config.lora_target, model)
+    if config.lora_target in ALL_LINEAR:
+        targets = {name.rpartition(".")[2] for name in wanted}
+        if stacked := experts(model):
+            say(
+                f"lora_target: {config.lora_target} leaves {', '.join(sorted(stacked))} of "
+                f"{model.config.name_or_path} as they are: LoRA is for linear layers, and experts are stacked"
+            )
+    else:
+        targets = words(config.lora_target)
     lora = LoraConfig(
         task_type=task,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         lora_dropout=config.lora_dropout,
         target_modules=sorted(targets),
+        fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in wanted),
     )
-    with global_stream(config.seed, "adapter"):
-        return get_peft_model(model, lora)
+    named = f"lora_target: {', '.join(sorted(targets))}"
+    with telling(named), global_stream(config.seed, "adapter"):
+        peft_model = adapted(model, lora)
+        if lora.target_parameters:  # of some families PEFT takes a name for that of the experts, whatever it names
+            raise UserError(
+                f"PEFT puts LoRA on the stacked experts ({', '.join(sorted(lora.target_parameters))}) where asked "
+                "for these names, and such an adapter is not supported: name other layers, e.g. those of attention"
+            )
+        return peft_model
+
+
+def adapted(model: PreTrainedModel, settings: PeftConfig) -> PeftModel:
+    """The model with a fresh adapter."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():  # PEFT finds out by itself which layers keep their weights transposed; says so
+        warnings.filterwarnings(
+            "ignore", message="fan_in_fan_out is set to|The PEFT config's `base_model_name_or_path`"
+        )
+        return get_peft_model(model, settings)
 
 
 def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Module:
@@ -129,18 +161,28 @@ def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn
     The adapter may come from another kind of run: a reward model usually starts from that of an SFT
     run, whose trunk it shares and whose task it does not.
     """
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+    from discobeta.preflight import check_settings, linear_layers, lora_layers
 
     folder = start_adapter(config)
     found = adapter_weights(folder)
+    layers = linear_layers(model)
     with telling(f"cannot load adapter {folder}"):
         settings = PeftConfig.from_pretrained(str(folder))
         settings.task_type, settings.inference_mode = task, False
+        trained_on = settings.base_model_name_or_path
         with global_stream(config.seed, "adapter"):
-            peft_model = get_peft_model(model, settings)
+            peft_model = adapted(model, settings)
         fresh = get_peft_model_state_dict(peft_model)
     may_be_fresh = {name for name in fresh if name.endswith(".score.weight")}
-    _check_adapter(folder, found, fresh.keys(), may_be_fresh)
+    _check_adapter(folder, found, fresh, may_be_fresh)
+    reached = set(peft_model.base_model.targeted_module_names)
+    check_settings(config, folder, settings, reached, lora_layers(layers, config.lora_target or "all", model))
+    if trained_on and Path(trained_on).name != Path(config.model_name_or_path).name:
+        say(
+            f"adapter {folder} was trained on {trained_on}, by its own word, and goes on on {config.model_name_or_path}"
+        )
     with telling(f"cannot load adapter {folder}"):
         set_peft_model_state_dict(peft_model, fresh | found)
     return peft_model
@@ -154,19 +196,25 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trunk_only: bool = Fal
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     found = adapter_weights(folder)
-    with telling(f"cannot load adapter {folder}"):
+    with telling(f"cannot load adapter {folder}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they are about is checked here
         settings = PeftConfig.from_pretrained(str(folder))
         if trunk_only:
             settings.task_type = None
-        peft_model = PeftModel.from_pretrained(model, str(folder), config=settings)
-        places = get_peft_model_state_dict(peft_model).keys()
+        peft_model = PeftModel.from_pretrained(model, str(folder), config=settings, ignore_mismatched_sizes=True)
+        places = get_peft_model_state_dict(peft_model)
     _check_adapter(folder, found, places)
     return peft_model
 
 
 def start_adapter(config: RunConfig) -> Path:
     """The folder of the adapter that the run starts from."""
-    return folder_of(config.adapter_name_or_path, "adapter_config.json", config, "adapter_name_or_path")
+    folder = folder_of(config.adapter_name_or_path, "adapter_config.json", config, "adapter_name_or_path")
+    if not (folder / "adapter_config.json").exists():
+        inner = folder / "adapter"
+        hint = f"; {inner} is one" if (inner / "adapter_config.json").is_file() else ""
+        raise UserError(f"adapter_name_or_path: {folder} is no PEFT adapter (it has no adapter_config.json){hint}")
+    return folder
 
 
 PLAIN_LORA = frozenset(
@@ -195,6 +243,17 @@ PLAIN_LORA = frozenset(
 )
 """What an adapter's config may say as it likes: the rest must be PEFT's default, or W + (alpha / r) B A is not what
 it computes."""
+
+LORA_VALUES = {
+    "r": (lambda r: type(r) is int and r > 0, "a whole number above 0"),
+    "lora_alpha": (lambda alpha: type(alpha) in (int, float) and 0 < alpha < math.inf, "a number above 0"),
+    "lora_dropout": (lambda rate: type(rate) in (int, float) and 0 <= rate < 1, "a number from 0, below 1"),
+    "target_modules": (lambda names: isinstance(names, str | list | set | None), "names of layers, or a pattern"),
+    "rank_pattern": (lambda ranks: isinstance(ranks, dict | None), "a mapping"),
+    "alpha_pattern": (lambda alphas: isinstance(alphas, dict | None), "a mapping"),
+    "base_model_name_or_path": (lambda name: isinstance(name, str | None), "text"),
+}
+"""What an adapter's config may hold: PEFT asks for some of it only when it computes."""
 
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """Of init_lora_weights: others (PiSSA, OLoRA, LoftQ, CorDA) change the base's own weights too."""
@@ -226,6 +285,9 @@ def adapter_weights(folder: Path) -> dict[str, Tensor]:
     settings, default = read_mapping(folder / "adapter_config.json"), LoraConfig().to_dict()
     if settings.get("peft_type") != "LORA":
         raise UserError(f"adapter {folder}: peft_type: {shown(settings.get('peft_type'))}: only LORA is supported")
+    for name, (is_right, should) in LORA_VALUES.items():
+        if not is_right(settings.get(name, default[name])):
+            raise UserError(f"adapter {folder}: {name}: {shown(settings[name])} should be {should}")
     for name, value in settings.items():
         if name == "init_lora_weights" and value not in KEEPS_BASE:
             raise UserError(f"adapter {folder} ({name}: {shown(value)}) belongs to a base with other weights")
@@ -233,22 +295,32 @@ def adapter_weights(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"adapter {folder} is no plain LoRA ({name}: {shown(value)}), and no other is supported")
     path = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
     if path is None:
-        others = [other.name for other in sorted(folder.glob("adapter_model*"))]
+        others = [other.name for other in sorted(folder.glob("adapter_model*")) if other.is_file()]
         others = f", only {', '.join(others)}" if others else ""
         raise UserError(f"adapter {folder} has no {' and no '.join(ADAPTER_WEIGHTS)}{others}")
     found = read_tensors(path)
     for name, tensor in found.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"adapter {folder}: {name} holds integers: quantised adapters are not supported")
         if not tensor.isfinite().all():
             raise UserError(f"adapter {folder}: {name} holds numbers that are not finite (NaN or infinity)")
     return found
 
 
-def _check_adapter(folder: Path, found: dict[str, Tensor], places: Set[str], may_be_fresh: Set[str] = frozenset()):
+def _check_adapter(
+    folder: Path, found: dict[str, Tensor], places: dict[str, Tensor], may_be_fresh: Set[str] = frozenset()
+) -> None:
     """Refuse an adapter that does not fill its places in the model, one for one."""
-    if missing := sorted(places - found.keys() - may_be_fresh):
-        raise UserError(f"adapter {folder} lacks {missing[0]}{_and_more(missing)}: its weights are not whole")
-    if unknown := sorted(found.keys() - places):
-        raise UserError(f"adapter {folder} does not fit this model, which has no {unknown[0]}{_and_more(unknown)}")
+    if missing := sorted(places.keys() - found.keys() - may_be_fresh):
+        raise UserError(f"adapter {folder} lacks {missing[0]}{and_more(missing)}: its weights are not whole")
+    if unknown := sorted(found.keys() - places.keys()):
+        raise UserError(f"adapter {folder} does not fit this model, which has no {unknown[0]}{and_more(unknown)}")
+    for name, tensor in sorted(found.items()):
+        if tensor.shape != places[name].shape:
+            raise UserError(
+                f"adapter {folder}: {name} is {tuple(tensor.shape)} in its files, and {tuple(places[name].shape)} by "
+                "its adapter_config.json in this model"
+            )
 
 
 def use_deterministic_kernels(config: RunConfig) -> None:
@@ -290,16 +362,6 @@ def trunk(model: nn.Module) -> nn.Module:
         if isinstance(body := getattr(inner, name, None), nn.Module):
             return body
     raise UserError(f"{inner.config.name_or_path}: {type(inner).__name__} has no part without its output layer")
-
-
-def check_context(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> None:
-    """Refuse prompts that do not leave the model room for a response."""
-    context = getattr(plain(model).config, "max_position_embeddings", None)
-    if context and longest_prompt + max_new_tokens > context:
-        raise UserError(
-            f"a prompt of {longest_prompt} tokens and max_new_tokens: {max_new_tokens} do not fit into the context of "
-            f"{context} tokens of {plain(model).config.name_or_path}: lower cutoff_len or max_new_tokens"
-        )
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
@@ -407,9 +469,14 @@ def pooled(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
 
 def switch_off_dropout(model: nn.Module) -> None:
     """Make training mode compute what evaluation mode does: in modules of dropout, and where a model calls the
-    function with a rate of its own (OPT's `self.dropout`, the `attention_dropout` of many)."""
+    function with a rate of its own (OPT's `self.dropout` and `layerdrop`, the `attention_dropout` of many, a router's
+    `jitter_noise`)."""
     for module in model.modules():
-        rates = {"p"} if isinstance(module, nn.Dropout) else {name for name in vars(module) if "drop" in name}
+        rates = (
+            {"p"}
+            if isinstance(module, nn.Dropout)
+            else {name for name in vars(module) if "drop" in name or "jitter" in name}
+        )
         for name in rates:
             if isinstance(getattr(module, name), float):
                 setattr(module, name, 0.0)
@@ -479,6 +546,12 @@ def _loading(config: RunConfig, what: str):
         logging.set_verbosity(verbosity)
 
 
+def _set_aside(model: PreTrainedModel) -> None:
+    """What a config.json may say of a pass that asks for nothing: here a pass asks for states, and nothing else."""
+    model.config.return_dict = True
+    model.config.output_hidden_states = model.config.output_attentions = False
+
+
 def _check_weights(model: PreTrainedModel, config: RunConfig, info: dict, *, fresh: str = "") -> None:
     """Refuse a model some of whose weights are not as in its files: absent, left over, of another size, integers, NaN.
 
@@ -486,9 +559,10 @@ def _check_weights(model: PreTrainedModel, config: RunConfig, info: dict, *, fre
     would compute with it (a layer more than config.json says); another head than the one in use does not.
     """
     name = config.model_name_or_path
+    _set_aside(model)
     missing = sorted(key for key in info["missing_keys"] if not (fresh and key.startswith(fresh)))
     if missing:
-        raise UserError(f"{name} lacks the weight {missing[0]}{_and_more(missing)}: its files are not whole")
+        raise UserError(f"{name} lacks the weight {missing[0]}{and_more(missing)}: its files are not whole")
     for key, *shapes in sorted(info["mismatched_keys"], key=str):
         found, wanted = (tuple(shape) for shape in shapes)
         raise UserError(f"{name}: the weight {key} is {found} in its files, and {wanted} by its config.json")
@@ -497,14 +571,20 @@ def _check_weights(model: PreTrainedModel, config: RunConfig, info: dict, *, fre
         key for key in info["unexpected_keys"] if key.startswith(f"{prefix}.") or key.partition(".")[0] in body
     )
     if extra:
-        raise UserError(f"{name} has the weight {extra[0]}{_and_more(extra)}, for which its config.json has no place")
+        raise UserError(f"{name} has the weight {extra[0]}{and_more(extra)}, for which its config.json has no place")
     if integer := _integer_weight(folder_of(name, "config.json", config, "model_name_or_path")):
         raise UserError(f"{name}: the weight {integer} holds integers: quantised bases are not supported")
     if bad := non_finite(model):
         raise UserError(f"{name}: the weight {bad} holds numbers that are not finite (NaN or infinity)")
 
 
-def _and_more(names: list[str]) -> str:
+def say(line: str) -> None:
+    """One line to the user, of the process that speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"discobeta: {line}", file=sys.stderr)
+
+
+def and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 

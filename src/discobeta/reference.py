@@ -19,10 +19,11 @@ from tqdm import tqdm
 from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import Rows
-from discobeta.errors import UserError, telling
+from discobeta.errors import UserError, enough_memory, telling
 from discobeta.files import read_sealed, replacing, sha256, sweep, write_json, write_sealed
 from discobeta.identity import weights_hash
 from discobeta.policy import at, hidden_states, load_reference, response_logps, width
+from discobeta.preflight import check_rows
 from discobeta.record import check_replaceable, write_mark
 
 Columns = dict[str, Tensor]
@@ -45,7 +46,7 @@ def load_or_compute(config: RunConfig, parts: dict[str, Rows], *, write: bool = 
             _check(folder, made_from, key, parts)
             return {name: _read(folder, name, rows) for name, rows in parts.items()}
     if not write:
-        model, device = _reference(config)
+        model, device = _reference(config, parts)
         return {name: compute(model, Pairs(rows), config, device, name) for name, rows in parts.items()}
     compute_folder(config, parts, key, folder)
     return {name: _read(folder, name, rows) for name, rows in parts.items()}
@@ -70,7 +71,7 @@ def compute_folder(config: RunConfig, parts: dict[str, Rows], key: dict[str, str
     started = time.monotonic()
     named_by = "reference_path" if config.reference_path else "output_dir"
     check_replaceable(folder, named_by)
-    model, device = _reference(config)
+    model, device = _reference(config, parts)
     with replacing(folder, lambda: check_replaceable(folder, named_by)) as temporary:
         temporary.mkdir()
         digests = {}
@@ -86,11 +87,14 @@ def compute_folder(config: RunConfig, parts: dict[str, Rows], key: dict[str, str
         write_mark(temporary, "discobeta reference", os.listdir(temporary))
 
 
-def _reference(config: RunConfig) -> tuple[torch.nn.Module, torch.device]:
+def _reference(config: RunConfig, parts: dict[str, Rows]) -> tuple[torch.nn.Module, torch.device]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_reference(config).to(device), device
+    model = load_reference(config)
+    check_rows(model, parts, config)
+    return model.to(device), device
 
 
+@enough_memory("the reference pass", "per_device_eval_batch_size or cutoff_len")
 @torch.no_grad()
 def compute(model: torch.nn.Module, pairs: Pairs, config: RunConfig, device: torch.device, name: str = "") -> Columns:
     """The live reference's columns, in the order of the rows."""

@@ -18,9 +18,11 @@ from discobeta.data.batches import longest_first, pack
 from discobeta.data.formats import Example
 from discobeta.data.sources import RowReport
 from discobeta.data.tokens import encode
+from discobeta.errors import enough_memory
 from discobeta.generation import stop_ids
 from discobeta.heads import SIGMA0, Heads
 from discobeta.policy import load_tokenizer, plain
+from discobeta.preflight import check_ids, check_lengths, context_of, name_of
 from discobeta.translation import Translation, needed
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ class RewardModel:
         """How this judge reads what policies of `config` write, which are like `model`; None: as it is."""
         if not needed(tokenizer, self.tokenizer):
             return None
-        context = getattr(plain(self.model).config, "max_position_embeddings", None) or sys.maxsize
+        context = context_of(plain(self.model).config) or sys.maxsize
         return Translation(config, tokenizer, self.tokenizer, context, stop_ids(model, tokenizer))
 
     def score(self, prompts: list[str], responses: list[str], batch_size: int = 64) -> tuple[Tensor, Tensor | None]:
@@ -62,6 +64,7 @@ class RewardModel:
         report.check(0.0)
         return self.score_ids(found.prompt_ids, found.chosen_ids, batch_size)
 
+    @enough_memory("scoring", "the batch size or cutoff_len")
     @torch.no_grad()
     def score_ids(
         self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], batch_size: int = 64
@@ -69,6 +72,8 @@ class RewardModel:
         """`score` of N prompts and responses as token ids; results on the CPU."""
         device = next(self.stage.parameters()).device
         lengths = np.array([len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)])
+        check_ids(self.stage.model, [*prompts, *responses], name_of(self.stage.model))
+        check_lengths(self.stage.model, lengths, name_of(self.stage.model))
         means, log_sigmas = torch.empty(len(lengths)), None
         for indices in longest_first(lengths, batch_size):
             batch = pack([prompts[i] for i in indices], [responses[i] for i in indices])

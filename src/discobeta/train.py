@@ -69,7 +69,7 @@ def _is_free(config: RunConfig, accelerator: Accelerator) -> bool:
 
 
 def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) -> None:
-    from discobeta import loop, policy
+    from discobeta import loop, policy, preflight
     from discobeta.data.batches import Pairs
     from discobeta.data.formats import KINDS
     from discobeta.data.sources import contents_hash
@@ -84,17 +84,18 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
     tokenizer = policy.load_tokenizer(config)
     with accelerator.main_process_first():
         data = load_or_tokenise(config, tokenizer)
-        columns = kind.columns(config, data.parts())
     for line in data.lines():
         accelerator.print(line)
-    stage = kind.fresh(config, columns["train"])
+    model = kind.start(config)
+    preflight.check(model, data, config, tokenizer)  # before the reference pass
+    with accelerator.main_process_first():
+        columns = kind.columns(config, data.parts())
+    stage = kind.fresh(config, columns["train"], model)
+    stage.check_data(data)
     material = Pairs(data.train, columns["train"])
     held_out = None if data.held_out is None else Pairs(data.held_out, columns["eval"])
     if config.eval_strategy != "no" and held_out is None:
         raise UserError(f"eval_strategy: {config.eval_strategy}, and {config.tokenized_path} holds no held-out rows")
-    if config.stage != "rm" and config.num_eval_generations:  # what cannot be measured is not trained
-        rows, asked = data.to_answer(config.num_eval_generations)
-        policy.check_context(stage.model, max(len(rows.prompt_ids[row]) for row in asked), config.max_new_tokens)
     facts = {
         "base": identity.weights_hash(config),
         "tokenizer": identity.tokenizer_hash(config),

@@ -57,10 +57,6 @@ class Translation:
             self.examples.setdefault(ids.tobytes(), example)
             self.prompts.setdefault(ids.tobytes(), translated)
 
-    @property
-    def longest_prompt(self) -> int:
-        return max(map(len, self.prompts.values()))
-
     def __call__(
         self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -14,7 +14,7 @@ from discobeta import heads as heads_module
 from discobeta.config import RunConfig
 from discobeta.data.batches import Batch, Pairs
 from discobeta.data.schedule import Schedule, schedule_of
-from discobeta.data.tokens import Rows
+from discobeta.data.tokens import Rows, TokenisedData
 from discobeta.heads import Heads
 from discobeta.signals import Comparison, Signals
 
@@ -57,11 +57,16 @@ class Stage(nn.Module):
         self.freeze_unused()
 
     @classmethod
-    def fresh(cls, config: RunConfig, columns: dict[str, Tensor]) -> Self:
-        """The stage at step 0, its heads built from the run's architecture."""
+    def start(cls, config: RunConfig) -> nn.Module:
+        """The model as it stands at step 0: the base, with the adapter that is trained."""
         from discobeta.policy import add_adapter
 
-        model = add_adapter(cls.load_base(config), config, cls.task)
+        return add_adapter(cls.load_base(config), config, cls.task)
+
+    @classmethod
+    def fresh(cls, config: RunConfig, columns: dict[str, Tensor], model: nn.Module | None = None) -> Self:
+        """The stage at step 0, its heads built from the run's architecture. model: `start`, if it is there already."""
+        model = cls.start(config) if model is None else model
         return cls(config, model, cls.fresh_heads(config, model, columns))
 
     @classmethod
@@ -108,6 +113,9 @@ class Stage(nn.Module):
     def read_of_others(cls, config: RunConfig) -> dict[str, str]:
         """Run key -> sha256 of what it names among other runs, as it is now; part of what `facts` said."""
         return {}
+
+    def check_data(self, data: TokenisedData) -> None:
+        """Refuse rows that another model than the one that is trained cannot read."""
 
     def facts(self) -> dict[str, str]:
         """What else than settings, data and base decides the outcome."""

@@ -22,13 +22,12 @@ from discobeta import heads as heads_module
 from discobeta.config import RunConfig
 from discobeta.data.batches import Batch, Pairs, longest_first, pack
 from discobeta.data.schedule import Schedule
-from discobeta.data.tokens import Rows
-from discobeta.errors import UserError
+from discobeta.data.tokens import Rows, TokenisedData
+from discobeta.errors import UserError, enough_memory
 from discobeta.generation import generate, has_ended, stop_ids
 from discobeta.heads import WIDTH, Heads, full_precision
 from discobeta.policy import (
     at,
-    check_context,
     hidden_states,
     load_causal_lm,
     load_reference,
@@ -38,6 +37,7 @@ from discobeta.policy import (
     switch_off_dropout,
     token_logps,
 )
+from discobeta.preflight import check_answers, check_context, check_ids, check_rows
 from discobeta.reward import load_reward_model, loading
 from discobeta.signals import scaled
 from discobeta.stages import Stage, Work
@@ -139,8 +139,8 @@ class ProximalPolicy(Stage):
         return heads
 
     @classmethod
-    def fresh(cls, config: RunConfig, columns: dict[str, Tensor]) -> Self:
-        stage = super().fresh(config, columns)
+    def fresh(cls, config: RunConfig, columns: dict[str, Tensor], model: nn.Module | None = None) -> Self:
+        stage = super().fresh(config, columns, model)
         stage.tokenizer = load_tokenizer(config)
         stage.reference = load_reference(config)
         judge = load_reward_model(config.reward_model, **loading(config))
@@ -156,19 +156,20 @@ class ProximalPolicy(Stage):
         share_frozen_weights(stage)
         return stage
 
+    def check_data(self, data: TokenisedData) -> None:
+        check_answers(self.model, data, self.config, self.tokenizer)
+        rows, tokenizer = data.train, self.tokenizer
+        if self.translation is not None:
+            rows, tokenizer = Rows(list(self.translation.prompts.values())), self.translation.judge
+        name = f"reward_model {self.config.reward_model}"
+        check_rows(self.reward.model, {"train": rows}, self.config, name=name, tokenizer=tokenizer)
+        check_context(self.reward.model, int(rows.prompt_ids.lengths.max()), self.config.max_new_tokens)
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The Beta Head is in none: the penalty's gradient would only ask for a smaller s."""
         if not hasattr(self, "value_head"):  # a finished run: there is a policy, and nothing is trained
             return {"model": self.model_parameters()}
         return {"model": self.model_parameters(), "value": list(self.value_head.parameters())}
-
-    def schedule(self, train: Pairs, processes: int) -> Schedule:
-        config = self.config
-        longest = int(train.lengths.max())
-        check_context(self.model, longest, config.max_new_tokens)
-        translated = longest if self.translation is None else self.translation.longest_prompt
-        check_context(self.reward.model, translated, config.max_new_tokens)
-        return super().schedule(train, processes)
 
     @classmethod
     def read_of_others(cls, config: RunConfig) -> dict[str, str]:
@@ -229,6 +230,7 @@ class ProximalPolicy(Stage):
                 batch_size=8 * config.per_device_eval_batch_size,
             )  # fmt: skip
 
+    @enough_memory("judging responses", "per_device_eval_batch_size or max_new_tokens")
     @torch.no_grad()
     def judge(self, prompts: list[np.ndarray], responses: list[np.ndarray]) -> dict[str, list]:
         """What policy, reference, reward model and value head say, on the CPU, in the order of the responses.
@@ -238,6 +240,7 @@ class ProximalPolicy(Stage):
         `log_s` where the coefficient is scaled.
         """
         temperature, device = self.config.temperature, next(self.model.parameters()).device
+        name = f"reward_model {self.config.reward_model}"
         found: dict[str, list] = {}
         lengths = np.array([len(a) + len(b) for a, b in zip(prompts, responses, strict=True)])
         for indices in longest_first(lengths, self.config.per_device_eval_batch_size):
@@ -248,10 +251,12 @@ class ProximalPolicy(Stage):
                 reference_logps, _ = token_logps(self.reference, reference, batch, temperature)
                 log_s = self.signals.log_s(at(reference, batch.prompt_end))
             if self.translation is None:
+                check_ids(self.reward.model, [responses[i] for i in indices], name)
                 reward = self.reward.hidden(batch)
                 scores, _ = self.reward.rewards_of(reward, batch)
             else:
                 translated = self.translation([prompts[i] for i in indices], [responses[i] for i in indices])
+                check_ids(self.reward.model, [*translated[0], *translated[1]], name)
                 scores, _ = self.reward.rewards(pack(*translated).to(device))
                 reward = reference
             states = reward.flatten(0, 1)[batch.predictor_index].float()

@@ -14,16 +14,17 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from discobeta import files, identity, record
+from discobeta import files, identity, preflight, record
 from discobeta.config import RunConfig, read_yaml, write_yaml
 from discobeta.data.sources import contents_hash, read_examples
 from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
-from discobeta.errors import UserError, did_you_mean, first_line
+from discobeta.errors import TRAINING_MEMORY, UserError, did_you_mean, enough_memory, first_line
 from discobeta.policy import ATTENTION, load_causal_lm, load_tokenizer
 from discobeta.seeds import derive, global_stream
 
@@ -63,6 +64,7 @@ def train(config: RunConfig) -> None:
     for line in data.lines():
         processes.print(line)
     model = build_model(config, tokenizer)
+    preflight.check(model, data, config, tokenizer)
     # the other processes have nothing to leave behind
     main = processes.is_main_process
     target = files.replacing(config.output_dir, lambda: _still_free(config)) if main else tempfile.TemporaryDirectory()
@@ -71,7 +73,8 @@ def train(config: RunConfig) -> None:
             folder = Path(folder)
             trainer, log = build_trainer(config, model, tokenizer, data, folder)
             begun = time.monotonic()
-            trainer.train()
+            with enough_memory("training", TRAINING_MEMORY), closing(log):
+                trainer.train()
             spent = time.monotonic() - begun
             if main:
                 trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
@@ -335,8 +338,9 @@ def collect_log(stop_after_steps: int | None) -> Any:
                 kept = {name: float(logs[name]) for name in LOGGED if name in logs}
                 self.rows.append({"step": state.global_step, **kept})
 
-        def on_train_end(self, args, state, control, **rest) -> None:
-            self.bar.close()
+        def close(self) -> None:
+            if self.bar is not None:
+                self.bar.close()
 
     return Log()
 
