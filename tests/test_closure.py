@@ -36,7 +36,11 @@ MADE_OF = {
     "stages/ppo": {"train ppo", "evaluate ppo"},
     "reference": {"reference", "train dpo", "evaluate dpo"},
     "reward": {"train ppo"} | EVALUATION,
-    "generation": {"world_pairs", "train ppo"} | EVALUATION,
+    "translation": {"train ppo"} | EVALUATION,
+    "judges": {"train rm", "train ppo"} | EVALUATION,
+    # says which layers LoRA is put on, and so is more than a refusal; it asks generation what ends a response
+    "preflight": SHARED - {"prepare"} | TRAINING | EVALUATION,
+    "generation": SHARED - {"prepare"} | TRAINING | EVALUATION,
     "policy": SHARED | TRAINING | EVALUATION,
     "data/tokens": SHARED | TRAINING | EVALUATION,
     "data/formats": SHARED | TRAINING | EVALUATION | {"tables", "figures"},  # is the data still what it was?
@@ -49,7 +53,9 @@ MADE_OF = {
     "report/collect": {"tables", "figures"},
     "record": {"tables", "figures"},
     "study": {"tables", "figures"},
-    **dict.fromkeys(["cli", "config", "cost", "errors", "fetch", "files", "launch", "lock", "processes"], set()),
+    **dict.fromkeys(
+        ["cli", "closure", "config", "cost", "errors", "fetch", "files", "launch", "lock", "processes"], set()
+    ),
 }
 """Module -> every step whose outcome may be another one when it is edited."""
 
@@ -163,8 +169,8 @@ def reads(monkeypatch) -> dict[tuple[str, str], set[str]]:
 
 HARMLESS = {
     # to refuse at once what could not be measured afterwards
-    "num_eval_generations": {"train._train"},
-    "max_new_tokens": {"train._train"},
+    "num_eval_generations": {"preflight.check_answers"},
+    "max_new_tokens": {"preflight.check_answers"},
     # of rm: in what passes the held-out loss of the log is computed
     "per_device_eval_batch_size": {"loop.held_out_means"},
     # of sft, whose config has none of them: it names the arm in its record

@@ -38,6 +38,7 @@ ENTRIES = {
 
 BOOKKEEPING = {
     "__init__": "the version, and names that load when they are asked for",
+    "closure": "says which files a step is made of",
     "cli": "what a command is asked for",
     "config": "reads and checks the settings; what they are when resolved is compared itself",
     "config_names": "other programs' names of them",
