@@ -35,9 +35,8 @@ MADE_OF = {
     "stages/dpo": {"train dpo", "evaluate dpo"},
     "stages/ppo": {"train ppo", "evaluate ppo"},
     "reference": {"reference", "train dpo", "evaluate dpo"},
-    "reward": {"train ppo"} | EVALUATION,
-    "translation": {"train ppo"} | EVALUATION,
-    "judges": {"train rm", "train ppo"} | EVALUATION,
+    **dict.fromkeys(["reward", "translation"], {"train ppo", "evaluate ppo"}),
+    "judges": {f"{step} {stage}" for step in ("train", "evaluate") for stage in ("rm", "ppo")},
     # says which layers LoRA is put on, and so is more than a refusal; it asks generation what ends a response
     "preflight": SHARED - {"prepare"} | TRAINING | EVALUATION,
     "generation": SHARED - {"prepare"} | TRAINING | EVALUATION,
@@ -174,7 +173,7 @@ HARMLESS = {
     # of rm: in what passes the held-out loss of the log is computed
     "per_device_eval_batch_size": {"loop.held_out_means"},
     # of sft, whose config has none of them: it names the arm in its record
-    **dict.fromkeys(["add_disco_head", "disco_pref", "add_beta_head", "use_dynamic_beta"], {"flags.of"}),
+    **dict.fromkeys(["add_disco_head", "disco_pref", "add_beta_head", "use_dynamic_beta"], {"arms.of"}),
 }
 HARMLESS |= dict.fromkeys(
     ["disco_learning_rate", "beta_learning_rate", "value_learning_rate"], {"loop._optimizer_group"}

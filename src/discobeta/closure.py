@@ -53,6 +53,7 @@ BOOKKEEPING = {
     "processes": "ends what was started here",
     "record": "what stands in a run's directory",
     "report/figures": "loss.png beside a run; `figures` begins with it",
+    "runs": "gives a finished run back: as its stage loads it, and what judges it is of the stage that reads a judge",
     "study": "makes the settings of every run, which are compared themselves",
 }
 """Module -> why no result depends on it. Nothing is followed through it."""

@@ -168,7 +168,7 @@ def _leave_finished(config: RunConfig) -> None:
 def _say_same_as(config: RunConfig, say: Any) -> None:
     trained: Arm = config.arm.trained_as(config.stage)
     if trained != config.arm:
-        say(f"stage {config.stage}, {cell(config.stage, config.arm.flags).reason}: this is the run of {trained.name}")
+        say(f"stage {config.stage}: {cell(config.stage, config.arm.flags).reason}; this is the run of {trained.name}")
 
 
 def _tracker_options(config: RunConfig) -> dict[str, Any]:

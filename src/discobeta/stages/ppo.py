@@ -37,6 +37,7 @@ from discobeta.policy import (
     token_logps,
 )
 from discobeta.preflight import check_answers, check_context, check_ids, check_rows
+from discobeta.reward import RewardModel
 from discobeta.signals import scaled
 from discobeta.stages import Stage, Work
 from discobeta.stages.rm import score
@@ -149,7 +150,7 @@ class ProximalPolicy(Stage):
         stage = super().fresh(config, columns, model, given)
         stage.tokenizer = load_tokenizer(config)
         stage.reference = load_reference(config)
-        judge = given["reward_model"]
+        judge: RewardModel = given["reward_model"]
         stage.reward, stage.reward_fingerprint = judge.stage, judge.fingerprint
         stage.translation = judge.translation(config, stage.reference, stage.tokenizer)
         start = score(judge.model) if stage.translation is None else None
