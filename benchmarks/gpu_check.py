@@ -23,10 +23,10 @@ import numpy as np
 import yaml
 
 from discobeta.design.arms import Arm
+from discobeta.design.study import Run, Study
 from discobeta.files import write_json, write_text
 from discobeta.record import source_state
 from discobeta.report.neutrality import EQUAL, compare
-from discobeta.study import Run, Study
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {

@@ -96,9 +96,9 @@ def timed(owner, name: str) -> list[float]:
 
 def ours(folder: Path, output: Path, updates: int) -> tuple[list[float], ...]:
     """Seconds per update, those of rollouts, of sampling and of garbage collection, and response lengths."""
-    from discobeta.config import RunConfig
-    from discobeta.stages.ppo import ProximalPolicy
-    from discobeta.train import train
+    from discobeta.design.config import RunConfig
+    from discobeta.method.ppo import ProximalPolicy
+    from discobeta.run.train import train
 
     sampling, rollouts = timed(ProximalPolicy, "respond"), timed(ProximalPolicy, "collect")
     settings = {

@@ -122,8 +122,8 @@ def settings(base: Path, pairs: dict[str, Path], tmp_path: Path):
 @pytest.fixture
 def run(settings):
     """run(stage, **changes): train (in this process) and return the run directory."""
-    from discobeta.config import RunConfig
-    from discobeta.train import train
+    from discobeta.design.config import RunConfig
+    from discobeta.run.train import train
 
     def go(stage: str, **changes) -> Path:
         config, _ = RunConfig.from_mapping(settings(stage, **changes))
@@ -136,7 +136,7 @@ def run(settings):
 def reseal(directory: Path, **facts) -> None:
     """As if the run in `directory` had ended with the files that are there now, and on the base that is there now."""
     from discobeta import files, identity, record
-    from discobeta.config import RunConfig, read_yaml
+    from discobeta.design.config import RunConfig, read_yaml
 
     config, _ = RunConfig.from_mapping(read_yaml(directory / "config.yaml"))
     now = {"files": record.manifest(directory), "base": identity.weights_hash(config)}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from discobeta import files, identity, record
-from discobeta.config import RunConfig, read_yaml, write_yaml
+from discobeta.design.config import RunConfig, read_yaml, write_yaml
+from discobeta.design.study import Run, Study
 from discobeta.report.collect import Results
-from discobeta.study import Run, Study
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 STEPS = ({"step": 1, "loss": 0.75, "accuracy": 0.5}, {"step": 2, "eval_loss": 0.5, "eval_accuracy": 0.75})

@@ -135,7 +135,8 @@ def test_a_full_disk_is_one_line(settings, tmp_path, full_after):
     config.write_text(yaml.safe_dump(wanted))
     limit = 2_000 if full_after == "log.jsonl" else 12_000
     code = (
-        "import resource, signal, sys; from discobeta.cli import main; import discobeta.runs, discobeta.loop as loop\n"
+        "import resource, signal, sys; from discobeta.cli import main\n"
+        "import discobeta.run.load, discobeta.run.loop as loop\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "fit = loop.fit\n"
         "def limited(*words):\n"
@@ -203,7 +204,7 @@ def test_hostile_yaml_is_one_short_line(tmp_path, capsys, name):
 
 
 def test_dates_are_texts_and_whole_numbers_stay_whole(tmp_path):
-    from discobeta.config import RunConfig
+    from discobeta.design.config import RunConfig
 
     path = tmp_path / "run.yaml"
     for seed in (2**53 + 1, 2**63 - 1):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from discobeta import cli, closure, config
-from discobeta.config import RunConfig
+from discobeta import cli, closure
+from discobeta.design import config
+from discobeta.design.config import RunConfig
 
 PREFERENCES = ("rm", "dpo", "ppo")
 TRAINING = {f"train {stage}" for stage in PREFERENCES}
@@ -24,36 +25,48 @@ STEPS += [(step, None) for step in closure.ENTRIES if step not in ("train", "eva
 
 MADE_OF = {
     "losses": TRAINING | EVALUATION,
-    "signals": TRAINING | EVALUATION,
-    "heads": TRAINING | EVALUATION,
-    "loop": TRAINING,
-    "train": TRAINING,
-    "data/schedule": TRAINING | EVALUATION,  # of the stage, which says how it goes through its rows
-    "stages/__init__": TRAINING | EVALUATION,
-    "stages/sft": {"sft"},
-    "stages/rm": {"train rm", "evaluate rm", "train ppo", "evaluate ppo"},
-    "stages/dpo": {"train dpo", "evaluate dpo"},
-    "stages/ppo": {"train ppo", "evaluate ppo"},
-    "reference": {"reference", "train dpo", "evaluate dpo"},
-    **dict.fromkeys(["reward", "translation"], {"train ppo", "evaluate ppo"}),
-    "judges": {f"{step} {stage}" for step in ("train", "evaluate") for stage in ("rm", "ppo")},
+    "method/signals": TRAINING | EVALUATION,
+    "method/heads": TRAINING | EVALUATION,
+    "run/loop": TRAINING,
+    "run/train": TRAINING,
+    "design/schedule": TRAINING | EVALUATION,  # of the stage, which says how it goes through its rows
+    "method/stage": TRAINING | EVALUATION,
+    "inputs/base": {"sft"},
+    "method/rm": {"train rm", "evaluate rm", "train ppo", "evaluate ppo"},
+    "method/dpo": {"train dpo", "evaluate dpo"},
+    "method/ppo": {"train ppo", "evaluate ppo"},
+    "inputs/reference": {"reference", "train dpo", "evaluate dpo"},
+    **dict.fromkeys(["method/reward", "method/translation"], {"train ppo", "evaluate ppo"}),
+    "method/judges": {f"{step} {stage}" for step in ("train", "evaluate") for stage in ("rm", "ppo")},
     # says which layers LoRA is put on, and so is more than a refusal; it asks generation what ends a response
-    "preflight": SHARED - {"prepare"} | TRAINING | EVALUATION,
-    "generation": SHARED - {"prepare"} | TRAINING | EVALUATION,
-    "policy": SHARED | TRAINING | EVALUATION,
+    "model/preflight": SHARED - {"prepare"} | TRAINING | EVALUATION,
+    "model/generation": SHARED - {"prepare"} | TRAINING | EVALUATION,
+    "model/policy": SHARED | TRAINING | EVALUATION,
     "data/tokens": SHARED | TRAINING | EVALUATION,
     "data/formats": SHARED | TRAINING | EVALUATION | {"tables", "figures"},  # is the data still what it was?
-    "world": {"world_corpus", "world_pairs"} | EVALUATION,
-    "evaluate": EVALUATION,
+    "inputs/world": {"world_corpus", "world_pairs"} | EVALUATION,
+    "run/evaluate": EVALUATION,
     "metrics": EVALUATION | {"figures"},
     "report/tables": {"tables"},
     "report/effects": {"tables"},
     "report/figures": {"figures"},
     "report/collect": {"tables", "figures"},
     "record": {"tables", "figures"},
-    "study": {"tables", "figures"},
+    "design/study": {"tables", "figures"},
     **dict.fromkeys(
-        ["cli", "closure", "config", "cost", "errors", "fetch", "files", "launch", "lock", "processes"], set()
+        [
+            "cli",
+            "closure",
+            "design/config",
+            "design/cost",
+            "errors",
+            "inputs/fetch",
+            "files",
+            "launch",
+            "lock",
+            "processes",
+        ],
+        set(),
     ),
 }
 """Module -> every step whose outcome may be another one when it is edited."""
@@ -69,16 +82,16 @@ def test_an_edited_module_changes_the_steps_that_are_made_of_it(module: str, exp
 def test_a_step_is_known_by_what_is_in_its_files(tmp_path, monkeypatch):
     """An import within a function counts, one for a type checker does not, and bookkeeping is not followed."""
     texts = {
-        "train": "from discobeta import lock\nfrom discobeta.stages import stage_class\n",
+        "run/train": "from discobeta import lock\nfrom discobeta.method.stage import stage_class\n",
         "lock": "import discobeta.hidden\n",
         "hidden": "",
         "typed": "",
         "inner": "",
-        "stages/__init__": "def f():\n    from discobeta.stages.rm import A\n    from discobeta.stages import dpo\n",
-        "stages/rm": "from typing import TYPE_CHECKING\n"
+        "method/stage": "",
+        "method/rm": "from typing import TYPE_CHECKING\n"
         "if TYPE_CHECKING:\n    from discobeta import typed\nelse:\n    import discobeta.inner\n"
         "def f():\n    try:\n        pass\n    except ValueError:\n        from discobeta.deep.er import thing\n",
-        "stages/dpo": "",
+        "method/dpo": "",
         "deep/__init__": "",
         "deep/er": "",
     }
@@ -89,7 +102,7 @@ def test_a_step_is_known_by_what_is_in_its_files(tmp_path, monkeypatch):
     closure._imports.cache_clear()
     try:
         before = closure.files_of("train", "rm")
-        assert list(before) == ["deep/er", "inner", "stages/__init__", "stages/rm", "train"]
+        assert list(before) == ["deep/er", "inner", "method/rm", "method/stage", "run/train"]
         (tmp_path / "deep" / "er.py").write_text("x = 1\n")
         (tmp_path / "lock.py").write_text("x = 1\n")
         after = closure.files_of("train", "rm")
@@ -99,7 +112,8 @@ def test_a_step_is_known_by_what_is_in_its_files(tmp_path, monkeypatch):
 
 
 def test_of_a_function_only_what_it_reaches_counts(tmp_path, monkeypatch):
-    (tmp_path / "world.py").write_text(
+    (tmp_path / "inputs").mkdir()
+    (tmp_path / "inputs" / "world.py").write_text(
         "from discobeta.top import used\nfrom discobeta.other import unused\n"
         "def write_corpus():\n    helper()\n"
         "def helper():\n    from discobeta import lazy\n    used()\n"
@@ -110,8 +124,8 @@ def test_of_a_function_only_what_it_reaches_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(closure, "ROOT", tmp_path)
     closure._imports.cache_clear()
     try:
-        assert set(closure.files_of("world_corpus")) == {"world", "top", "lazy"}
-        assert set(closure.files_of("world_pairs")) == {"world", "other", "late"}
+        assert set(closure.files_of("world_corpus")) == {"inputs/world", "top", "lazy"}
+        assert set(closure.files_of("world_pairs")) == {"inputs/world", "other", "late"}
     finally:
         closure._imports.cache_clear()
 
@@ -175,16 +189,13 @@ HARMLESS = {
     # of sft, whose config has none of them: it names the arm in its record
     **dict.fromkeys(["add_disco_head", "disco_pref", "add_beta_head", "use_dynamic_beta"], {"arms.of"}),
 }
-HARMLESS |= dict.fromkeys(
-    ["disco_learning_rate", "beta_learning_rate", "value_learning_rate"], {"loop._optimizer_group"}
-)  # which makes a table of all, and takes from it what the stage trains
 HEADS = dict.fromkeys(["add_disco_head", "disco_pref", "add_beta_head", "use_dynamic_beta"], True)
 
 
 @pytest.mark.numeric
 def test_no_step_reads_a_key_that_is_not_said_to_be_its_own(run, reads, tmp_path):
     """Else a changed value of it would leave what is stale. Found by watching tiny runs with all heads."""
-    from discobeta.evaluate import evaluate
+    from discobeta.run.evaluate import evaluate
 
     foreign = []
 

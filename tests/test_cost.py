@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 
 from discobeta import cli
-from discobeta.cost import estimate, find, length, report
-from discobeta.data.schedule import schedule_of
+from discobeta.design.cost import estimate, find, length, report
+from discobeta.design.schedule import schedule_of
+from discobeta.design.study import Study
 from discobeta.errors import UserError
-from discobeta.fetch import fetch
-from discobeta.study import Study
+from discobeta.inputs.fetch import fetch
 
 SETTINGS = {
     "study": "s", "seeds": [1, 2], "arms": ["baseline", "disco-used_beta-absent"], "idle_arms": "run",
@@ -94,7 +94,7 @@ def test_the_steps_are_those_of_the_loop(stage, changes, devices, expected, tmp_
 
 
 def test_an_estimate_needs_no_torch():
-    code = "import sys, discobeta.cost; print('torch' in sys.modules)"
+    code = "import sys, discobeta.design.cost; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from discobeta.config import RunConfig
 from discobeta.data.sources import read_examples
+from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
 
 PAIR = {"prompt": "hi", "chosen": "a", "rejected": "b"}

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from discobeta import files
-from discobeta.config import RunConfig
 from discobeta.data import tokens
 from discobeta.data.formats import Example
 from discobeta.data.sources import RowReport
 from discobeta.data.tokens import Rows, TokenisedData, encode, load_or_tokenise, tokenise, tokenizer_hash
+from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
 
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", "d", "Human:", "Assistant:", "System:"]

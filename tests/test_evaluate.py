@@ -11,10 +11,10 @@ import torch
 from conftest import preference_rows, write_rows
 
 from discobeta import cli, record
-from discobeta.config import RunConfig
+from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
-from discobeta.evaluate import evaluate, policy_metrics, preference_metrics
 from discobeta.metrics import EVALUATION_COLUMNS
+from discobeta.run.evaluate import evaluate, policy_metrics, preference_metrics
 
 pytestmark = pytest.mark.numeric
 
@@ -23,8 +23,8 @@ TRUTH = {"topic", "noise", "familiarity"}  # of the rows that conftest makes
 
 
 def test_all_columns_of_all_stages_are_names_that_a_truth_may_not_have(run, monkeypatch):
-    monkeypatch.setattr("discobeta.world.true_reward", lambda prompt, response: 1.0)
-    monkeypatch.setattr("discobeta.world.well_formed", lambda prompt, response: True)
+    monkeypatch.setattr("discobeta.inputs.world.true_reward", lambda prompt, response: 1.0)
+    monkeypatch.setattr("discobeta.inputs.world.well_formed", lambda prompt, response: True)
     sampling = {"num_eval_generations": 3, "max_new_tokens": 4, "ground_truth": "world"}
     directories = [run("rm", name="rm", **USED), run("dpo", name="dpo", **USED, **sampling)]
     chain = {"reward_model": str(directories[0]), "beta_head": str(directories[1])}
@@ -190,7 +190,7 @@ def test_a_run_whose_truth_is_full_of_holes_is_measured(run, tmp_path, stage, ca
 
 
 def test_a_run_that_gives_no_finite_numbers_is_refused(run, monkeypatch):
-    from discobeta.signals import Signals
+    from discobeta.method.signals import Signals
 
     directory, original = run("dpo"), Signals.compare
 

@@ -18,14 +18,15 @@ from families import FAMILIES, RUNS, save, table
 from safetensors.torch import load_file
 
 import discobeta
-from discobeta import cli, policy
-from discobeta.config import RunConfig, read_yaml
+from discobeta import cli
 from discobeta.data.batches import pack
 from discobeta.data.tokens import load_or_tokenise
+from discobeta.design.config import RunConfig, read_yaml
 from discobeta.errors import UserError
-from discobeta.generation import generate
-from discobeta.stages.dpo import DirectPreference
-from discobeta.stages.rm import RewardModelling
+from discobeta.method.dpo import DirectPreference
+from discobeta.method.rm import RewardModelling
+from discobeta.model import policy
+from discobeta.model.generation import generate
 
 pytestmark = pytest.mark.numeric
 

@@ -6,9 +6,9 @@ from fnmatch import fnmatch
 
 import pytest
 
+from discobeta.design.study import Study
 from discobeta.errors import UserError
-from discobeta.fetch import fetch
-from discobeta.study import Study
+from discobeta.inputs.fetch import fetch
 
 
 def study(pairs, model):

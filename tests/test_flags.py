@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import discobeta
-from discobeta.config import RunConfig
 from discobeta.design.arms import ARMS, FLAGS, IDEAS, Arm, arms_of, grid
+from discobeta.design.config import RunConfig
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError
 
@@ -95,22 +95,27 @@ def test_a_flag_stands_in_the_table_of_ideas_alone(flag):
 
 
 def test_the_architecture_goes_to_heads_alone_and_the_use_to_signals():
-    assert mentions("heads_in") == {"stages/__init__.py"}
-    training = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("stages/*.py")}
-    training |= {"losses.py", "heads.py", "signals.py", "loop.py", "train.py", "policy.py", "reference.py"}
-    assert mentions("used", "is_idle", "twin", *FLAGS) & training == {"signals.py"}
+    assert mentions("heads_in") == {"method/stage.py"}
+    found = {
+        name for name in mentions("used", "is_idle", "twin", *FLAGS) if not name.startswith(("design/", "report/"))
+    }
+    assert found == {"method/signals.py", "method/chain.py"}  # chain: do the inputs belong to the arm?
 
 
 def test_stages_and_losses_ask_no_arm_for_its_state():
     """Reading `arm.state(...)` or `arm.is_idle` would be reading a flag by another name."""
-    for path in [PACKAGE / "losses.py", PACKAGE / "loop.py", PACKAGE / "evaluate.py", *PACKAGE.glob("stages/*.py")]:
+    for path in [
+        PACKAGE / "losses.py",
+        *PACKAGE.glob("run/*.py"),
+        *(PACKAGE / f"method/{stage}.py" for stage in STAGES),
+    ]:
         mentioned = set(names_in(ast.parse(path.read_text(encoding="utf-8"))))
         assert not mentioned & {"is_idle", "twin", "State", "absent", "idle", "used", *FLAGS}, path
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_module_asks_for_a_stage_by_its_name_but_its_own(stage):
-    assert mentions(stage) <= {*TABLES, f"stages/{stage}.py"}
+    assert mentions(stage) <= {*TABLES, f"method/{stage}.py"}
 
 
 @pytest.mark.parametrize("key", [idea.key for idea in IDEAS])
@@ -122,4 +127,4 @@ def test_no_module_asks_for_an_idea_by_its_key_but_its_head_and_its_signal(key):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and node.value == key
     }
-    assert found - {"config_names.py", "losses.py"} <= {*TABLES, "heads.py", "signals.py"}
+    assert found - {"design/config_names.py", "losses.py"} <= {*TABLES, "method/heads.py", "method/signals.py"}

@@ -16,7 +16,7 @@ import yaml
 from discobeta import files, lock, record
 from discobeta.cli import main
 from discobeta.errors import UserError
-from discobeta.evaluate import evaluate
+from discobeta.run.evaluate import evaluate
 
 
 def contents(*folders: Path) -> dict[Path, bytes]:
@@ -279,7 +279,7 @@ def test_whichever_bit_changes_a_checkpoint_is_refused_or_reads_as_it_was(tmp_pa
     """torch.load itself reads on: at c33fbca a flipped bit was a changed weight."""
     import torch
 
-    from discobeta.loop import read_whole
+    from discobeta.run.loop import read_whole
 
     path, random = tmp_path / "step-1.pt", np.random.default_rng(0)
     state = {"weights": {"a": torch.arange(300.0), "b": torch.ones(3, 5)}, "step": 1, "identity": "x" * 64}

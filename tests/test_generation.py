@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from discobeta.errors import UserError
-from discobeta.world import build_tokenizer
+from discobeta.inputs.world import build_tokenizer
 
 pytestmark = pytest.mark.numeric
 
@@ -25,7 +25,7 @@ def model(base):
 
 
 def sample(model, tokenizer, prompts, max_new_tokens=12, **options):
-    from discobeta.generation import generate
+    from discobeta.model.generation import generate
     from discobeta.seeds import uniforms
 
     draws = uniforms(1, "test", shape=(len(prompts), max_new_tokens))
@@ -104,7 +104,7 @@ def test_top_k_of_one_is_greedy(model):
 def test_the_draw_by_hand(u, options, token):
     import torch
 
-    from discobeta.generation import InverseCDF
+    from discobeta.model.generation import InverseCDF
 
     settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | options
     sampler = InverseCDF(np.array([[0.5, u]]), prompt_width=3, **settings)
@@ -116,7 +116,7 @@ def test_the_draw_by_hand(u, options, token):
 def test_a_token_without_probability_is_never_drawn():
     import torch
 
-    from discobeta.generation import InverseCDF
+    from discobeta.model.generation import InverseCDF
 
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     for u, token in ((0.0, 1), (0.4999, 1), (0.5, 3), (1 - 2**-53, 3)):
@@ -126,7 +126,7 @@ def test_a_token_without_probability_is_never_drawn():
 
 def test_a_response_does_not_depend_on_its_batch(model):
     """Alone, in another order, in other batches, beside longer prompts: the same response to the same uniforms."""
-    from discobeta.generation import generate
+    from discobeta.model.generation import generate
     from discobeta.seeds import uniforms
 
     network, tokenizer = model
@@ -167,7 +167,7 @@ def test_an_adapter_takes_part(model):
 
 
 def test_response_text_drops_the_last_eos_and_nothing_else():
-    from discobeta.generation import response_text
+    from discobeta.model.generation import response_text
 
     tokenizer = build_tokenizer()
     ids = tokenizer("use <pad> basil <unk> . <eos>")["input_ids"]
@@ -181,7 +181,7 @@ def test_logits_that_are_no_numbers_give_some_token(options):
     """A policy that has diverged is reported by training, and not by an index that is out of range."""
     import torch
 
-    from discobeta.generation import InverseCDF
+    from discobeta.model.generation import InverseCDF
 
     logits, draws = torch.full((3, 20), torch.nan), np.array([[0.0], [0.5], [0.999]])
     left = InverseCDF(draws, 2, temperature=1.0, **options)(torch.zeros(3, 2, dtype=torch.long), logits)
@@ -220,7 +220,7 @@ def test_what_closes_a_training_response_stops_generation(model):
     """A chat template that closes a turn with another token than <eos>, as base models with <|im_end|> have it."""
     import copy
 
-    from discobeta.generation import has_ended, response_text, stop_ids
+    from discobeta.model.generation import has_ended, response_text, stop_ids
 
     network, tokenizer = model[0], copy.deepcopy(model[1])
     eos, end = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("?")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from discobeta.errors import UserError
-from discobeta.heads import BetaHead, DiscoHead, bounded, build, load, save
+from discobeta.method.heads import BetaHead, DiscoHead, bounded, build, load, save
 
 pytestmark = pytest.mark.numeric
 

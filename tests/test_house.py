@@ -28,7 +28,7 @@ IDEA = {
     ),
 )  # fmt: skip\n\nFLAGS""",
     ),
-    "heads.py": (
+    "method/heads.py": (
         'HEADS = {"disco": DiscoHead, "beta": BetaHead}',
         '''class LengthHead(nn.Module):
     """w * tanh(d / 8) of a pair whose responses differ by d tokens in length; w starts at 0."""
@@ -54,7 +54,7 @@ IDEA = {
 
 HEADS = {"disco": DiscoHead, "beta": BetaHead, "length": LengthHead}''',
     ),
-    "signals.py": (
+    "method/signals.py": (
         'SIGNALS: dict[str, type[Signal]] = {"disco": GaussianReward, "beta": PromptScale}',
         '''class LengthScale(Signal):
     """The margin times exp(w * tanh(d / 8)), d tokens by which the chosen response is longer."""
@@ -80,7 +80,7 @@ STAGE = {
         """    StageRow(
         "kto",
         "Kahneman-Tversky optimisation",
-        "discobeta.stages.kto:KahnemanTversky",
+        "discobeta.method.kto:KahnemanTversky",
         rows="pairs",
         trains="policy",
         compared=("accuracy",),
@@ -89,7 +89,7 @@ STAGE = {
     ),
 )\n\nSTAGES = """,
     ),
-    "stages/kto.py": (
+    "method/kto.py": (
         "",
         '''"""The loss of KTO (Ethayarajh et al. 2024, arXiv:2402.01306, equation 7), on the two responses of a pair."""
 
@@ -97,7 +97,7 @@ from dataclasses import replace
 
 import torch
 
-from discobeta.stages.dpo import DirectPreference
+from discobeta.method.dpo import DirectPreference
 
 
 class KahnemanTversky(DirectPreference):
@@ -115,9 +115,9 @@ class KahnemanTversky(DirectPreference):
 """File of the package -> likewise, with a fourth stage: a row and a file."""
 
 RUN_ALL = """
-from discobeta.evaluate import evaluate
-from discobeta.study import Study
-from discobeta.train import train
+from discobeta.run.evaluate import evaluate
+from discobeta.design.study import Study
+from discobeta.run.train import train
 
 study = Study.read("study.yaml")
 for run in study.runs():

@@ -6,11 +6,11 @@ from functools import cache
 import pytest
 from safetensors.torch import load_file
 
-from discobeta.config import RunConfig
 from discobeta.design.arms import Arm, State, arms_of
+from discobeta.design.config import RunConfig
 from discobeta.design.stages import STAGES
-from discobeta.evaluate import evaluate
-from discobeta.train import train
+from discobeta.run.evaluate import evaluate
+from discobeta.run.train import train
 
 pytestmark = pytest.mark.numeric
 
@@ -80,7 +80,7 @@ def test_used_differs_in_rm(trained):
 
 def test_an_idle_head_is_saved_as_it_was_built(trained):
     """Neither trained nor decayed: it starts, and ends, as a head built from the same seed."""
-    from discobeta.heads import build
+    from discobeta.method.heads import build
 
     found = load_file(trained("dpo", "disco-idle_beta-used", 0.0) / "heads.safetensors")
     fresh = build(["disco"], 32, seed=3).state_dict()

@@ -21,14 +21,14 @@ from transformers import (
 )
 
 import discobeta
-from discobeta import runs
-from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs, pack
 from discobeta.data.tokens import load_or_tokenise
+from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
-from discobeta.evaluate import evaluate
-from discobeta.stages import stage_class
-from discobeta.stages.ppo import ProximalPolicy
+from discobeta.method.ppo import ProximalPolicy
+from discobeta.method.stage import stage_class
+from discobeta.run import load as runs
+from discobeta.run.evaluate import evaluate
 
 pytestmark = pytest.mark.numeric
 

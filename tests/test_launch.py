@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from discobeta import record
+from discobeta.design.study import Study
 from discobeta.errors import UserError
 from discobeta.launch import train
-from discobeta.study import Study
 
 USED = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_dynamic_beta": True}
 FILES = ("adapter/adapter_model.safetensors", "heads.safetensors", "log.jsonl")

@@ -79,7 +79,7 @@ def ended(process: subprocess.Popen, both: list[int]) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"dataset": "rows.jsonl"}, "rows.jsonl: none of the 2 rows is usable:"),  # of the first process
+        ({"dataset": "rows.jsonl"}, "rows.jsonl is neither one JSON array nor JSON objects"),  # of the first process
         ({"lora_target": "nothing"}, "lora_target: the model has no linear layer called nothing"),  # of both
     ],
 )

@@ -15,8 +15,8 @@ import yaml
 
 from discobeta import lock
 from discobeta.errors import UserError
-from discobeta.loop import Log
 from discobeta.processes import namespace
+from discobeta.run.loop import Log
 
 HOLD = """
 import sys, time

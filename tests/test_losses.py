@@ -44,7 +44,7 @@ def test_fresh_disco_has_the_logistic_slope_and_curvature():
 
 
 def test_the_fresh_head_has_that_variance():
-    from discobeta.heads import SIGMA0
+    from discobeta.method.heads import SIGMA0
 
     assert pytest.approx(8 / math.pi) == 2 * SIGMA0**2
 

@@ -121,7 +121,7 @@ def test_what_is_measured_of_the_heads():
     """sigma in the opposite order of the truth; log s = -log noise, whatever the familiarity."""
     import pandas as pd
 
-    from discobeta.evaluate import preference_metrics
+    from discobeta.run.evaluate import preference_metrics
 
     examples = pd.DataFrame(
         {

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs, collate
 from discobeta.data.tokens import load_or_tokenise
-from discobeta.heads import Heads
-from discobeta.policy import load_causal_lm, load_scorer, load_tokenizer
-from discobeta.reference import compute
-from discobeta.stages.dpo import DirectPreference
-from discobeta.stages.rm import RewardModelling
+from discobeta.design.config import RunConfig
+from discobeta.inputs.reference import compute
+from discobeta.method.dpo import DirectPreference
+from discobeta.method.heads import Heads
+from discobeta.method.rm import RewardModelling
+from discobeta.model.policy import load_causal_lm, load_scorer, load_tokenizer
 
 pytestmark = pytest.mark.numeric
 

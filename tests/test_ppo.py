@@ -18,16 +18,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen3ForSequenceClassification
 
 import discobeta
-from discobeta import runs
 from discobeta.cli import main
-from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs, pack
 from discobeta.data.tokens import load_or_tokenise
+from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
-from discobeta.evaluate import evaluate
-from discobeta.policy import hidden_states, load_tokenizer, switch_off_dropout, token_logps
-from discobeta.stages.ppo import ProximalPolicy
-from discobeta.train import train
+from discobeta.method.ppo import ProximalPolicy
+from discobeta.model.policy import hidden_states, load_tokenizer, switch_off_dropout, token_logps
+from discobeta.run import load as runs
+from discobeta.run.evaluate import evaluate
+from discobeta.run.train import train
 
 pytestmark = pytest.mark.numeric
 
@@ -117,7 +117,7 @@ def shaken(stage, scale=0.3):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logps_of_a_rollout_are_those_it_was_drawn_with(started, monkeypatch, temperature):
     """The log-probability under which generation drew each token (KV cache, left padding), against ours."""
-    from discobeta import generation
+    from discobeta.model import generation
 
     stage, prompts = started(temperature=temperature)
     shaken(stage)
@@ -323,7 +323,7 @@ def test_every_prompt_is_answered_as_often_as_any_other(started):
 
 
 def test_every_update_draws_its_own_numbers_and_the_same_ones_again(started, monkeypatch):
-    from discobeta.stages import ppo as module
+    from discobeta.method import ppo as module
 
     stage, prompts = started()
     drawn, original = [], module.generate
@@ -586,7 +586,7 @@ def test_a_bandit_ends_at_its_known_optimum(go, steep_base, upstream, tmp_path, 
 
     Two prompts want different tokens; with dynamic beta they also have different coefficients.
     """
-    from discobeta.stages.rm import RewardModelling
+    from discobeta.method.rm import RewardModelling
 
     prompts = {"red": [4, 6, 5], "blue": [4, 8, 5]}  # user <colour> assistant
     wanted = {"red": [9, 10], "blue": [15]}  # tokens with reward 1; the others have 0

@@ -236,7 +236,7 @@ def test_room_for_responses_is_asked_for_before_the_reference_pass(refused, made
 def test_the_context_is_what_the_config_says_it_is():
     from transformers import AutoConfig, FalconConfig, GPT2Config, Qwen3Config
 
-    from discobeta.preflight import context_of
+    from discobeta.model.preflight import context_of
 
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
     llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 8,
@@ -262,8 +262,8 @@ def test_the_context_is_what_the_config_says_it_is():
 def test_all_means_what_peft_means_by_all_linear(made, settings, stage, model_type):
     from peft import LoraConfig, get_peft_model
 
-    from discobeta.config import RunConfig
-    from discobeta.stages import stage_class
+    from discobeta.design.config import RunConfig
+    from discobeta.method.stage import stage_class
 
     config, _ = RunConfig.from_mapping(settings(stage, model_name_or_path=str(made(model_type))))
     kind = stage_class(stage)
@@ -279,7 +279,7 @@ def test_conv1d_is_a_linear_layer(run, made, target):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
-    from discobeta.runs import load_policy
+    from discobeta.run.load import load_policy
 
     base = made("gpt2")
     with warnings.catch_warnings():
@@ -300,8 +300,8 @@ def test_of_conv1d_and_linear_each_is_taken_as_it_is(made, settings):
     import torch
     from torch import nn
 
-    from discobeta.config import RunConfig
-    from discobeta.policy import add_adapter, load_causal_lm
+    from discobeta.design.config import RunConfig
+    from discobeta.model.policy import add_adapter, load_causal_lm
 
     base = made("gpt2")
     config, _ = RunConfig.from_mapping(settings("dpo", model_name_or_path=str(base)))
@@ -346,8 +346,8 @@ def test_experts_that_all_leaves_out_are_said(command, made):
 @pytest.fixture(scope="session")
 def adapter(made, pairs, tmp_path_factory) -> Path:
     """The adapter of a dpo run on the Llama: rank 4, alpha 8, dropout 0.1, on q_proj and v_proj."""
-    from discobeta.config import RunConfig
-    from discobeta.train import train
+    from discobeta.design.config import RunConfig
+    from discobeta.run.train import train
 
     folder = tmp_path_factory.mktemp("start")
     config, _ = RunConfig.from_mapping(
@@ -487,7 +487,7 @@ def test_what_is_not_written_is_the_adapters_and_said(command, made, adapter):
 
 
 def test_defaults_of_lora_are_written_down_where_there_is_no_adapter(settings):
-    from discobeta.config import RunConfig
+    from discobeta.design.config import RunConfig
 
     given = {key: value for key, value in settings("rm").items() if key != "lora_rank"}
     for more in ({}, {"lora_rank": None, "lora_dropout": None, "lora_target": None}):
@@ -553,7 +553,7 @@ def test_the_adapters_dropout_stays(run, made):
 
 def test_asking_changes_nothing(run, made, monkeypatch):
     """Neither a byte of the weights nor a random number: dropout is drawn in every step."""
-    from discobeta import preflight
+    from discobeta.model import preflight
 
     more = {"model_name_or_path": str(made("qwen3")), "lora_dropout": 0.3}
     asked = run("dpo", name="asked", **more)
@@ -597,7 +597,7 @@ TRAINING = "lower per_device_train_batch_size (and raise gradient_accumulation_s
      (array, " (512. TiB were asked for)"), (python, "")],
 )  # fmt: skip
 def test_out_of_memory_in_training_is_one_line_and_the_checkpoint_stays(command, monkeypatch, failure, amount):
-    from discobeta.stages.rm import RewardModelling
+    from discobeta.method.rm import RewardModelling
 
     computed = RewardModelling.forward
     count = iter(range(9))
@@ -611,8 +611,10 @@ def test_out_of_memory_in_training_is_one_line_and_the_checkpoint_stays(command,
 
 
 def test_out_of_memory_names_the_step(command, monkeypatch, settings):
-    from discobeta import evaluate, generation, reference
-    from discobeta.stages.dpo import DirectPreference
+    from discobeta.inputs import reference
+    from discobeta.method.dpo import DirectPreference
+    from discobeta.model import generation
+    from discobeta.run import evaluate
 
     with monkeypatch.context() as patch:
         patch.setattr(reference, "hidden_states", cpu)
@@ -642,7 +644,7 @@ def test_out_of_memory_in_sft_is_one_line(command, monkeypatch):
 
 
 def test_out_of_memory_anywhere_else_is_one_line(command, monkeypatch):
-    from discobeta.stages import Stage
+    from discobeta.method.stage import Stage
 
     monkeypatch.setattr(Stage, "check_data", cpu)
     status, said, _ = command("rm")

@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from discobeta import files, reference
-from discobeta.config import RunConfig
+from discobeta import files
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import load_or_tokenise
+from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
-from discobeta.policy import load_causal_lm, load_tokenizer
+from discobeta.inputs import reference
+from discobeta.model.policy import load_causal_lm, load_tokenizer
 
 pytestmark = pytest.mark.numeric
 

@@ -10,12 +10,12 @@ import yaml
 from report_study import FACTS, evaluate, finish, reseal, results, rewrite, study, write_run
 
 from discobeta import cli, files, identity, report
-from discobeta.config import RunConfig
 from discobeta.data.sources import contents_hash
+from discobeta.design.config import RunConfig
+from discobeta.design.study import Study
 from discobeta.report import figures, tables
 from discobeta.report.collect import provenance
 from discobeta.report.render import escape, markdown
-from discobeta.study import Study
 
 ARMS = ["baseline", "disco-used_beta-absent"]
 SETTINGS = {

@@ -101,8 +101,8 @@ ALL_BUT_THE_CORPUS = {rule: count for rule, count in EVERYTHING.items() if rule 
 
 DEFAULTS = {
     "lam": ("lam: float = option(0.95", "lam: float = option(0.9", PPO),
-    "disco_mean_penalty of rm": ('"rm": {"disco_mean_penalty": 0.01', '"rm": {"disco_mean_penalty": 0.02', RM),
-    "disco_mean_penalty of dpo": ('"dpo": {"disco_mean_penalty": 0.1', '"dpo": {"disco_mean_penalty": 0.2', DPO),
+    "disco_mean_penalty of rm": ('"disco_mean_penalty": 0.01', '"disco_mean_penalty": 0.02', RM),
+    "disco_mean_penalty of dpo": ('"disco_mean_penalty": 0.1,', '"disco_mean_penalty": 0.2,', DPO),
     "top_k": ("top_k: int = option(0", "top_k: int = option(5", {"evaluate dpo": 4} | PPO),
     "cutoff_len": ("cutoff_len: int = option(2048", "cutoff_len: int = option(1024", TOKENS),
     "plot_loss": ("plot_loss: bool = option(False", "plot_loss: bool = option(True", {}),
@@ -111,7 +111,7 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("old, new, expected", DEFAULTS.values(), ids=DEFAULTS.keys())
 def test_a_changed_default_reruns_what_reads_it(copy: Path, old: str, new: str, expected: dict):
-    edit(copy, "config", old, new)
+    edit(copy, "design/stages" if "disco" in old else "design/config", old, new)
     assert planned(copy) == expected
 
 
@@ -139,12 +139,12 @@ def test_a_changed_study_reruns_what_reads_it(finished: Path, changes: dict, exp
 
 CODE = {
     "report/figures": {"figures": 1},
-    "cost": {},
+    "design/cost": {},
     "lock": {},
     "metrics": MEASURED,
     "losses": TRAINED,
-    "stages/dpo": DPO,
-    "stages/sft": ALL_BUT_THE_CORPUS,
+    "method/dpo": DPO,
+    "inputs/base": ALL_BUT_THE_CORPUS,
 }
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from discobeta import config_names
 from discobeta.cli import main
-from discobeta.config import RunConfig, parse_overrides
+from discobeta.design import config_names
+from discobeta.design.config import RunConfig, parse_overrides
 from discobeta.errors import UserError
 
 DOCS = Path(__file__).parents[1] / "docs" / "llama-factory.md"

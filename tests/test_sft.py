@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from discobeta import world
-from discobeta.config import RunConfig
+from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
-from discobeta.stages import sft
+from discobeta.inputs import base as sft
+from discobeta.inputs import world
 
 SIZES = (
     "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,num_key_value_heads=1,head_dim=16,"
@@ -173,7 +173,7 @@ def sampled(folder: Path, count: int):
 
     import torch
 
-    from discobeta.generation import generate, response_text
+    from discobeta.model.generation import generate, response_text
     from discobeta.seeds import uniforms
 
     model, tokenizer = load(folder)
@@ -244,7 +244,7 @@ def test_a_trained_tokenizer_is_a_function_of_the_texts():
     """Also in another process, whose hash seed and number of threads differ."""
     texts = [f"{a}{b} {b}{a}" for a in "abcdefgh" for b in "ijklmnop"]  # merges with many ties
     program = (
-        "from discobeta.stages.sft import train_tokenizer\n"
+        "from discobeta.inputs.base import train_tokenizer\n"
         f"print(train_tokenizer({texts!r}, 320).backend_tokenizer.to_str(), end='')"
     )
     environment = os.environ | {"PYTHONHASHSEED": "1", "RAYON_NUM_THREADS": "1"}

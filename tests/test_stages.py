@@ -13,17 +13,18 @@ import yaml
 from safetensors.torch import load_file
 
 import discobeta
-from discobeta import record, runs
-from discobeta.config import RunConfig
+from discobeta import record
 from discobeta.data.batches import Pairs, pack
 from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.arms import Arm, arms_of
+from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
-from discobeta.heads import Heads, build
-from discobeta.policy import load_tokenizer
-from discobeta.signals import Evidence, Signals
-from discobeta.stages import stage_class
-from discobeta.stages.rm import score
+from discobeta.method.heads import Heads, build
+from discobeta.method.rm import score
+from discobeta.method.signals import Evidence, Signals
+from discobeta.method.stage import stage_class
+from discobeta.model.policy import load_tokenizer
+from discobeta.run import load as runs
 
 pytestmark = pytest.mark.numeric
 
@@ -84,7 +85,7 @@ def test_rm_trains_the_score_or_the_mean_in_its_place(fresh, name):
 
 def test_a_head_is_clipped_on_its_own():
     """Gradients (3, 4) of norm 5 and (0, 100) of norm 100, clipped to 1 and to 2, each by its own norm."""
-    from discobeta.optim import clip_gradients, head_group, model_group
+    from discobeta.method.optim import clip_gradients, head_group, model_group
 
     model, head = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
     model.grad, head.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 100.0])
@@ -99,7 +100,7 @@ def test_a_head_is_clipped_on_its_own():
 
 def test_rounding_does_not_move_a_head():
     """AdamW would make a whole step of a gradient of 1e-8; of the model's nothing is cut."""
-    from discobeta.optim import clip_gradients, head_group, model_group
+    from discobeta.method.optim import clip_gradients, head_group, model_group
 
     weights = {name: torch.nn.Parameter(torch.zeros(2)) for name in ("model", "disco", "beta", "value")}
     for name, size in (("model", 1e-8), ("disco", 1e-8), ("beta", 1e-7), ("value", 1e-5)):
@@ -191,7 +192,7 @@ def test_a_margin_that_is_only_rounding_is_a_tie():
 def test_comparing_waits_for_no_value(monkeypatch):
     """A device that had to hand over a value would stop here: these tensors have none."""
     config, _ = RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": "m", **USED})
-    monkeypatch.setattr("discobeta.heads.full_precision", lambda like: nullcontext())  # meta has no autocast
+    monkeypatch.setattr("discobeta.method.heads.full_precision", lambda like: nullcontext())  # meta has no autocast
     heads = build(["disco", "beta"], 8, seed=1).to("meta")
     signals = Signals(config.arm, heads, config)
     rewards, logps = (torch.empty(2, 6, device="meta") for _ in range(2))
@@ -205,7 +206,7 @@ def test_comparing_waits_for_no_value(monkeypatch):
 @pytest.mark.parametrize("arm", ["baseline", "disco-used_beta-used"])
 def test_a_policy_that_is_its_reference_is_right_in_half(run, tmp_path, arm):
     """Its passes hold other pairs than the reference's, which leaves rounding; 1e-30 is a step that does nothing."""
-    from discobeta.evaluate import evaluate
+    from discobeta.run.evaluate import evaluate
 
     settings = {
         "reference_path": str(tmp_path / "reference"),
@@ -323,7 +324,7 @@ def test_a_reward_model_starts_from_the_adapter_of_a_policy(run, fresh):
 
 
 def test_a_run_that_was_moved_is_measured_where_it_is(run, tmp_path):
-    from discobeta.evaluate import evaluate
+    from discobeta.run.evaluate import evaluate
 
     directory = run("dpo")
     moved_to = directory.rename(tmp_path / "moved")
@@ -360,7 +361,7 @@ def test_bf16_keeps_sums_losses_and_heads_in_float32(fresh):
 
 
 def test_a_model_that_changes_its_logits_is_refused(base, monkeypatch):
-    from discobeta import policy
+    from discobeta.model import policy
 
     model = policy.load_causal_lm(RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": str(base)})[0])
     original = model.forward

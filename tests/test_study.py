@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from discobeta import cli
-from discobeta import study as study_module
-from discobeta.config import RunConfig
+from discobeta.design import study as study_module
 from discobeta.design.arms import FLAGS
+from discobeta.design.config import RunConfig
+from discobeta.design.study import Study, plan
 from discobeta.errors import UserError
-from discobeta.study import Study, plan
 
 
 def settings(**changes: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import discobeta
 from discobeta import files
 from discobeta.cli import main
 from discobeta.errors import UserError
-from discobeta.evaluate import evaluate
+from discobeta.run.evaluate import evaluate
 
 BOTH = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_dynamic_beta": True}
 
@@ -173,8 +173,8 @@ def test_a_local_folder_that_is_not_there_is_not_looked_for_on_the_hub(run, tmp_
 @pytest.fixture(scope="module")
 def finished(base, pairs, tmp_path_factory):
     """A dpo and an rm run with used heads, evaluated."""
-    from discobeta.config import RunConfig
-    from discobeta.train import train
+    from discobeta.design.config import RunConfig
+    from discobeta.run.train import train
 
     folder = tmp_path_factory.mktemp("finished")
     common = {"model_name_or_path": str(base), "dataset": str(pairs["train"]), "eval_dataset": str(pairs["eval"])}

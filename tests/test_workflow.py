@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from discobeta.config import RunConfig
-from discobeta.study import Study
+from discobeta.design.config import RunConfig
+from discobeta.design.study import Study
 
 pytest.importorskip("snakemake")
 
@@ -132,7 +132,7 @@ def test_the_figures_that_are_expected_are_those_that_are_drawn(tmp_path: Path):
     done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"])
     (files,) = re.findall(r"^(?:local)?rule figures:\n    input: .*\n    output: (.*)$", done.stdout, re.MULTILINE)
     names = {f"{name}-{stage}" for stage in ("rm", "dpo") for name in ("learning-curves", "reliability")}
-    names |= {"learning-curves-ppo", "reward-by-noise-ppo", "interaction-dpo", "interaction-ppo"}
+    names |= {"learning-curves-rollouts", "reward-by-noise-ppo", "interaction-dpo", "interaction-ppo"}
     expected = {f"results/smoke/figures/{name}.{ending}" for name in names for ending in ("svg", "pdf", "png")}
     assert set(files.split(", ")) == expected
 
@@ -141,7 +141,7 @@ def test_every_table_and_figure_of_the_report_has_a_caption():
     captions = {path.stem for path in (ROOT / "workflow" / "report").glob("*.rst")}
     assert captions == {
         "workflow", "stage", "effects", "comparisons", "neutrality", "cost", "metrics",
-        "learning-curves", "learning-curves-ppo", "reliability", "interaction", "reward-by-noise",
+        "learning-curves", "learning-curves-rollouts", "reliability", "interaction", "reward-by-noise",
     }  # fmt: skip
 
 
@@ -314,16 +314,16 @@ def test_a_rule_reads_what_it_is_told_to_whatever_the_paths_are_called(tmp_path:
 
 
 def test_schema_and_study_know_the_same_keys():
-    from discobeta import study
+    from discobeta.design import study
+    from discobeta.design.stages import STAGES
 
     schema = yaml.safe_load((ROOT / "workflow" / "schemas" / "config.schema.yaml").read_text())
     properties = schema["properties"]
     world, fixed = properties["data"]["oneOf"][0], schema["$defs"]["rows"]
-    assert set(properties) == set(study.KEYS)
+    assert set(properties) | set(STAGES) == set(study.KEYS)  # the stages have sections, which study names
     assert set(world["properties"]["world"]["properties"]) == set(study.WORLD_DEFAULTS)
     assert set(fixed["properties"]) == set(study.DATA_KEYS)
     assert set(properties["base"]["properties"]) == {"sft", *study.MODEL_KEYS}
-    assert properties["stages"]["items"]["enum"] == list(study.STAGES)
     assert properties["environment"]["enum"] == list(study.ENVIRONMENTS)
     assert properties["study"]["maxLength"] == study.LONGEST_NAME
     assert properties["seeds"]["maxItems"] == study.MOST_SEEDS

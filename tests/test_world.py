@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from discobeta import world
 from discobeta.errors import UserError
+from discobeta.inputs import world
 
 PROMPT = "<user> hello help me with soup at home <assistant>"
 NOISY = "<user> hello help me with stew at home <assistant>"  # noise 1.6
@@ -293,8 +293,8 @@ def test_equal_responses_are_drawn_again(corpus, monkeypatch):
         drawn.append(uniforms)
         return next(draws)
 
-    monkeypatch.setattr("discobeta.generation.generate", generate)
-    monkeypatch.setattr("discobeta.generation.response_text", lambda tokenizer, ids: ids)
+    monkeypatch.setattr("discobeta.model.generation.generate", generate)
+    monkeypatch.setattr("discobeta.model.generation.response_text", lambda tokenizer, ids: ids)
     found = world.sample_pairs(None, world.build_tokenizer(), [PROMPT] * 3, seed=1, split="train")
     assert found == [("h", "i"), ("f", "g"), ("c", "d")]
     assert asked == [6, 4, 2]
@@ -302,8 +302,8 @@ def test_equal_responses_are_drawn_again(corpus, monkeypatch):
 
 
 def test_a_base_that_always_says_the_same_is_refused(monkeypatch):
-    monkeypatch.setattr("discobeta.generation.generate", lambda *args, **options: ["a", "a"])
-    monkeypatch.setattr("discobeta.generation.response_text", lambda tokenizer, ids: ids)
+    monkeypatch.setattr("discobeta.model.generation.generate", lambda *args, **options: ["a", "a"])
+    monkeypatch.setattr("discobeta.model.generation.response_text", lambda tokenizer, ids: ids)
     with pytest.raises(UserError, match="no two different responses"):
         world.sample_pairs(None, world.build_tokenizer(), [PROMPT], seed=1, split="train")
 

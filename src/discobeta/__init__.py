@@ -3,8 +3,8 @@
 __version__ = "0.1.0"
 
 _LAZY = {
-    "load_policy": "discobeta.runs",
-    "load_reward_model": "discobeta.runs",
+    "load_policy": "discobeta.run.load",
+    "load_reward_model": "discobeta.run.load",
     "Arm": "discobeta.design.arms",
     "UserError": "discobeta.errors",
 }

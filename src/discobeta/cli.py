@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from discobeta import __version__, launch
-from discobeta.config import RunConfig, parse_overrides
 from discobeta.design.arms import FLAGS, grid
+from discobeta.design.config import RunConfig, parse_overrides
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.errors import UserError, first_line, lack_of_memory, shorten
 
@@ -180,7 +180,7 @@ def train(arguments: argparse.Namespace) -> int | None:
     if arguments.processes > 1 and "RANK" not in os.environ:
         return launch.train(config, arguments.processes, evaluate=not arguments.no_evaluate)
     from discobeta import record
-    from discobeta.train import train as train_run
+    from discobeta.run.train import train as train_run
 
     train_run(config)
     directory = Path(config.output_dir)
@@ -208,7 +208,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     if not config.tokenized_path:
         raise UserError("prepare needs tokenized_path: the folder to write")
     from discobeta.data.tokens import load_or_tokenise
-    from discobeta.policy import load_tokenizer
+    from discobeta.model.policy import load_tokenizer
 
     for line in load_or_tokenise(config, load_tokenizer(config)).lines():
         print(line)
@@ -218,9 +218,9 @@ def reference(arguments: argparse.Namespace) -> None:
     config = _run_config(arguments)
     if not config.reference_path:
         raise UserError("reference needs reference_path: the folder to write")
-    from discobeta import reference as reference_pass
     from discobeta.data.tokens import load_or_tokenise
-    from discobeta.policy import load_tokenizer, use_deterministic_kernels
+    from discobeta.inputs import reference as reference_pass
+    from discobeta.model.policy import load_tokenizer, use_deterministic_kernels
 
     use_deterministic_kernels(config)
     data = load_or_tokenise(config, load_tokenizer(config))
@@ -233,7 +233,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _measure(directory: Path, settings: dict[str, Any], trust_remote_code: bool, cache_dir: str | None) -> None:
-    from discobeta.evaluate import evaluate as evaluate_run
+    from discobeta.run.evaluate import evaluate as evaluate_run
 
     measured = evaluate_run(directory, settings, trust_remote_code=trust_remote_code, cache_dir=cache_dir)
     shown = {name: value for name, value in measured.items() if not isinstance(value, dict)}
@@ -247,7 +247,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def world_corpus(arguments: argparse.Namespace) -> None:
-    from discobeta import world
+    from discobeta.inputs import world
 
     world.write_corpus(
         arguments.output, seed=arguments.seed, sft_examples=arguments.sft_examples, noise=arguments.noise
@@ -255,7 +255,7 @@ def world_corpus(arguments: argparse.Namespace) -> None:
 
 
 def world_pairs(arguments: argparse.Namespace) -> None:
-    from discobeta import world
+    from discobeta.inputs import world
 
     world.write_pairs(
         arguments.world, arguments.base, arguments.output,
@@ -264,19 +264,19 @@ def world_pairs(arguments: argparse.Namespace) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    from discobeta import study
+    from discobeta.design import study
 
     print(study.plan(_study(arguments)))
 
 
 def cost(arguments: argparse.Namespace) -> None:
-    from discobeta import cost as study_cost
+    from discobeta.design import cost as study_cost
 
     print(study_cost.report(_study(arguments), arguments.measured))
 
 
 def fetch(arguments: argparse.Namespace) -> None:
-    from discobeta import fetch as study_fetch
+    from discobeta.inputs import fetch as study_fetch
 
     study_fetch.fetch(_study(arguments))
 
@@ -312,7 +312,7 @@ def _results(arguments: argparse.Namespace, *, curves: bool):
 
 
 def _study(arguments: argparse.Namespace):
-    from discobeta.study import Study
+    from discobeta.design.study import Study
 
     return Study.read(arguments.configfile, arguments.set)
 

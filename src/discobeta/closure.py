@@ -2,8 +2,8 @@
 
 A step starts in its entry modules (`ENTRIES`); what they import, at the top or inside a function, belongs to it, and
 what that imports. Left out is `BOOKKEEPING`, and what only a type checker imports. An entry `module:function` counts
-the file, and of its imports those that the function reaches by name. Stages are chosen by name when a run starts, so
-an import of a stage's module counts only from the step's own stage: ppo reads reward models and so has rm's.
+the file, and of its imports those that the function reaches by name. A stage is chosen by name when a run starts, which
+is no import: the module of the step's own stage is an entry too.
 
 The files are read with `ast` and never imported: no torch here, and a plan of thousands of jobs asks once a step.
 """
@@ -20,17 +20,17 @@ from discobeta.design.stages import BASE_STAGE, STAGES
 
 ROOT = Path(__file__).parent
 
-REPORT = ("report/collect", "record", "identity", "study")
+REPORT = ("report/collect", "record", "identity", "design/study")
 """Of tables and figures too: which runs count."""
 
 ENTRIES = {
-    "world_corpus": ("world:write_corpus",),
-    "world_pairs": ("world:write_pairs",),
-    BASE_STAGE: ("stages/sft",),
-    "prepare": ("data/tokens", "policy:load_tokenizer"),
-    "reference": ("reference", "data/tokens"),
-    "train": ("train",),
-    "evaluate": ("evaluate", "metrics"),
+    "world_corpus": ("inputs/world:write_corpus",),
+    "world_pairs": ("inputs/world:write_pairs",),
+    BASE_STAGE: ("inputs/base",),
+    "prepare": ("data/tokens", "model/policy:load_tokenizer"),
+    "reference": ("inputs/reference", "data/tokens"),
+    "train": ("run/train",),
+    "evaluate": ("run/evaluate", "metrics"),
     "tables": ("report/tables", *REPORT),
     "figures": ("report/figures", "metrics", *REPORT),
 }
@@ -40,8 +40,8 @@ BOOKKEEPING = {
     "__init__": "the version, and names that load when they are asked for",
     "closure": "says which files a step is made of",
     "cli": "what a command is asked for",
-    "config": "reads and checks the settings; what they are when resolved is compared itself",
-    "config_names": "other programs' names of them",
+    "design/config": "reads and checks the settings; what they are when resolved is compared itself",
+    "design/config_names": "other programs' names of them",
     "design/__init__": "a docstring",
     "design/stages": "which stages there are; what it says of a run is among its settings, which are compared",
     "errors": "how a refusal is worded",
@@ -52,22 +52,16 @@ BOOKKEEPING = {
     "metrics": "what is said of a trained model; `evaluate` and `figures` begin with it",
     "processes": "ends what was started here",
     "record": "what stands in a run's directory",
-    "report/figures": "loss.png beside a run; `figures` begins with it",
-    "runs": "gives a finished run back: as its stage loads it, and what judges it is of the stage that reads a judge",
-    "study": "makes the settings of every run, which are compared themselves",
+    "run/load": "gives a finished run back; how is said by its stage, and a judge is of the stage that reads it",
+    "design/study": "makes the settings of every run, which are compared themselves",
 }
 """Module -> why no result depends on it. Nothing is followed through it."""
-
-CHOOSING = ("train", "stages/__init__")
-"""Modules that import every stage, and go on with the one that the run is of."""
 
 
 def files_of(step: str, stage: str | None = None) -> dict[str, str]:
     """Module -> sha256 of its file, of `step` as it is for a run of `stage`; sorted."""
-    found = _reached(ENTRIES[step], is_of_stage=stage is None)
-    if stage is not None:
-        found |= _reached([_module(STAGES[stage].implementation.partition(":")[0])], is_of_stage=True)
-    return {name: _digest(name) for name in sorted(found)}
+    of_stage = [] if stage is None else [_module(STAGES[stage].implementation.partition(":")[0])]
+    return {name: _digest(name) for name in sorted(_reached([*ENTRIES[step], *of_stage]))}
 
 
 @cache
@@ -83,16 +77,13 @@ def code_hash(stage: str) -> str:
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
-def _reached(entries: Iterable[str], *, is_of_stage: bool) -> set[str]:
-    """The entries and the modules that they reach. is_of_stage: whether through modules of stages too."""
+def _reached(entries: Iterable[str]) -> set[str]:
+    """The entries and the modules that they reach."""
     found, waiting = set(), list(entries)
     while waiting:
         name, _, function = waiting.pop().partition(":")
         found.add(name)
-        for other in _imports(name, function) - found - BOOKKEEPING.keys():
-            is_a_stage = other.startswith("stages/") and other != "stages/__init__"
-            if not is_a_stage or (is_of_stage and name not in CHOOSING):
-                waiting.append(other)
+        waiting += _imports(name, function) - found - BOOKKEEPING.keys()
     return found
 
 

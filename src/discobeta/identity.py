@@ -16,7 +16,7 @@ from discobeta import files
 from discobeta.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from discobeta.config import RunConfig
+    from discobeta.design.config import RunConfig
 
 WEIGHTS = (".safetensors", ".bin")
 CONFIGS = ("config.json", "adapter_config.json")

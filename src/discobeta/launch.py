@@ -19,7 +19,7 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from discobeta.config import RunConfig, write_yaml
+from discobeta.design.config import RunConfig, write_yaml
 from discobeta.errors import UserError
 
 MOST = 64

@@ -21,7 +21,7 @@ from typing import Any
 
 from discobeta import __version__, files, identity, lock
 from discobeta.closure import code_hash
-from discobeta.config import RunConfig, read_yaml, write_yaml
+from discobeta.design.config import RunConfig, read_yaml, write_yaml
 from discobeta.errors import UserError, shown
 
 STARTED = time.monotonic()

@@ -108,12 +108,12 @@ def finished(inputs, tmp_path_factory) -> Path:
 
 def _train_study() -> None:
     """What Snakemake would have run, short of the tables."""
-    from discobeta.config import RunConfig
     from discobeta.data.tokens import load_or_tokenise
-    from discobeta.evaluate import evaluate
-    from discobeta.policy import load_tokenizer
-    from discobeta.study import Study
-    from discobeta.train import train
+    from discobeta.design.config import RunConfig
+    from discobeta.design.study import Study
+    from discobeta.model.policy import load_tokenizer
+    from discobeta.run.evaluate import evaluate
+    from discobeta.run.train import train
 
     study = Study.read(["study.yaml"], [])
     for draw in study.draws():

@@ -28,8 +28,9 @@ from discobeta import cli, lock, record
 
 NEEDED = (
     "accelerate datasets matplotlib.pyplot pandas peft pyarrow.parquet torch transformers.models.qwen3.modeling_qwen3 "
-    "trl discobeta.cost discobeta.evaluate discobeta.fetch discobeta.launch discobeta.report discobeta.train "
-    "discobeta.world discobeta.stages.dpo discobeta.stages.ppo discobeta.stages.rm discobeta.stages.sft"
+    "trl discobeta.design.cost discobeta.inputs.base discobeta.inputs.fetch discobeta.inputs.world discobeta.launch "
+    "discobeta.method.dpo discobeta.method.ppo discobeta.method.rm discobeta.report discobeta.run.evaluate "
+    "discobeta.run.train"
 )
 
 

@@ -29,9 +29,9 @@ from hostile import (
 )  # fmt: skip
 from hypothesis import strategies as st
 
-from discobeta.config import RunConfig
-from discobeta.config_names import IGNORED, REFUSED
-from discobeta.study import KEYS
+from discobeta.design.config import RunConfig
+from discobeta.design.config_names import IGNORED, REFUSED
+from discobeta.design.study import KEYS
 
 RUN_KEYS = [
     *(entry.name for entry in dataclasses.fields(RunConfig)),

@@ -1,4 +1,4 @@
-# What the rules share. Every decision about runs is made by discobeta.study; here are only paths.
+# What the rules share. Every decision about runs is made by discobeta.design.study; here are only paths.
 import json
 import os
 import shlex
@@ -14,11 +14,11 @@ SOURCE = Path(os.path.relpath(Path(workflow.basedir).parent / "src"))
 sys.path.insert(0, str(SOURCE.resolve()))
 
 from discobeta.closure import code
-from discobeta.config import as_written
+from discobeta.design.config import as_written
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.errors import UserError
 from discobeta.identity import CONFIGS, TOKENIZER, WEIGHTS
-from discobeta.study import Study, as_text
+from discobeta.design.study import Study, as_text
 
 if set("{}") & set(f"{SOURCE} {SOURCE.resolve()} {sys.executable}"):
     raise WorkflowError(f"{SOURCE.resolve()}: Snakemake takes braces in paths for wildcards: move the clone")

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from discobeta import files, seeds
-from discobeta.config import RunConfig
 from discobeta.data.formats import (
     KINDS,
     THOUGHTS,
@@ -41,6 +40,7 @@ from discobeta.data.formats import (
     transcript,
 )
 from discobeta.data.sources import RowReport, read_examples, resolve
+from discobeta.design.config import RunConfig
 from discobeta.errors import UserError, first_line, telling
 from discobeta.files import check_regular
 

@@ -55,7 +55,7 @@ _ROWS = (
     StageRow(
         "rm",
         "Reward models",
-        "discobeta.stages.rm:RewardModelling",
+        "discobeta.method.rm:RewardModelling",
         rows="pairs",
         trains="reward",
         compared=("nll", "accuracy"),
@@ -64,7 +64,7 @@ _ROWS = (
     StageRow(
         "dpo",
         "Direct preference optimisation",
-        "discobeta.stages.dpo:DirectPreference",
+        "discobeta.method.dpo:DirectPreference",
         rows="pairs",
         trains="policy",
         compared=("nll", "accuracy", "true_reward", "kl_per_sequence"),
@@ -74,7 +74,7 @@ _ROWS = (
     StageRow(
         "ppo",
         "Proximal policy optimisation",
-        "discobeta.stages.ppo:ProximalPolicy",
+        "discobeta.method.ppo:ProximalPolicy",
         rows="prompts",
         trains="policy",
         compared=("true_reward", "kl_per_sequence", "reward_gain"),

@@ -21,11 +21,11 @@ import pandas as pd
 import yaml
 
 from discobeta import files, identity, record
-from discobeta.config import RunConfig
 from discobeta.data.sources import contents_hash
+from discobeta.design.config import RunConfig
+from discobeta.design.study import Run, Study
 from discobeta.errors import UserError, shorten, shown, telling
 from discobeta.report.measures import DRAWN, LANDMARKS, METRICS
-from discobeta.study import Run, Study
 
 UNKNOWN = "unknown"
 COMMIT = re.compile(r"[0-9a-f]{7,64}")

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from discobeta.design.arms import CORNERS, IDEAS, Arm
 from discobeta.design.stages import STAGES
+from discobeta.design.study import Run, Study
 from discobeta.files import replacing
 from discobeta.metrics import reliability
 from discobeta.record import claim
@@ -25,7 +26,6 @@ from discobeta.report.collect import Found, Results, provenance_line, read_log
 from discobeta.report.measures import METRICS, TESTED
 from discobeta.report.render import printable
 from discobeta.report.statistics import wilson
-from discobeta.study import Run, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

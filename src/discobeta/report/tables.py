@@ -14,6 +14,7 @@ import pandas as pd
 
 from discobeta.design.arms import FLAGS, Arm, Cell, grid
 from discobeta.design.stages import STAGES
+from discobeta.design.study import Run, Study
 from discobeta.files import write_text
 from discobeta.identity import WEIGHTS, file_hash
 from discobeta.record import claim
@@ -23,7 +24,6 @@ from discobeta.report.measures import LANDMARKS, METRICS, PANELS, Metric
 from discobeta.report.neutrality import EQUAL, OUTCOMES, files_of, verdict
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number, yes_no
 from discobeta.report.statistics import mean_ci
-from discobeta.study import Run, Study
 
 CAPTIONS = {
     "predictions": "how well held-out preferences are predicted",

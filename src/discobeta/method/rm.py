@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from discobeta.config import RunConfig
 from discobeta.data.batches import Batch
-from discobeta.heads import full_precision
+from discobeta.design.config import RunConfig
 from discobeta.identity import folder_of
-from discobeta.judges import has_value_head, value_head
-from discobeta.policy import at, hidden_states, load_scorer, plain, scored_at, start_adapter
-from discobeta.signals import Comparison, Evidence
-from discobeta.stages import Stage
+from discobeta.method.heads import full_precision
+from discobeta.method.judges import has_value_head, value_head
+from discobeta.method.signals import Comparison, Evidence
+from discobeta.method.stage import Stage
+from discobeta.model.policy import at, hidden_states, load_scorer, plain, scored_at, start_adapter
 
 
 class RewardModelling(Stage):

@@ -20,18 +20,26 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from discobeta import lock, metrics, preflight, record, runs
-from discobeta.config import RunConfig, keys_of
+from discobeta import lock, metrics, record
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
+from discobeta.design.config import RunConfig, keys_of
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, did_you_mean, enough_memory, shown
 from discobeta.files import remove, replacing, write_json, write_text
-from discobeta.generation import generate, has_ended, response_text, stop_ids
-from discobeta.heads import SIGMA0
-from discobeta.policy import hidden_states, load_reference, load_tokenizer, response_logps, use_deterministic_kernels
+from discobeta.method.heads import SIGMA0
+from discobeta.method.stage import Stage, stage_class
+from discobeta.model import preflight
+from discobeta.model.generation import generate, has_ended, response_text, stop_ids
+from discobeta.model.policy import (
+    hidden_states,
+    load_reference,
+    load_tokenizer,
+    response_logps,
+    use_deterministic_kernels,
+)
+from discobeta.run import load as runs
 from discobeta.seeds import uniforms
-from discobeta.stages import Stage, stage_class
 
 
 def evaluate(
@@ -270,7 +278,7 @@ def answer_prompts(
         if (log_s := stage.log_s_of(reference, prompts)) is not None:
             answers["log_s"] = log_s.double().numpy()
     if config.ground_truth == "world":
-        from discobeta import world
+        from discobeta.inputs import world
 
         known = {name: rows.truth[name][asked] for name in ("topic", "noise", "familiarity") if name in rows.truth}
         answers = answers.assign(**known)

@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from discobeta.config import RunConfig
 from discobeta.data.sources import resolve
+from discobeta.design.config import RunConfig
+from discobeta.design.study import Study
 from discobeta.errors import UserError, telling
 from discobeta.identity import check_local
-from discobeta.study import Study
 
 PARTS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "value_head.bin"]
 """Of a model's files: weights in one format, and what is needed to load them."""

@@ -26,16 +26,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from discobeta import record
-from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs
-from discobeta.data.schedule import Schedule, total_steps
+from discobeta.design.config import RunConfig
+from discobeta.design.schedule import Schedule, total_steps
 from discobeta.design.stages import STAGES
 from discobeta.errors import TRAINING_MEMORY, UserError, enough_memory
 from discobeta.files import replacing, write_text, writing_error
 from discobeta.lock import Hold
-from discobeta.optim import clip_gradients, optimizer_of
+from discobeta.method.optim import clip_gradients, optimizer_of
+from discobeta.method.stage import Stage
 from discobeta.seeds import derive
-from discobeta.stages import Stage
 
 
 class Means:

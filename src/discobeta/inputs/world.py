@@ -272,7 +272,7 @@ def sample_pairs(
     A pair that is equal or holds an empty response is drawn again as a whole, so what remains is
     the base's own distribution, given that the two differ. Raises UserError after REDRAWS rounds.
     """
-    from discobeta.generation import generate, response_text
+    from discobeta.model.generation import generate, response_text
 
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     pairs: list[tuple[str, str]] = [("", "")] * len(prompts)
@@ -325,8 +325,8 @@ def label(prompt: str, first: str, second: str, noise: Noise, uniform: Any) -> d
 
 
 def _load_base(base: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    from discobeta.config import RunConfig
-    from discobeta.policy import load_causal_lm, load_tokenizer
+    from discobeta.design.config import RunConfig
+    from discobeta.model.policy import load_causal_lm, load_tokenizer
 
     if not os.path.isfile(base / "config.json"):
         raise UserError(

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from discobeta.config import RunConfig, parse_overrides, read_yaml
 from discobeta.design.arms import ARMS, CORNERS, FLAGS, Arm, State
+from discobeta.design.config import RunConfig, parse_overrides, read_yaml
 from discobeta.design.stages import BASE_STAGE, READ_KEYS, STAGES
 from discobeta.errors import UserError, did_you_mean, shown
 

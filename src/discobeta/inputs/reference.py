@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import Rows
+from discobeta.design.config import RunConfig
 from discobeta.errors import UserError, enough_memory, telling
 from discobeta.files import read_sealed, replacing, sha256, sweep, write_json, write_sealed
 from discobeta.identity import weights_hash
-from discobeta.policy import at, hidden_states, load_reference, response_logps, width
-from discobeta.preflight import check_rows
+from discobeta.model.policy import at, hidden_states, load_reference, response_logps, width
+from discobeta.model.preflight import check_rows
 from discobeta.record import check_replaceable, write_mark
 
 Columns = dict[str, Tensor]

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from discobeta.config import RunConfig
 from discobeta.data.formats import Example
 from discobeta.data.sources import RowReport, read_examples
 from discobeta.data.tokens import closing_id, encode
+from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
-from discobeta.generation import has_ended
+from discobeta.model.generation import has_ended
 
 
 def needed(policy: Any, judge: Any) -> bool:

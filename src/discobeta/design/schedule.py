@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from discobeta.config import RunConfig
+from discobeta.design.config import RunConfig
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError
 from discobeta.seeds import derive

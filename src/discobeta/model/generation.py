@@ -15,7 +15,7 @@ from torch import nn
 
 from discobeta.data.tokens import closing_id
 from discobeta.errors import UserError, enough_memory
-from discobeta.policy import plain
+from discobeta.model.policy import plain
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ def generate(
     from tqdm import tqdm
     from transformers import GenerationConfig, LogitsProcessorList
 
-    from discobeta.preflight import check_context
+    from discobeta.model.preflight import check_context
 
     language_model = plain(model)
     check_context(model, max(map(len, prompt_ids), default=0), uniforms.shape[1])

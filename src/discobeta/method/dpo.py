@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from discobeta import reference
-from discobeta.config import RunConfig
 from discobeta.data.batches import Batch
 from discobeta.data.tokens import Rows
-from discobeta.policy import hidden_states, load_causal_lm, response_logps
-from discobeta.signals import Comparison, Evidence
-from discobeta.stages import Stage
+from discobeta.design.config import RunConfig
+from discobeta.inputs import reference
+from discobeta.method.signals import Comparison, Evidence
+from discobeta.method.stage import Stage
+from discobeta.model.policy import hidden_states, load_causal_lm, response_logps
 
 
 class DirectPreference(Stage):

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from discobeta.config import RunConfig
 from discobeta.data.batches import Batch
 from discobeta.design.arms import Arm
-from discobeta.heads import SIGMA0, Heads
+from discobeta.design.config import RunConfig
 from discobeta.losses import log_scale_penalty, logistic_loss, probit_loss
+from discobeta.method.heads import SIGMA0, Heads
+from discobeta.method.optim import Group, head_group
 from discobeta.metrics import correctness
-from discobeta.optim import Group, head_group
-from discobeta.policy import pooled
+from discobeta.model.policy import pooled
 
 TIE = 2.0**-20
 """A margin that is this part (9.5e-7) or less of the log-probabilities that it is the difference of is rounding, and 0.

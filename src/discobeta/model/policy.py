@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from discobeta.config import RunConfig
 from discobeta.data.batches import Batch, pack
+from discobeta.design.config import RunConfig
 from discobeta.errors import UserError, shown, telling
 from discobeta.files import read_json, read_mapping, replacing, write_json
 from discobeta.identity import check_local, folder_of
@@ -112,7 +112,7 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
-    from discobeta.preflight import ALL_LINEAR, experts, linear_layers, lora_layers, words
+    from discobeta.model.preflight import ALL_LINEAR, experts, linear_layers, lora_layers, words
 
     layers = linear_layers(model)
     wanted = lora_layers(layers, config.lora_target, model)
@@ -163,7 +163,7 @@ def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn
     """
     from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
-    from discobeta.preflight import check_settings, linear_layers, lora_layers
+    from discobeta.model.preflight import check_settings, linear_layers, lora_layers
 
     folder = start_adapter(config)
     found = adapter_weights(folder)

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from discobeta.config import RunConfig
 from discobeta.data.batches import Pairs, pack
 from discobeta.data.tokens import Rows, TokenisedData
+from discobeta.design.config import RunConfig
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, telling
-from discobeta.generation import stop_ids
-from discobeta.policy import and_more, hidden_states, load_tokenizer, plain, say, trunk
+from discobeta.model.generation import stop_ids
+from discobeta.model.policy import and_more, hidden_states, load_tokenizer, plain, say, trunk
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -122,12 +122,19 @@ ALL_LINEAR = ("all", "all-linear")
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Name -> layer of the trunk that is a linear map: nn.Linear, or GPT-2's Conv1D. The output layer is none, and no
-    layer that computes more than the map (Llama 4's router), on which LoRA cannot be.
+    layer that gives back more than the map does (Llama 4's router), on which LoRA cannot be.
     """
     from transformers.pytorch_utils import Conv1D
 
-    body, maps = set(trunk(model).modules()), (nn.Linear.forward, Conv1D.forward)
-    return {name: part for name, part in model.named_modules() if part in body and type(part).forward in maps}
+    def is_map(part: nn.Module) -> bool:
+        if type(part).forward in (nn.Linear.forward, Conv1D.forward):
+            return True
+        return isinstance(part, nn.Linear) and isinstance(
+            part(part.weight.new_zeros(1, part.in_features)), torch.Tensor
+        )
+
+    body = set(trunk(model).modules())
+    return {name: part for name, part in model.named_modules() if part in body and is_map(part)}
 
 
 def lora_layers(layers: dict[str, nn.Module], lora_target: str, model: PreTrainedModel) -> set[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from discobeta.config import RunConfig
+from discobeta.design.config import RunConfig
 
 ROUNDING = 1e-6
 """A head's gradient of a smaller norm counts as zero. In dpo margins are 0 at step 0, and so is the gradient of both

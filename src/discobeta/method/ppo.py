@@ -16,16 +16,21 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from discobeta import chain, losses, seeds
-from discobeta.config import RunConfig
+from discobeta import losses, seeds
 from discobeta.data.batches import Batch, Pairs, longest_first, pack
-from discobeta.data.schedule import Schedule
 from discobeta.data.tokens import Rows, TokenisedData
+from discobeta.design.config import RunConfig
+from discobeta.design.schedule import Schedule
 from discobeta.errors import UserError, enough_memory
-from discobeta.generation import generate, has_ended, stop_ids
-from discobeta.heads import WIDTH, Heads, full_precision
-from discobeta.optim import Group, head_group, model_group
-from discobeta.policy import (
+from discobeta.method import chain
+from discobeta.method.heads import WIDTH, Heads, full_precision
+from discobeta.method.optim import Group, head_group, model_group
+from discobeta.method.reward import RewardModel
+from discobeta.method.rm import score
+from discobeta.method.signals import scaled
+from discobeta.method.stage import Stage, Work
+from discobeta.model.generation import generate, has_ended, stop_ids
+from discobeta.model.policy import (
     at,
     hidden_states,
     load_causal_lm,
@@ -36,11 +41,7 @@ from discobeta.policy import (
     switch_off_dropout,
     token_logps,
 )
-from discobeta.preflight import check_answers, check_context, check_ids, check_rows
-from discobeta.reward import RewardModel
-from discobeta.signals import scaled
-from discobeta.stages import Stage, Work
-from discobeta.stages.rm import score
+from discobeta.model.preflight import check_answers, check_context, check_ids, check_rows
 
 SCORED_FOR_SCALE = 256
 """Responses of the reference whose scores are standardised to mean 0 and deviation 1 by ppo_score_norm."""

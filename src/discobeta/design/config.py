@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 import yaml
 
-from discobeta.config_names import IGNORED, REFUSED, RENAMED, SAME_ADAMW, is_neutral
 from discobeta.design.arms import FLAGS, IDEAS, Arm
+from discobeta.design.config_names import IGNORED, REFUSED, RENAMED, SAME_ADAMW, is_neutral
 from discobeta.design.stages import BASE_STAGE, STAGES, having
 from discobeta.errors import UserError, did_you_mean, first_line, shorten, shown
 

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from discobeta import identity, record
-from discobeta.config import RunConfig
+from discobeta.design.config import RunConfig
 from discobeta.design.stages import REWARD_STAGE, STAGES
 from discobeta.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from discobeta.heads import Heads
+    from discobeta.method.heads import Heads
+    from discobeta.method.reward import RewardModel
+    from discobeta.method.stage import Stage
     from discobeta.record import Record
-    from discobeta.reward import RewardModel
-    from discobeta.stages import Stage
 
 
 @dataclass
@@ -37,7 +37,7 @@ def load_policy(directory: str | Path, *, trust_remote_code: bool = False, cache
     run's own config says of these counts for nothing. Raises UserError for a run that is unfinished or damaged, or
     whose base has changed.
     """
-    from discobeta.policy import load_tokenizer
+    from discobeta.model.policy import load_tokenizer
 
     policies = [row.name for row in STAGES.values() if row.is_policy]
     stage = load_stage(read_of(directory, *policies, trust_remote_code=trust_remote_code, cache_dir=cache_dir))
@@ -55,7 +55,7 @@ def read_of(directory: str | Path, *kinds: str, **reader: Any) -> Record:
 
 def load_stage(found: Record) -> Stage:
     """The trained stage of a run, in evaluation mode, on the CPU."""
-    from discobeta.stages import stage_class
+    from discobeta.method.stage import stage_class
 
     return stage_class(found.config.stage).trained(found.config, found.directory)
 
@@ -73,11 +73,11 @@ def load_reward_model(source: str | Path, **settings) -> RewardModel:
     Raises UserError for anything else, for one that has no score of its own, and for a run that is unfinished or
     damaged, or whose base has changed.
     """
-    from discobeta import judges
-    from discobeta.heads import Heads
-    from discobeta.policy import load_tokenizer
-    from discobeta.reward import RewardModel
-    from discobeta.stages import stage_class
+    from discobeta.method import judges
+    from discobeta.method.heads import Heads
+    from discobeta.method.reward import RewardModel
+    from discobeta.method.stage import stage_class
+    from discobeta.model.policy import load_tokenizer
 
     folder = Path(source)
     if (folder / "config.yaml").exists():
@@ -101,7 +101,7 @@ def loading(config: RunConfig) -> dict:
 
 def given(config: RunConfig) -> dict[str, Any]:
     """Run key -> what a run of `config` is given by runs of earlier stages: a `RewardModel`, or their `Heads`."""
-    from discobeta import heads
+    from discobeta.method import heads
 
     found: dict[str, Any] = {}
     for reading in STAGES[config.stage].reads:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from discobeta import identity, lock, record
-from discobeta.config import RunConfig
 from discobeta.design.arms import Arm, cell
+from discobeta.design.config import RunConfig
 from discobeta.design.stages import BASE_STAGE
 from discobeta.errors import UserError
 from discobeta.files import write_json
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 def train(config: RunConfig) -> None:
     """Train `config` and leave its run directory."""
     if config.stage == BASE_STAGE:
-        from discobeta.stages import sft
+        from discobeta.inputs import base as sft
 
         return sft.train(config)
 
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import broadcast_object_list
 
-    from discobeta.stages import stage_class
+    from discobeta.method.stage import stage_class
 
     if config.report_to != "none" and find_spec(config.report_to) is None:
         raise UserError(f"report_to: {config.report_to} is not installed (pip install {config.report_to})")
@@ -70,12 +70,14 @@ def _is_free(config: RunConfig, accelerator: Accelerator) -> bool:
 
 
 def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) -> None:
-    from discobeta import loop, policy, preflight, runs
     from discobeta.data.batches import Pairs
     from discobeta.data.formats import KINDS
     from discobeta.data.sources import contents_hash
     from discobeta.data.tokens import load_or_tokenise
-    from discobeta.stages import stage_class
+    from discobeta.method.stage import stage_class
+    from discobeta.model import policy, preflight
+    from discobeta.run import load as runs
+    from discobeta.run import loop
 
     record.named_checkpoint(config)  # said before anything expensive
     policy.use_deterministic_kernels(config)
@@ -152,7 +154,7 @@ def _finished(config: RunConfig) -> str:
 def _leave_finished(config: RunConfig) -> None:
     """Say that the run is there, if it still is what would be trained, and clear away what a kill has left in it."""
     from discobeta.data.sources import contents_hash
-    from discobeta.stages import stage_class
+    from discobeta.method.stage import stage_class
 
     found = record.read(config.output_dir, trust_remote_code=config.trust_remote_code)
     found.check_base()

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from discobeta import identity, record
-from discobeta.config import RunConfig
 from discobeta.design.arms import IDEAS
+from discobeta.design.config import RunConfig
 from discobeta.design.stages import STAGES, Reading
 from discobeta.errors import UserError
 

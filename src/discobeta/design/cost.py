@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from discobeta.config import read_yaml
-from discobeta.data.schedule import schedule_of, total_steps
 from discobeta.design.arms import Arm
+from discobeta.design.config import read_yaml
+from discobeta.design.schedule import schedule_of, total_steps
 from discobeta.design.stages import STAGES
+from discobeta.design.study import Run, Study
 from discobeta.errors import UserError, telling
 from discobeta.files import read_json
-from discobeta.study import Run, Study
 
 PUBLISHED = Path("results/published")
 RATES = {

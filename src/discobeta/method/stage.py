@@ -11,21 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from discobeta import heads as heads_module
-from discobeta.config import RunConfig
 from discobeta.data.batches import Batch, Pairs
-from discobeta.data.schedule import Schedule, schedule_of
 from discobeta.data.tokens import Rows, TokenisedData
+from discobeta.design.config import RunConfig
+from discobeta.design.schedule import Schedule, schedule_of
 from discobeta.design.stages import STAGES
-from discobeta.heads import Heads
-from discobeta.optim import Group, model_group
-from discobeta.signals import Comparison, Signals
+from discobeta.method import heads as heads_module
+from discobeta.method.heads import Heads
+from discobeta.method.optim import Group, model_group
+from discobeta.method.signals import Comparison, Signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from discobeta.stages.ppo import Rollouts
+    from discobeta.method.ppo import Rollouts
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Stage(nn.Module):
     @classmethod
     def start(cls, config: RunConfig) -> nn.Module:
         """The model as it stands at step 0: the base, with the adapter that is trained."""
-        from discobeta.policy import add_adapter
+        from discobeta.model.policy import add_adapter
 
         return add_adapter(cls.load_base(config), config, cls.task)
 
@@ -83,7 +83,7 @@ class Stage(nn.Module):
     @classmethod
     def trained(cls, config: RunConfig, directory: Path) -> Self:
         """The stage at the end of the run in `directory`."""
-        from discobeta.policy import load_adapter
+        from discobeta.model.policy import load_adapter
 
         if config.finetuning_type == "lora":
             model = load_adapter(cls.load_base(config), directory / "adapter")
@@ -95,7 +95,7 @@ class Stage(nn.Module):
     def fresh_heads(
         cls, config: RunConfig, model: nn.Module, columns: dict[str, Tensor], given: dict[str, Any]
     ) -> Heads:
-        from discobeta.policy import width
+        from discobeta.model.policy import width
 
         present = config.arm.heads_in(config.stage)
         starts = cls.head_starts(model, columns)
@@ -179,7 +179,7 @@ class Stage(nn.Module):
 
     def save(self, directory: Path) -> None:
         """adapter/ (or model/), heads.safetensors and heads.json."""
-        from discobeta.policy import save_model
+        from discobeta.model.policy import save_model
 
         save_model(self.model, directory)
         heads_module.save(self.heads, directory)

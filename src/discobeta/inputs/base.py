@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from discobeta import files, identity, preflight, record
-from discobeta.config import RunConfig, read_yaml, write_yaml
+from discobeta import files, identity, record
 from discobeta.data.sources import contents_hash, read_examples
 from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
+from discobeta.design.config import RunConfig, read_yaml, write_yaml
 from discobeta.errors import TRAINING_MEMORY, UserError, did_you_mean, enough_memory, first_line
-from discobeta.policy import ATTENTION, load_causal_lm, load_tokenizer
+from discobeta.model import preflight
+from discobeta.model.policy import ATTENTION, load_causal_lm, load_tokenizer
 from discobeta.seeds import derive, global_stream
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from discobeta import identity
-from discobeta.config import RunConfig
+from discobeta.design.config import RunConfig
 from discobeta.design.stages import REWARD_STAGE
 from discobeta.errors import UserError, telling
 from discobeta.files import read_mapping
-from discobeta.policy import ADAPTER_WEIGHTS, adapter_weights, load_adapter, load_scorer, read_tensors
+from discobeta.model.policy import ADAPTER_WEIGHTS, adapter_weights, load_adapter, load_scorer, read_tensors
 
 CONFIGS = ("adapter_config.json", "config.json")
 VALUE_HEADS = ("value_head.safetensors", "value_head.bin")

@@ -11,23 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from discobeta.config import RunConfig
 from discobeta.data.batches import longest_first, pack
 from discobeta.data.formats import Example
 from discobeta.data.sources import RowReport
 from discobeta.data.tokens import encode
+from discobeta.design.config import RunConfig
 from discobeta.errors import enough_memory
-from discobeta.generation import stop_ids
-from discobeta.heads import SIGMA0
-from discobeta.policy import plain
-from discobeta.preflight import check_ids, check_lengths, context_of, name_of
-from discobeta.translation import Translation, needed
+from discobeta.method.heads import SIGMA0
+from discobeta.method.translation import Translation, needed
+from discobeta.model.generation import stop_ids
+from discobeta.model.policy import plain
+from discobeta.model.preflight import check_ids, check_lengths, context_of, name_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from discobeta.heads import Heads
-    from discobeta.stages.rm import RewardModelling
+    from discobeta.method.heads import Heads
+    from discobeta.method.rm import RewardModelling
 
 
 @dataclass

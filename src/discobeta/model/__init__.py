@@ -1,0 +1,1 @@
+"""A language model and the rows for it: loading, LoRA, what it says of a response, sampling."""

@@ -1,0 +1,1 @@
+"""One run: training, checkpoints, evaluation, and how it is read again."""
