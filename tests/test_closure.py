@@ -38,10 +38,8 @@ MADE_OF = {
     "inputs/reference": {"reference", "train dpo", "evaluate dpo"},
     **dict.fromkeys(["method/reward", "method/translation"], {"train ppo", "evaluate ppo"}),
     "method/judges": {f"{step} {stage}" for step in ("train", "evaluate") for stage in ("rm", "ppo")},
-    # says which layers LoRA is put on, and so is more than a refusal; it asks generation what ends a response
-    "model/preflight": SHARED - {"prepare"} | TRAINING | EVALUATION,
-    "model/generation": SHARED - {"prepare"} | TRAINING | EVALUATION,
-    "model/policy": SHARED | TRAINING | EVALUATION,
+    "model/generation": {"world_pairs", "train ppo"} | EVALUATION,
+    **dict.fromkeys(["model/forward", "model/pretrained", "model/adapters"], SHARED | TRAINING | EVALUATION),
     "data/tokens": SHARED | TRAINING | EVALUATION,
     "data/formats": SHARED | TRAINING | EVALUATION | {"tables", "figures"},  # is the data still what it was?
     "inputs/world": {"world_corpus", "world_pairs"} | EVALUATION,
@@ -131,7 +129,7 @@ def test_of_a_function_only_what_it_reaches_counts(tmp_path, monkeypatch):
 
 
 COMMANDS = {
-    "train": "train", "prepare": "prepare", "reference": "reference", "_measure": "evaluate", "tables": "tables",
+    "prepare": "prepare", "reference": "reference", "_train": "train", "_measure": "evaluate", "tables": "tables",
     "figures": "figures", "_results": "tables", "world_corpus": "world_corpus", "world_pairs": "world_pairs",
 }  # fmt: skip
 """Function of the command line -> the step that it does."""

@@ -25,7 +25,7 @@ from discobeta.design.config import RunConfig, read_yaml
 from discobeta.errors import UserError
 from discobeta.method.dpo import DirectPreference
 from discobeta.method.rm import RewardModelling
-from discobeta.model import policy
+from discobeta.model import forward, pretrained
 from discobeta.model.generation import generate
 
 pytestmark = pytest.mark.numeric
@@ -105,7 +105,7 @@ def first_loss(directory):
 
 def our_logps(model):
     batch = pack(PROMPTS, RESPONSES)
-    return policy.response_logps(model, policy.hidden_states(model, batch), batch)
+    return forward.response_logps(model, forward.hidden_states(model, batch), batch)
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def test_dpo(family, train, folder_of, at_the_end):
     assert first_loss(directory) == pytest.approx(math.log(2), abs=1e-5)  # policy = reference, and no dropout
 
     config, _ = RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": str(folder_of(family))})
-    base = policy.load_causal_lm(config)
+    base = pretrained.load_causal_lm(config)
     start = plain_logps(base)
     torch.testing.assert_close(our_logps(base).detach(), start, rtol=0, atol=1e-4)
     trained = discobeta.load_policy(directory).model
@@ -157,8 +157,8 @@ def test_rm(family, train, at_the_end):
     assert status == 0, said.splitlines()[-1]
 
     config, _ = RunConfig.from_mapping(read_yaml(directory / "config.yaml"))
-    found = load_or_tokenise(config, policy.load_tokenizer(config)).train
-    scorer = policy.load_scorer(config)
+    found = load_or_tokenise(config, pretrained.load_tokenizer(config)).train
+    scorer = pretrained.load_scorer(config)
     chosen, rejected = (
         plain_scores(scorer, scorer.score.weight, found.prompt_ids, ids)
         for ids in (found.chosen_ids, found.rejected_ids)
@@ -179,7 +179,7 @@ def test_responses_do_not_depend_on_the_padding_of_prompts(name, folder_of):
     """Against a draw of one token after the other from the plain model, which reads one text and keeps no cache."""
     (family,) = (family for family in FAMILIES if family.name == name)
     config, _ = RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": str(folder_of(family))})
-    model, tokenizer = policy.load_causal_lm(config), policy.load_tokenizer(config)
+    model, tokenizer = pretrained.load_causal_lm(config), pretrained.load_tokenizer(config)
     uniforms = np.random.default_rng(0).random((len(PROMPTS), 6))
     for prompt, draws, response in zip(PROMPTS, uniforms, generate(model, tokenizer, PROMPTS, uniforms), strict=True):
         ids = list(prompt)
@@ -193,17 +193,17 @@ def test_responses_do_not_depend_on_the_padding_of_prompts(name, folder_of):
 
 
 def test_a_model_that_draws_at_random_in_training_is_refused(base, monkeypatch):
-    model = policy.load_causal_lm(RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": str(base)})[0])
+    model = pretrained.load_causal_lm(RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": str(base)})[0])
     norm = model.model.norm
 
     def noisy(states, read=norm.forward):
         return read(states) * (1 + 0.01 * torch.randn(states.shape) * norm.training)
 
     before = torch.get_rng_state()
-    policy._check_padding(model, "quiet")
+    pretrained._check_padding(model, "quiet")
     monkeypatch.setattr(norm, "forward", noisy)
     with pytest.raises(UserError, match="^noisy: Qwen3ForCausalLM .* in training, .* draws at random$"):
-        policy._check_padding(model, "noisy")
+        pretrained._check_padding(model, "noisy")
     assert torch.equal(torch.get_rng_state(), before)  # whatever it has drawn
     assert not model.training
 

@@ -12,7 +12,8 @@ from discobeta.inputs.reference import compute
 from discobeta.method.dpo import DirectPreference
 from discobeta.method.heads import build
 from discobeta.method.rm import RewardModelling
-from discobeta.model.policy import hidden_states, load_causal_lm, load_scorer, load_tokenizer, response_logps
+from discobeta.model.forward import hidden_states, response_logps
+from discobeta.model.pretrained import load_causal_lm, load_scorer, load_tokenizer
 
 pytestmark = pytest.mark.numeric
 
@@ -128,7 +129,7 @@ def test_logits_in_chunks_give_the_same_gradient(settings, monkeypatch):
     rows = load_or_tokenise(config, load_tokenizer(config)).train
     batch, gradients = collate(rows, INDICES), []
     for chunk in (10_000, 7):
-        monkeypatch.setattr("discobeta.model.policy.LOGIT_CHUNK", chunk)
+        monkeypatch.setattr("discobeta.model.forward.LOGIT_CHUNK", chunk)
         model = load_causal_lm(config)
         response_logps(model, hidden_states(model, batch), batch).sum().backward()
         gradients.append(model.get_input_embeddings().weight.grad)

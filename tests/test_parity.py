@@ -15,7 +15,7 @@ from discobeta.inputs.reference import compute
 from discobeta.method.dpo import DirectPreference
 from discobeta.method.heads import Heads
 from discobeta.method.rm import RewardModelling
-from discobeta.model.policy import load_causal_lm, load_scorer, load_tokenizer
+from discobeta.model.pretrained import load_causal_lm, load_scorer, load_tokenizer
 
 pytestmark = pytest.mark.numeric
 

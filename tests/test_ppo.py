@@ -24,7 +24,8 @@ from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
 from discobeta.method.ppo import ProximalPolicy
-from discobeta.model.policy import hidden_states, load_tokenizer, switch_off_dropout, token_logps
+from discobeta.model.forward import hidden_states, switch_off_dropout, token_logps
+from discobeta.model.pretrained import load_tokenizer
 from discobeta.run import load as runs
 from discobeta.run.evaluate import evaluate
 from discobeta.run.train import train

@@ -236,7 +236,7 @@ def test_room_for_responses_is_asked_for_before_the_reference_pass(refused, made
 def test_the_context_is_what_the_config_says_it_is():
     from transformers import AutoConfig, FalconConfig, GPT2Config, Qwen3Config
 
-    from discobeta.model.preflight import context_of
+    from discobeta.model.forward import context_of
 
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
     llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 8,
@@ -301,7 +301,8 @@ def test_of_conv1d_and_linear_each_is_taken_as_it_is(made, settings):
     from torch import nn
 
     from discobeta.design.config import RunConfig
-    from discobeta.model.policy import add_adapter, load_causal_lm
+    from discobeta.model.adapters import add_adapter
+    from discobeta.model.pretrained import load_causal_lm
 
     base = made("gpt2")
     config, _ = RunConfig.from_mapping(settings("dpo", model_name_or_path=str(base)))

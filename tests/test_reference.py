@@ -12,7 +12,7 @@ from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
 from discobeta.inputs import reference
-from discobeta.model.policy import load_causal_lm, load_tokenizer
+from discobeta.model.pretrained import load_causal_lm, load_tokenizer
 
 pytestmark = pytest.mark.numeric
 

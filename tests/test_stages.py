@@ -23,7 +23,7 @@ from discobeta.method.heads import Heads, build
 from discobeta.method.rm import score
 from discobeta.method.signals import Evidence, Signals
 from discobeta.method.stage import stage_class
-from discobeta.model.policy import load_tokenizer
+from discobeta.model.pretrained import load_tokenizer
 from discobeta.run import load as runs
 
 pytestmark = pytest.mark.numeric
@@ -361,9 +361,9 @@ def test_bf16_keeps_sums_losses_and_heads_in_float32(fresh):
 
 
 def test_a_model_that_changes_its_logits_is_refused(base, monkeypatch):
-    from discobeta.model import policy
+    from discobeta.model import pretrained
 
-    model = policy.load_causal_lm(RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": str(base)})[0])
+    model = pretrained.load_causal_lm(RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": str(base)})[0])
     original = model.forward
 
     def capped(*words, **options):
@@ -373,7 +373,7 @@ def test_a_model_that_changes_its_logits_is_refused(base, monkeypatch):
 
     monkeypatch.setattr(model, "forward", capped)
     with pytest.raises(UserError, match="or its logits after it, in a way that is not known"):
-        policy._check_head(model, "capped")
+        pretrained._check_head(model, "capped")
 
 
 def test_two_processes_train_as_one(settings, tmp_path):

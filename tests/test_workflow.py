@@ -132,7 +132,7 @@ def test_the_figures_that_are_expected_are_those_that_are_drawn(tmp_path: Path):
     done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"])
     (files,) = re.findall(r"^(?:local)?rule figures:\n    input: .*\n    output: (.*)$", done.stdout, re.MULTILINE)
     names = {f"{name}-{stage}" for stage in ("rm", "dpo") for name in ("learning-curves", "reliability")}
-    names |= {"learning-curves-rollouts", "reward-by-noise-ppo", "interaction-dpo", "interaction-ppo"}
+    names |= {"learning-curves-ppo", "reward-by-noise-ppo", "interaction-dpo", "interaction-ppo"}
     expected = {f"results/smoke/figures/{name}.{ending}" for name in names for ending in ("svg", "pdf", "png")}
     assert set(files.split(", ")) == expected
 
@@ -328,5 +328,5 @@ def test_schema_and_study_know_the_same_keys():
     assert properties["study"]["maxLength"] == study.LONGEST_NAME
     assert properties["seeds"]["maxItems"] == study.MOST_SEEDS
     assert properties["seeds"]["items"]["maximum"] == study.LARGEST
-    objects = [schema, world, world["properties"]["world"], fixed, properties["base"]]
+    objects = [world, world["properties"]["world"], fixed, properties["base"]]
     assert all(part["additionalProperties"] is False for part in objects)

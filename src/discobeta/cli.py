@@ -180,18 +180,29 @@ def train(arguments: argparse.Namespace) -> int | None:
     if arguments.processes > 1 and "RANK" not in os.environ:
         return launch.train(config, arguments.processes, evaluate=not arguments.no_evaluate)
     from discobeta import record
-    from discobeta.run.train import train as train_run
 
-    train_run(config)
+    _train(config)
     directory = Path(config.output_dir)
     if config.plot_loss and _is_main_process() and not (directory / "loss.png").exists():
-        from discobeta.report.figures import loss_curve
-
-        loss_curve(directory / "log.jsonl", directory / "loss.png")
+        _draw_loss(directory)
     if not _is_measurable(config) or not _is_main_process() or arguments.no_evaluate:
         return
     if record.measurement_fault(directory, config):
         _measure(directory, config.settings_of("evaluation"), config.trust_remote_code, config.cache_dir)
+
+
+def _train(config: RunConfig) -> None:
+    if config.stage == BASE_STAGE:
+        from discobeta.inputs.base import train
+    else:
+        from discobeta.run.train import train
+    train(config)
+
+
+def _draw_loss(directory: Path) -> None:
+    from discobeta.report.figures import loss_curve
+
+    loss_curve(directory / "log.jsonl", directory / "loss.png")
 
 
 def _is_measurable(config: RunConfig) -> bool:
@@ -208,7 +219,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     if not config.tokenized_path:
         raise UserError("prepare needs tokenized_path: the folder to write")
     from discobeta.data.tokens import load_or_tokenise
-    from discobeta.model.policy import load_tokenizer
+    from discobeta.model.pretrained import load_tokenizer
 
     for line in load_or_tokenise(config, load_tokenizer(config)).lines():
         print(line)
@@ -220,7 +231,7 @@ def reference(arguments: argparse.Namespace) -> None:
         raise UserError("reference needs reference_path: the folder to write")
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.inputs import reference as reference_pass
-    from discobeta.model.policy import load_tokenizer, use_deterministic_kernels
+    from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels
 
     use_deterministic_kernels(config)
     data = load_or_tokenise(config, load_tokenizer(config))

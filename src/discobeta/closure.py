@@ -27,7 +27,7 @@ ENTRIES = {
     "world_corpus": ("inputs/world:write_corpus",),
     "world_pairs": ("inputs/world:write_pairs",),
     BASE_STAGE: ("inputs/base",),
-    "prepare": ("data/tokens", "model/policy:load_tokenizer"),
+    "prepare": ("data/tokens", "model/pretrained:load_tokenizer"),
     "reference": ("inputs/reference", "data/tokens"),
     "train": ("run/train",),
     "evaluate": ("run/evaluate", "metrics"),
@@ -50,6 +50,7 @@ BOOKKEEPING = {
     "launch": "starts the processes of one run",
     "lock": "who may write a directory",
     "metrics": "what is said of a trained model; `evaluate` and `figures` begin with it",
+    "model/preflight": "refuses a model or rows before anything is computed",
     "processes": "ends what was started here",
     "record": "what stands in a run's directory",
     "run/load": "gives a finished run back; how is said by its stage, and a judge is of the stage that reads it",
@@ -94,14 +95,14 @@ def _imports(name: str, function: str = "") -> frozenset[str]:
     if not function:
         return frozenset(module for statement in _statements(tree) for _, module in _imported(statement))
     parts = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    found, used, waiting = set(), {function}, [function]
+    found, named, waiting = set(), {function}, [function]
     while waiting:
         part = parts[waiting.pop()]
         found |= {module for statement in _statements(part) for _, module in _imported(statement)}
-        names = {node.id for node in ast.walk(part) if isinstance(node, ast.Name)} - used
+        names = {node.id for node in ast.walk(part) if isinstance(node, ast.Name)} - named
         waiting += names & parts.keys()
-        used |= names
-    return frozenset(found | {module for node in tree.body for bound, module in _imported(node) if bound in used})
+        named |= names
+    return frozenset(found | {module for node in tree.body for bound, module in _imported(node) if bound in named})
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -99,3 +101,14 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """A question after the one of `names` that `name` may be a slip of; "" if it merely has some letters in common."""
     near = difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.8)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def say(line: str) -> None:
+    """One line to the user, of the process that speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"discobeta: {line}", file=sys.stderr)
+
+
+def and_more(names: list[str]) -> str:
+    """What follows the first of several names: " (and 2 more)"."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

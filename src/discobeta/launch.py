@@ -7,7 +7,6 @@ one process only, so tests would not run what clusters run. What goes wrong is s
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 from discobeta.design.config import RunConfig, write_yaml
@@ -66,7 +65,7 @@ def train(config: RunConfig, processes: int, *, evaluate: bool) -> int:
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "run.yaml"
         write_yaml(config.resolved(), settings)
-        command = [sys.executable, "-m", __name__, str(os.getpid()), "train", str(settings)]
+        command = [sys.executable, "-m", "discobeta.worker", str(os.getpid()), "train", str(settings)]
         return _run([*command, *([] if evaluate else ["--no-evaluate"])], processes, shared, Path(folder))
 
 
@@ -113,21 +112,3 @@ def _end(children: list[subprocess.Popen]) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-
-
-def _work(parent: int, words: list[str]) -> int:
-    """One of the processes: `discobeta WORDS`, which ends with its parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's goes to the parent too, which ends this process
-    with suppress(OSError, AttributeError):  # only Linux has it
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        return 128 + signal.SIGTERM
-    from discobeta import cli
-
-    status = cli.main(words)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is held any more: no exception while Python takes its leave
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(_work(int(sys.argv[1]), sys.argv[2:]))

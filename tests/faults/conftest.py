@@ -111,7 +111,7 @@ def _train_study() -> None:
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.design.config import RunConfig
     from discobeta.design.study import Study
-    from discobeta.model.policy import load_tokenizer
+    from discobeta.model.pretrained import load_tokenizer
     from discobeta.run.evaluate import evaluate
     from discobeta.run.train import train
 

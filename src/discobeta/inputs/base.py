@@ -26,7 +26,7 @@ from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
 from discobeta.design.config import RunConfig, read_yaml, write_yaml
 from discobeta.errors import TRAINING_MEMORY, UserError, did_you_mean, enough_memory, first_line
 from discobeta.model import preflight
-from discobeta.model.policy import ATTENTION, load_causal_lm, load_tokenizer
+from discobeta.model.pretrained import ATTENTION, load_causal_lm, load_tokenizer
 from discobeta.seeds import derive, global_stream
 
 if TYPE_CHECKING:

@@ -326,7 +326,7 @@ def label(prompt: str, first: str, second: str, noise: Noise, uniform: Any) -> d
 
 def _load_base(base: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     from discobeta.design.config import RunConfig
-    from discobeta.model.policy import load_causal_lm, load_tokenizer
+    from discobeta.model.pretrained import load_causal_lm, load_tokenizer
 
     if not os.path.isfile(base / "config.json"):
         raise UserError(

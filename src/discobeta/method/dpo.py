@@ -10,7 +10,8 @@ from discobeta.design.config import RunConfig
 from discobeta.inputs import reference
 from discobeta.method.signals import Comparison, Evidence
 from discobeta.method.stage import Stage
-from discobeta.model.policy import hidden_states, load_causal_lm, response_logps
+from discobeta.model.forward import hidden_states, response_logps
+from discobeta.model.pretrained import load_causal_lm
 
 
 class DirectPreference(Stage):

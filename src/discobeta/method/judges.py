@@ -16,7 +16,8 @@ from discobeta.design.config import RunConfig
 from discobeta.design.stages import REWARD_STAGE
 from discobeta.errors import UserError, telling
 from discobeta.files import read_mapping
-from discobeta.model.policy import ADAPTER_WEIGHTS, adapter_weights, load_adapter, load_scorer, read_tensors
+from discobeta.model.adapters import ADAPTER_WEIGHTS, adapter_weights, load_adapter, read_tensors
+from discobeta.model.pretrained import load_scorer
 
 CONFIGS = ("adapter_config.json", "config.json")
 VALUE_HEADS = ("value_head.safetensors", "value_head.bin")

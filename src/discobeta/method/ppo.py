@@ -29,19 +29,18 @@ from discobeta.method.reward import RewardModel
 from discobeta.method.rm import score
 from discobeta.method.signals import scaled
 from discobeta.method.stage import Stage, Work
-from discobeta.model.generation import generate, has_ended, stop_ids
-from discobeta.model.policy import (
+from discobeta.model.forward import (
     at,
+    check_context,
     hidden_states,
-    load_causal_lm,
-    load_reference,
-    load_tokenizer,
     per_sequence,
     share_frozen_weights,
     switch_off_dropout,
     token_logps,
 )
-from discobeta.model.preflight import check_answers, check_context, check_ids, check_rows
+from discobeta.model.generation import generate, has_ended, stop_ids
+from discobeta.model.preflight import check_answers, check_ids, check_rows
+from discobeta.model.pretrained import load_causal_lm, load_reference, load_tokenizer
 
 SCORED_FOR_SCALE = 256
 """Responses of the reference whose scores are standardised to mean 0 and deviation 1 by ppo_score_norm."""

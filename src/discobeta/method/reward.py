@@ -19,9 +19,9 @@ from discobeta.design.config import RunConfig
 from discobeta.errors import enough_memory
 from discobeta.method.heads import SIGMA0
 from discobeta.method.translation import Translation, needed
+from discobeta.model.forward import context_of, name_of, plain
 from discobeta.model.generation import stop_ids
-from discobeta.model.policy import plain
-from discobeta.model.preflight import check_ids, check_lengths, context_of, name_of
+from discobeta.model.preflight import check_ids, check_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

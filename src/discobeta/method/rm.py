@@ -15,7 +15,9 @@ from discobeta.method.heads import full_precision
 from discobeta.method.judges import has_value_head, value_head
 from discobeta.method.signals import Comparison, Evidence
 from discobeta.method.stage import Stage
-from discobeta.model.policy import at, hidden_states, load_scorer, plain, scored_at, start_adapter
+from discobeta.model.adapters import start_adapter
+from discobeta.model.forward import at, hidden_states, plain, scored_at
+from discobeta.model.pretrained import load_scorer
 
 
 class RewardModelling(Stage):

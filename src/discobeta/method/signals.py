@@ -19,7 +19,7 @@ from discobeta.losses import log_scale_penalty, logistic_loss, probit_loss
 from discobeta.method.heads import SIGMA0, Heads
 from discobeta.method.optim import Group, head_group
 from discobeta.metrics import correctness
-from discobeta.model.policy import pooled
+from discobeta.model.forward import pooled
 
 TIE = 2.0**-20
 """A margin that is this part (9.5e-7) or less of the log-probabilities that it is the difference of is rounding, and 0.

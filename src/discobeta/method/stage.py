@@ -61,7 +61,7 @@ class Stage(nn.Module):
     @classmethod
     def start(cls, config: RunConfig) -> nn.Module:
         """The model as it stands at step 0: the base, with the adapter that is trained."""
-        from discobeta.model.policy import add_adapter
+        from discobeta.model.adapters import add_adapter
 
         return add_adapter(cls.load_base(config), config, cls.task)
 
@@ -83,7 +83,7 @@ class Stage(nn.Module):
     @classmethod
     def trained(cls, config: RunConfig, directory: Path) -> Self:
         """The stage at the end of the run in `directory`."""
-        from discobeta.model.policy import load_adapter
+        from discobeta.model.adapters import load_adapter
 
         if config.finetuning_type == "lora":
             model = load_adapter(cls.load_base(config), directory / "adapter")
@@ -95,7 +95,7 @@ class Stage(nn.Module):
     def fresh_heads(
         cls, config: RunConfig, model: nn.Module, columns: dict[str, Tensor], given: dict[str, Any]
     ) -> Heads:
-        from discobeta.model.policy import width
+        from discobeta.model.forward import width
 
         present = config.arm.heads_in(config.stage)
         starts = cls.head_starts(model, columns)
@@ -179,7 +179,7 @@ class Stage(nn.Module):
 
     def save(self, directory: Path) -> None:
         """adapter/ (or model/), heads.safetensors and heads.json."""
-        from discobeta.model.policy import save_model
+        from discobeta.model.pretrained import save_model
 
         save_model(self.model, directory)
         heads_module.save(self.heads, directory)

@@ -15,7 +15,7 @@ from torch import nn
 
 from discobeta.data.tokens import closing_id
 from discobeta.errors import UserError, enough_memory
-from discobeta.model.policy import plain
+from discobeta.model.forward import check_context, plain
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -53,8 +53,6 @@ def generate(
     """
     from tqdm import tqdm
     from transformers import GenerationConfig, LogitsProcessorList
-
-    from discobeta.model.preflight import check_context
 
     language_model = plain(model)
     check_context(model, max(map(len, prompt_ids), default=0), uniforms.shape[1])

@@ -8,7 +8,6 @@ as an index that is out of range, on a GPU after everything else has stopped too
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,15 +19,12 @@ from discobeta.data.tokens import Rows, TokenisedData
 from discobeta.design.config import RunConfig
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, telling
+from discobeta.model.forward import check_context, context_of, hidden_states, name_of, plain, vocabulary
 from discobeta.model.generation import stop_ids
-from discobeta.model.policy import and_more, hidden_states, load_tokenizer, plain, say, trunk
+from discobeta.model.pretrained import load_tokenizer
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "max_seq_length")
-"""What configs call the number of positions. BLOOM's `seq_length` is none: it says how long training's texts were."""
+    pass
 
 TRIED = 8
 """Tokens of the pass that is tried, the last ones of the longest row at their own positions: a position table that no
@@ -104,124 +100,6 @@ def check_lengths(model: nn.Module, lengths: np.ndarray, what: str) -> None:
     context = context_of(plain(model).config)
     if context and (longest := int(lengths.max(initial=0))) > context:
         raise UserError(f"{what} has a context of {context} tokens, and a prompt with its response has {longest}")
-
-
-def check_context(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> None:
-    """Refuse prompts that do not leave the model room for a response."""
-    context = context_of(plain(model).config)
-    if context and longest_prompt + max_new_tokens > context:
-        raise UserError(
-            f"a prompt of {longest_prompt} tokens and max_new_tokens: {max_new_tokens} do not fit into the context of "
-            f"{context} tokens of {plain(model).config.name_or_path}: lower cutoff_len or max_new_tokens"
-        )
-
-
-ALL_LINEAR = ("all", "all-linear")
-"""LLaMA-Factory's word, and PEFT's."""
-
-
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Name -> layer of the trunk that is a linear map: nn.Linear, or GPT-2's Conv1D. The output layer is none, and no
-    layer that gives back more than the map does (Llama 4's router), on which LoRA cannot be.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    def is_map(part: nn.Module) -> bool:
-        if type(part).forward in (nn.Linear.forward, Conv1D.forward):
-            return True
-        return isinstance(part, nn.Linear) and isinstance(
-            part(part.weight.new_zeros(1, part.in_features)), torch.Tensor
-        )
-
-    body = set(trunk(model).modules())
-    return {name: part for name, part in model.named_modules() if part in body and is_map(part)}
-
-
-def lora_layers(layers: dict[str, nn.Module], lora_target: str, model: PreTrainedModel) -> set[str]:
-    """The names of those layers that lora_target means: all, or those whose name ends in one of its words, as in PEFT.
-
-    Raises UserError for a word that means none.
-    """
-    if lora_target in ALL_LINEAR:
-        return set(layers)
-    if not words(lora_target):
-        raise UserError("lora_target names no layer: write `all`, or names with commas between them")
-    found = set()
-    for word in sorted(words(lora_target)):
-        named = {name for name in layers if f".{name}".endswith(f".{word}")}
-        if not named:
-            last_names = sorted({name.rpartition(".")[2] for name in layers})
-            what = " (it has experts of that name, stacked)" if word in experts(model) else ""
-            raise UserError(
-                f"lora_target: the model has no linear layer called {word}{what}; it has {', '.join(last_names)}"
-            )
-        found |= named
-    return found
-
-
-def words(lora_target: str) -> set[str]:
-    return {word for name in lora_target.split(",") if (word := name.strip())}
-
-
-def experts(model: PreTrainedModel) -> set[str]:
-    """Last names of weights that hold one matrix per expert: no linear layers, and LoRA does not reach them."""
-    return {
-        name.rpartition(".")[2]
-        for name, weight in trunk(model).named_parameters()
-        if weight.ndim == 3 and "expert" in name
-    }
-
-
-def check_settings(config: RunConfig, folder: Path, settings: PeftConfig, reached: set[str], wanted: set[str]) -> None:
-    """Refuse a run that asks for another LoRA than the adapter is that it goes on from; say what was not asked for.
-
-    reached: the layers that the adapter is for; wanted: those that lora_target means.
-    """
-    own = {"lora_rank": settings.r, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
-    for key, value in own.items():
-        if (asked := getattr(config, key)) not in (None, value):
-            raise UserError(f"{key}: {asked}, and the adapter {folder} has {value}: write {value}, or leave {key} out")
-    if config.lora_target is not None and (differing := sorted(reached ^ wanted)):
-        has = "has a" if differing[0] in reached else "has no"
-        raise UserError(
-            f"lora_target: {config.lora_target}, and the adapter {folder} {has} part for {differing[0]}"
-            f"{and_more(differing)}: leave lora_target out"
-        )
-    if silent := [f"{key} {value}" for key, value in own.items() if getattr(config, key) is None]:
-        say(f"adapter {folder} brings along {', '.join(silent)}")
-
-
-def vocabulary(model: nn.Module) -> int:
-    """How many token ids the model has an embedding for."""
-    return plain(model).get_input_embeddings().weight.shape[0]
-
-
-def name_of(model: nn.Module) -> str:
-    return plain(model).config.name_or_path or type(plain(model)).__name__
-
-
-def context_of(config: PreTrainedConfig) -> int | None:
-    """Positions that the model has, or was trained on, prompt and response together; None where nothing says so.
-
-    Beyond it a learned table ends in an error; rotary positions compute on, with angles that no training has seen,
-    and are refused all the same: the log-probabilities would be of no use. What a rotary scaling adds (YaRN, linear,
-    dynamic) counts; ALiBi has no limit.
-    """
-    config = config.get_text_config()
-    if getattr(config, "alibi", False):
-        return None
-    said = (getattr(config, name, None) for name in CONTEXTS)
-    context = next((value for value in said if isinstance(value, int) and value > 0), None)
-    if context is None:
-        return None
-    scalings = [getattr(config, name, None) or {} for name in ("rope_parameters", "rope_scaling")]
-    scalings += [part for scaling in scalings for part in scaling.values() if isinstance(part, dict)]  # per layer type
-    scaled = [
-        int(scaling["factor"] * (scaling.get("original_max_position_embeddings") or context))
-        for scaling in scalings
-        if isinstance(scaling.get("factor"), int | float)
-    ]
-    return max([context, *scaled])
 
 
 def _first_unknown(ids: np.ndarray, size: int) -> int | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,19 +24,14 @@ from discobeta.data.batches import Pairs
 from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
 from discobeta.design.config import RunConfig, keys_of
 from discobeta.design.stages import STAGES
-from discobeta.errors import UserError, did_you_mean, enough_memory, shown
+from discobeta.errors import UserError, did_you_mean, enough_memory, say, shown
 from discobeta.files import remove, replacing, write_json, write_text
 from discobeta.method.heads import SIGMA0
 from discobeta.method.stage import Stage, stage_class
 from discobeta.model import preflight
+from discobeta.model.forward import hidden_states, response_logps
 from discobeta.model.generation import generate, has_ended, response_text, stop_ids
-from discobeta.model.policy import (
-    hidden_states,
-    load_reference,
-    load_tokenizer,
-    response_logps,
-    use_deterministic_kernels,
-)
+from discobeta.model.pretrained import load_reference, load_tokenizer, use_deterministic_kernels
 from discobeta.run import load as runs
 from discobeta.seeds import uniforms
 
@@ -211,10 +205,6 @@ def defined(found: dict[str, Any]) -> dict[str, Any]:
     if infinite:
         say(f"not in metrics.json: {', '.join(infinite)} (no finite number)")
     return {name: value for name, value in found.items() if name not in (*unknown, *infinite)}
-
-
-def say(line: str) -> None:
-    print(f"discobeta: {line}", file=sys.stderr)
 
 
 def scale_metrics(examples: pd.DataFrame) -> dict[str, float | None]:

@@ -37,7 +37,7 @@ def load_policy(directory: str | Path, *, trust_remote_code: bool = False, cache
     run's own config says of these counts for nothing. Raises UserError for a run that is unfinished or damaged, or
     whose base has changed.
     """
-    from discobeta.model.policy import load_tokenizer
+    from discobeta.model.pretrained import load_tokenizer
 
     policies = [row.name for row in STAGES.values() if row.is_policy]
     stage = load_stage(read_of(directory, *policies, trust_remote_code=trust_remote_code, cache_dir=cache_dir))
@@ -77,7 +77,7 @@ def load_reward_model(source: str | Path, **settings) -> RewardModel:
     from discobeta.method.heads import Heads
     from discobeta.method.reward import RewardModel
     from discobeta.method.stage import stage_class
-    from discobeta.model.policy import load_tokenizer
+    from discobeta.model.pretrained import load_tokenizer
 
     folder = Path(source)
     if (folder / "config.yaml").exists():

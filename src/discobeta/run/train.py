@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from discobeta import identity, lock, record
 from discobeta.design.arms import Arm, cell
 from discobeta.design.config import RunConfig
-from discobeta.design.stages import BASE_STAGE
 from discobeta.errors import UserError
 from discobeta.files import write_json
 
@@ -25,11 +24,6 @@ if TYPE_CHECKING:
 
 def train(config: RunConfig) -> None:
     """Train `config` and leave its run directory."""
-    if config.stage == BASE_STAGE:
-        from discobeta.inputs import base as sft
-
-        return sft.train(config)
-
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import broadcast_object_list
 
@@ -75,16 +69,16 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
     from discobeta.data.sources import contents_hash
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.method.stage import stage_class
-    from discobeta.model import policy, preflight
+    from discobeta.model import preflight, pretrained
     from discobeta.run import load as runs
     from discobeta.run import loop
 
     record.named_checkpoint(config)  # said before anything expensive
-    policy.use_deterministic_kernels(config)
+    pretrained.use_deterministic_kernels(config)
     kind = stage_class(config.stage)
     directory = Path(config.output_dir)
     _say_same_as(config, accelerator.print)
-    tokenizer = policy.load_tokenizer(config)
+    tokenizer = pretrained.load_tokenizer(config)
     with accelerator.main_process_first():
         data = load_or_tokenise(config, tokenizer)
     for line in data.lines():

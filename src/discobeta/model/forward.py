@@ -1,0 +1,220 @@
+"""What a language model says of a response: states, log-probabilities, and where they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from discobeta.data.batches import Batch
+from discobeta.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+LOGIT_CHUNK = 2048
+"""Response tokens whose logits exist at the same time: at a vocabulary of 151,936, 1.2 GB in float32."""
+
+
+def plain(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model (with the adapter in it), or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The model without its output layer: tokens -> last hidden state."""
+    inner = plain(model)
+    for name in (inner.base_model_prefix, "model"):  # Llama4ForCausalLM names a prefix that it does not have
+        if isinstance(body := getattr(inner, name, None), nn.Module):
+            return body
+    raise UserError(f"{inner.config.name_or_path}: {type(inner).__name__} has no part without its output layer")
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """(N, T, width), the trunk's last hidden state (after its final norm)."""
+    body = trunk(model)
+    inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids, "use_cache": False}
+    taken = inputs.keys() & signature(type(body).forward).parameters.keys()  # no positions for ALiBi, for recurrence
+    return body(input_ids=batch.input_ids, **{name: inputs[name] for name in inputs if name in taken}).last_hidden_state
+
+
+def width(model: nn.Module) -> int:
+    """The size of a state of `hidden_states`: mostly the config's hidden_size, but not where a trunk ends in a
+    projection (OPT-350m) or a config is one of several models (text and images)."""
+    inner = plain(model)
+    return (inner.score if hasattr(inner, "score") else inner.get_output_embeddings()).weight.shape[1]
+
+
+AFTER_OUTPUT_LAYER: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "logit_scale": lambda logits, scale: logits * scale,  # Cohere
+    "lm_head_multiplier": lambda logits, scale: logits * scale,  # Falcon-H1
+    "logits_scaling": lambda logits, scale: logits / scale,  # Granite
+    "final_logit_softcapping": lambda logits, cap: cap * torch.tanh(logits / cap),  # Gemma 2
+    "logits_soft_cap": lambda logits, cap: cap * torch.tanh(logits / cap),  # RecurrentGemma
+}
+"""What a model does to its logits by its config. That this is all it does is what `_check_head` checks."""
+
+
+def logits_of(model: nn.Module, states: Tensor) -> Tensor:
+    """(..., vocabulary) float32 logits of (..., width) states."""
+    inner = plain(model)
+    logits, config = inner.get_output_embeddings()(states).float(), inner.config.get_text_config()
+    for name, change in AFTER_OUTPUT_LAYER.items():
+        if isinstance(value := getattr(config, name, None), int | float) and value != 1:
+            logits = change(logits, value)
+    return logits
+
+
+def token_logps(
+    model: nn.Module, hidden: Tensor, batch: Batch, temperature: float = 1.0, *, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(M,) float32 log pi(y_t | x, y_<t) of each response token; on demand the entropy there, without gradient.
+
+    Both in nats, of softmax(logits / temperature). The output layer is applied only where a response
+    token is predicted, a chunk at a time; the backward pass computes a chunk's logits again instead
+    of keeping them.
+    """
+    states = hidden.flatten(0, 1)[batch.predictor_index]
+
+    def of_chunk(part: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = logits_of(model, part)
+        if temperature != 1:
+            logits = logits / temperature
+        log_sum, entropy = logits.logsumexp(-1), None
+        if with_entropy:
+            with torch.no_grad():
+                entropy = log_sum - (logits.softmax(-1) * logits).sum(-1)
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - log_sum, entropy
+
+    parts = list(zip(states.split(LOGIT_CHUNK), batch.target_ids.split(LOGIT_CHUNK), strict=True))
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        values = [of_chunk(*part) for part in parts]
+    else:
+        values = [checkpoint(of_chunk, *part, use_reentrant=False) for part in parts]
+    logps, entropies = zip(*values, strict=True)
+    return torch.cat(logps), torch.cat(entropies) if with_entropy else None
+
+
+def response_logps(model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+    """(N,) float32, log pi(y|x): log-probabilities summed over the response tokens, in nats."""
+    return per_sequence(token_logps(model, hidden, batch)[0], batch)
+
+
+def per_sequence(values: Tensor, batch: Batch) -> Tensor:
+    """(N,) float32 sums of (M,) values over the tokens of each response."""
+    sums = torch.zeros(len(batch.input_ids), dtype=torch.float32, device=values.device)
+    return sums.index_add(0, batch.sequence_index, values)
+
+
+def at(hidden: Tensor, positions: Tensor) -> Tensor:
+    """(N, hidden_size) float32, the state at one position of each sequence."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), positions].float()
+
+
+def scored_at(model: nn.Module, batch: Batch) -> Tensor:
+    """(N,) where a score is read: at the last token that is not the pad_token_id of the model's config.
+
+    It is where transformers' classifiers read it, so the same weights give the same score there. That is the last
+    response token, unless this is the pad: where <pad> is <eos>, it is the token before.
+    """
+    pad = plain(model).config.get_text_config().pad_token_id
+    if pad is None:
+        return batch.response_end
+    place = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+    counts = (place <= batch.response_end[:, None]) & (batch.input_ids != pad)
+    return (place * counts).argmax(1)
+
+
+def pooled(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
+    """(N, hidden_size) float32: the state at the last response token, or the mean over the response."""
+    if pooling == "last":
+        return at(hidden, batch.response_end)
+    weights = batch.response_mask / batch.response_mask.sum(1, keepdim=True)
+    return torch.einsum("nt,nth->nh", weights, hidden.float())
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Make training mode compute what evaluation mode does: in modules of dropout, and where a model calls the
+    function with a rate of its own (OPT's `self.dropout` and `layerdrop`, the `attention_dropout` of many, a router's
+    `jitter_noise`)."""
+    for module in model.modules():
+        rates = (
+            {"p"}
+            if isinstance(module, nn.Dropout)
+            else {name for name in vars(module) if "drop" in name or "jitter" in name}
+        )
+        for name in rates:
+            if isinstance(getattr(module, name), float):
+                setattr(module, name, 0.0)
+
+
+def share_frozen_weights(*models: nn.Module) -> None:
+    """Keep one copy of every frozen weight that several models hold: policy, critic, reward model and
+    reference mostly stand on the same base, and only adapters tell them apart.
+
+    Weights that are trained, or that differ in one bit, stay apart.
+    """
+    kept: dict[tuple, list[nn.Parameter]] = {}
+    for model in models:
+        for module in model.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.requires_grad:
+                    continue
+                start = tuple(weight.detach().flatten()[:8].tolist())
+                alike = kept.setdefault((weight.shape, weight.dtype, weight.device, start), [])
+                same = next((other for other in alike if other is weight or torch.equal(other, weight)), None)
+                if same is None:
+                    alike.append(weight)
+                else:
+                    setattr(module, name, same)
+
+
+CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "max_seq_length")
+"""What configs call the number of positions. BLOOM's `seq_length` is none: it says how long training's texts were."""
+
+
+def vocabulary(model: nn.Module) -> int:
+    """How many token ids the model has an embedding for."""
+    return plain(model).get_input_embeddings().weight.shape[0]
+
+
+def name_of(model: nn.Module) -> str:
+    return plain(model).config.name_or_path or type(plain(model)).__name__
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """Positions that the model has, or was trained on, prompt and response together; None where nothing says so.
+
+    Beyond it a learned table ends in an error; rotary positions compute on, with angles that no training has seen,
+    and are refused all the same: the log-probabilities would be of no use. What a rotary scaling adds (YaRN, linear,
+    dynamic) counts; ALiBi has no limit.
+    """
+    config = config.get_text_config()
+    if getattr(config, "alibi", False):
+        return None
+    said = (getattr(config, name, None) for name in CONTEXTS)
+    context = next((value for value in said if isinstance(value, int) and value > 0), None)
+    if context is None:
+        return None
+    scalings = [getattr(config, name, None) or {} for name in ("rope_parameters", "rope_scaling")]
+    scalings += [part for scaling in scalings for part in scaling.values() if isinstance(part, dict)]  # per layer type
+    scaled = [
+        int(scaling["factor"] * (scaling.get("original_max_position_embeddings") or context))
+        for scaling in scalings
+        if isinstance(scaling.get("factor"), int | float)
+    ]
+    return max([context, *scaled])
+
+
+def check_context(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> None:
+    """Refuse prompts that do not leave the model room for a response."""
+    context = context_of(plain(model).config)
+    if context and longest_prompt + max_new_tokens > context:
+        raise UserError(
+            f"a prompt of {longest_prompt} tokens and max_new_tokens: {max_new_tokens} do not fit into the context of "
+            f"{context} tokens of {plain(model).config.name_or_path}: lower cutoff_len or max_new_tokens"
+        )
