@@ -123,10 +123,12 @@ def settings(base: Path, pairs: dict[str, Path], tmp_path: Path):
 def run(settings):
     """run(stage, **changes): train (in this process) and return the run directory."""
     from discobeta.design.config import RunConfig
-    from discobeta.run.train import train
+    from discobeta.inputs import base
+    from discobeta.run.train import train as train_run
 
     def go(stage: str, **changes) -> Path:
         config, _ = RunConfig.from_mapping(settings(stage, **changes))
+        train = base.train if stage == "sft" else train_run
         train(config)
         return Path(config.output_dir)
 
