@@ -41,7 +41,7 @@ MADE_OF = {
     "model/generation": {"world_pairs", "train ppo"} | EVALUATION,
     "model/pretrained": SHARED | TRAINING | EVALUATION,
     **dict.fromkeys(["model/forward", "model/adapters"], SHARED - {"prepare"} | TRAINING | EVALUATION),
-    "data/tokens": SHARED | TRAINING | EVALUATION,
+    **dict.fromkeys(["data/tokens", "data/encode", "data/templates", "data/rows"], SHARED | TRAINING | EVALUATION),
     "data/formats": SHARED | TRAINING | EVALUATION | {"tables", "figures"},  # is the data still what it was?
     "inputs/world": {"world_corpus", "world_pairs"} | EVALUATION,
     "run/evaluate": EVALUATION,

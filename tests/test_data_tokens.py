@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 
 from discobeta import files
-from discobeta.data import tokens
+from discobeta.data import encode as encoding
+from discobeta.data import templates, tokens
+from discobeta.data.encode import encode
 from discobeta.data.formats import Example
+from discobeta.data.rows import Rows, TokenisedData
 from discobeta.data.sources import RowReport
-from discobeta.data.tokens import Rows, TokenisedData, encode, load_or_tokenise, tokenise, tokenizer_hash
+from discobeta.data.tokens import load_or_tokenise, tokenise, tokenizer_hash
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
 
@@ -86,7 +89,7 @@ def test_conversation_without_a_template_is_a_transcript():
     prompt = [SYSTEM, D, HUMAN, A, ASSISTANT, B, HUMAN, A, ASSISTANT]
     assert ids(Example(turns, "c", "d"), word_tokenizer()) == [prompt, [C, EOS], [D, EOS]]
     assert ids(Example(turns, "c", "d"), word_tokenizer(bos=True))[0] == [BOS, *prompt]
-    rendered = tokens.render(Example([USER], "c", "d"), word_tokenizer())
+    rendered = templates.render(Example([USER], "c", "d"), word_tokenizer())
     assert (rendered.prompt, rendered.responses) == ("\n\nHuman: a\n\nAssistant:", [" c", " d"])
 
 
@@ -175,7 +178,7 @@ def test_a_template_that_does_not_end_is_ended(template, monkeypatch):
     import signal
     import time
 
-    monkeypatch.setattr(tokens, "LONGEST_RENDERING", 0.5)
+    monkeypatch.setattr(templates, "LONGEST_RENDERING", 0.5)
     tokenizer = word_tokenizer(template=template)
     tokenizer.name_or_path = "their/model"
     before, start = signal.getsignal(signal.SIGVTALRM), time.process_time()
@@ -186,7 +189,7 @@ def test_a_template_that_does_not_end_is_ended(template, monkeypatch):
 
 
 def test_many_rows_may_take_longer_than_one(monkeypatch):
-    monkeypatch.setattr(tokens, "LONGEST_RENDERING", 0.4)
+    monkeypatch.setattr(templates, "LONGEST_RENDERING", 0.4)
     slow = "{% for i in range(99999) %}{% endfor %}" + TEMPLATE
     examples = [Example([USER], "c", "d")] * 60
     assert len(encode(examples, word_tokenizer(template=slow), 32, "pairs", RowReport("data", total=60))) == 60
@@ -850,17 +853,17 @@ def test_of_two_responses_that_need_two_prompts_neither_is_left_out():
 
 def test_what_closes_a_response_is_found_in_the_template(byte_level):
     end = byte_level().convert_tokens_to_ids("<|im_end|>")
-    assert tokens.closing_id(byte_level(CHATML)) == end
+    assert templates.closing_id(byte_level(CHATML)) == end
     assert ids(Example([USER], "c", "d"), byte_level(CHATML), 500)[1][-1] == end
-    assert tokens.closing_id(byte_level(CHATML.replace("<|im_end|>\n", "<|im_end|>{{ eos_token }}"))) == end
-    assert tokens.closing_id(byte_level(CHATML.replace("<|im_end|>", "{{ eos_token }}"))) == 0
-    assert tokens.closing_id(byte_level()) is tokens.closing_id(byte_level("{{ 1 / 0 }}")) is None
-    assert tokens.closing_id(word_tokenizer(template=TEMPLATE)) == END
+    assert templates.closing_id(byte_level(CHATML.replace("<|im_end|>\n", "<|im_end|>{{ eos_token }}"))) == end
+    assert templates.closing_id(byte_level(CHATML.replace("<|im_end|>", "{{ eos_token }}"))) == 0
+    assert templates.closing_id(byte_level()) is templates.closing_id(byte_level("{{ 1 / 0 }}")) is None
+    assert templates.closing_id(word_tokenizer(template=TEMPLATE)) == END
 
 
 def test_a_turn_that_ordinary_words_close_ends_with_eos(byte_level):
     wordy = byte_level(CHATML.replace("<|im_end|>", " the end."))
-    assert tokens.closing_id(wordy) is None
+    assert templates.closing_id(wordy) is None
     assert said(Example([USER], "c", "d"), wordy)[1] == "c the end.<|endoftext|>"
 
 
@@ -928,8 +931,8 @@ def test_the_end_of_a_prompt_is_enough_to_go_on_from(byte_level, name):
         alone, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + response))
         if not prompt.strip() or whole[: len(alone)] != alone:
             continue
-        rendered = tokens.Rendered(prompt, [response])
-        assert next(tokens._ids_of([rendered], tokenizer)) == [alone, whole[len(alone) :]], (prompt, response)
+        rendered = templates.Rendered(prompt, [response])
+        assert next(encoding._ids_of([rendered], tokenizer)) == [alone, whole[len(alone) :]], (prompt, response)
         compared += 1
     assert compared > 200
 
@@ -948,8 +951,8 @@ def test_a_token_that_holds_a_special_one_goes_before_it():
 def test_what_stands_before_the_last_special_token_is_tokenised_once(byte_level, monkeypatch):
     """Of 3 renderings of a prompt only what its last special token begins is tokenised again."""
     tokenizer, seen = byte_level(CHATML), []
-    bare = tokens._bare_ids
-    monkeypatch.setattr(tokens, "_bare_ids", lambda one, texts: seen.extend(texts) or bare(one, texts))
+    bare = templates.bare_ids
+    monkeypatch.setattr(encoding, "bare_ids", lambda one, texts: seen.extend(texts) or bare(one, texts))
     ids(Example([{"role": "user", "content": "How tall is tower 3?"}], "1 done", "now"), tokenizer, 500)
     assert len([text for text in seen if "tower" in text]) == 1
     assert "<|im_start|>assistant\n1 done<|im_end|>" in seen

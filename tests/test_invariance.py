@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from discobeta.data.batches import Pairs, collate
-from discobeta.data.tokens import Rows, load_or_tokenise
+from discobeta.data.rows import Rows
+from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.config import RunConfig
 from discobeta.design.schedule import Schedule
 from discobeta.inputs.reference import compute

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from discobeta.data.tokens import Rows
+from discobeta.data.rows import Rows
 
 
 @dataclass

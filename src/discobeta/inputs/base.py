@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from discobeta import files, identity, record
+from discobeta.data.rows import Rows, TokenisedData
 from discobeta.data.sources import contents_hash, read_examples
-from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
+from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.config import RunConfig, read_yaml, write_yaml
 from discobeta.errors import TRAINING_MEMORY, UserError, did_you_mean, enough_memory, first_line
 from discobeta.model import preflight

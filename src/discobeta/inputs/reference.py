@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from discobeta.data.batches import Pairs
-from discobeta.data.tokens import Rows
+from discobeta.data.rows import Rows
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError, enough_memory, telling
 from discobeta.files import read_sealed, replacing, sha256, sweep, write_json, write_sealed

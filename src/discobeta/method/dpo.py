@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from discobeta.data.batches import Batch
-from discobeta.data.tokens import Rows
+from discobeta.data.rows import Rows
 from discobeta.design.config import RunConfig
 from discobeta.inputs import reference
 from discobeta.method.signals import Comparison, Evidence

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from discobeta import losses, seeds
 from discobeta.data.batches import Batch, Pairs, longest_first, pack
-from discobeta.data.tokens import Rows, TokenisedData
+from discobeta.data.rows import Rows, TokenisedData
 from discobeta.design.config import RunConfig
 from discobeta.design.schedule import Schedule
 from discobeta.errors import UserError, enough_memory

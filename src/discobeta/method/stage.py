@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from discobeta.data.batches import Batch, Pairs
-from discobeta.data.tokens import Rows, TokenisedData
+from discobeta.data.rows import Rows, TokenisedData
 from discobeta.design.config import RunConfig
 from discobeta.design.schedule import Schedule, schedule_of
 from discobeta.design.stages import STAGES

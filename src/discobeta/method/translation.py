@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from discobeta.data.encode import encode
 from discobeta.data.formats import Example
 from discobeta.data.sources import RowReport, read_examples
-from discobeta.data.tokens import closing_id, encode
+from discobeta.data.templates import closing_id
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
 from discobeta.model.generation import has_ended

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from discobeta.data.tokens import closing_id
+from discobeta.data.templates import closing_id
 from discobeta.errors import UserError, enough_memory
 from discobeta.model.forward import check_context, plain
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from discobeta.data.batches import Pairs, pack
-from discobeta.data.tokens import Rows, TokenisedData
+from discobeta.data.rows import Rows, TokenisedData
 from discobeta.design.config import RunConfig
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, telling

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from discobeta import lock, metrics, record
 from discobeta.data.batches import Pairs
-from discobeta.data.tokens import Rows, TokenisedData, load_or_tokenise
+from discobeta.data.rows import Rows, TokenisedData
+from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.config import RunConfig, keys_of
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, did_you_mean, enough_memory, say, shown
