@@ -1,7 +1,7 @@
 """The base: supervised fine-tuning by TRL's SFTTrainer, from scratch or from a model.
 
 What policy and reference start from is not what this study is about, so the loop is the field's
-standard one; the other stages have a loop of their own (loop.py).
+standard one; the other stages have a loop of their own (run/loop.py).
 """
 
 from __future__ import annotations
