@@ -138,7 +138,8 @@ def run(settings):
 def reseal(directory: Path, **facts) -> None:
     """As if the run in `directory` had ended with the files that are there now, and on the base that is there now."""
     from discobeta import files, identity, record
-    from discobeta.design.config import RunConfig, read_yaml
+    from discobeta.design.config import RunConfig
+    from discobeta.design.yaml_text import read_yaml
 
     config, _ = RunConfig.from_mapping(read_yaml(directory / "config.yaml"))
     now = {"files": record.manifest(directory), "base": identity.weights_hash(config)}

@@ -9,8 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from discobeta import files, identity, record
-from discobeta.design.config import RunConfig, read_yaml, write_yaml
+from discobeta.design.config import RunConfig
 from discobeta.design.study import Run, Study
+from discobeta.design.yaml_text import read_yaml, write_yaml
 from discobeta.report.collect import Results
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -21,7 +21,8 @@ import discobeta
 from discobeta import cli
 from discobeta.data.batches import pack
 from discobeta.data.tokens import load_or_tokenise
-from discobeta.design.config import RunConfig, read_yaml
+from discobeta.design.config import RunConfig
+from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError
 from discobeta.method.dpo import DirectPreference
 from discobeta.method.rm import RewardModelling

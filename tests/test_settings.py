@@ -10,7 +10,8 @@ import yaml
 
 from discobeta.cli import main
 from discobeta.design import config_names
-from discobeta.design.config import RunConfig, parse_overrides
+from discobeta.design.config import RunConfig
+from discobeta.design.yaml_text import parse_overrides
 from discobeta.errors import UserError
 
 DOCS = Path(__file__).parents[1] / "docs" / "llama-factory.md"

@@ -20,8 +20,9 @@ from typing import Any
 
 from discobeta import __version__, launch
 from discobeta.design.arms import FLAGS, grid
-from discobeta.design.config import RunConfig, parse_overrides
+from discobeta.design.config import RunConfig
 from discobeta.design.stages import BASE_STAGE, STAGES
+from discobeta.design.yaml_text import parse_overrides
 from discobeta.errors import UserError, first_line, lack_of_memory, shorten
 
 

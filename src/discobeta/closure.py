@@ -44,6 +44,10 @@ BOOKKEEPING = {
     "design/config_names": "other programs' names of them",
     "design/__init__": "a docstring",
     "design/stages": "which stages there are; what it says of a run is among its settings, which are compared",
+    "design/study": "makes the settings of every run, which are compared themselves",
+    "design/study_file": "reads and checks what a study says, of which its runs' settings are made",
+    "design/values": "reads and checks a setting's value, which is compared itself",
+    "design/yaml_text": "how settings are read of a text and written; what they are is compared itself",
     "errors": "how a refusal is worded",
     "files": "how a file is written whole",
     "identity": "whether a base is still the one that a run was trained on: the hash is compared itself",
@@ -54,7 +58,6 @@ BOOKKEEPING = {
     "processes": "ends what was started here",
     "record": "what stands in a run's directory",
     "run/load": "gives a finished run back; how is said by its stage, and a judge is of the stage that reads it",
-    "design/study": "makes the settings of every run, which are compared themselves",
 }
 """Module -> why no result depends on it. Nothing is followed through it."""
 

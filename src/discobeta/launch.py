@@ -18,7 +18,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from discobeta.design.config import RunConfig, write_yaml
+from discobeta.design.config import RunConfig
+from discobeta.design.yaml_text import write_yaml
 from discobeta.errors import UserError
 
 MOST = 64

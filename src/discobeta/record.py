@@ -21,7 +21,8 @@ from typing import Any
 
 from discobeta import __version__, files, identity, lock
 from discobeta.closure import code_hash
-from discobeta.design.config import RunConfig, read_yaml, write_yaml
+from discobeta.design.config import RunConfig
+from discobeta.design.yaml_text import read_yaml, write_yaml
 from discobeta.errors import UserError, shown
 
 STARTED = time.monotonic()

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 
 from discobeta.design.config import RunConfig
 from discobeta.design.config_names import IGNORED, REFUSED
-from discobeta.design.study import KEYS
+from discobeta.design.study_file import KEYS
 
 RUN_KEYS = [
     *(entry.name for entry in dataclasses.fields(RunConfig)),

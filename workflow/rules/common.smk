@@ -14,7 +14,7 @@ SOURCE = Path(os.path.relpath(Path(workflow.basedir).parent / "src"))
 sys.path.insert(0, str(SOURCE.resolve()))
 
 from discobeta.closure import code
-from discobeta.design.config import as_written
+from discobeta.design.yaml_text import as_written
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.errors import UserError
 from discobeta.identity import CONFIGS, TOKENIZER, WEIGHTS

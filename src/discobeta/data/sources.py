@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from discobeta.data.formats import COLUMNS, TAGS, Example, Kind, Reason, Unusable, find_layout, read_example
-from discobeta.design.config import RunConfig, read_yaml
+from discobeta.design.config import RunConfig
+from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, shorten, shown, telling
 from discobeta.files import check_regular, read_json, sha256
 

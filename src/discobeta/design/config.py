@@ -10,22 +10,18 @@ before anything starts.
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
 import typing
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from discobeta.design.arms import FLAGS, IDEAS, Arm
 from discobeta.design.config_names import IGNORED, REFUSED, RENAMED, SAME_ADAMW, is_neutral
 from discobeta.design.stages import BASE_STAGE, STAGES, having
-from discobeta.errors import UserError, did_you_mean, first_line, shorten, shown
+from discobeta.design.values import finite_number, typed
+from discobeta.design.yaml_text import parse_overrides, read_yaml
+from discobeta.errors import UserError, did_you_mean, shown
 
 STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
     BASE_STAGE: {"disco_mean_penalty": 0.0, "disco_spread_penalty": 0.0, "num_eval_generations": 0},
@@ -214,7 +210,7 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), fro
         values = {}
         for name, value in settings.items():
             if name in known:
-                values[name] = _typed(name, value, hints[name], known[name], where)
+                values[name] = typed(name, value, hints[name], known[name], where)
             elif name in IGNORED:
                 if name == "deepspeed":
                     _check_deepspeed(value, where)
@@ -311,7 +307,7 @@ def _said_as_here(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         settings["report_to"] = "none"
     elif isinstance(report_to, list) and len(report_to) == 1:
         settings["report_to"] = report_to[0]
-    share = _number(settings.get("warmup_steps"))
+    share = finite_number(settings.get("warmup_steps"))
     if share is not None and 0 < share < 1:
         settings |= {"warmup_steps": 0, "warmup_ratio": share}
     optim = settings.get("optim")
@@ -359,209 +355,3 @@ def keys_of(step: str, stage: str) -> tuple[str, ...]:
 
 
 _hints = cache(typing.get_type_hints)  # which compiles every annotation anew
-
-LONGEST_FILE = 4_000_000
-"""Bytes of a YAML file: what is larger is no config."""
-
-MOST_VALUES = 100_000
-"""Of a YAML file, each counted as often as aliases repeat it."""
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A mapping from a YAML file; `-` is standard input."""
-    import sys
-
-    try:
-        with nullcontext(sys.stdin.buffer) if str(path) == "-" else Path(path).open("rb") as stream:
-            content = stream.read(LONGEST_FILE + 1)
-        text = content.decode("utf-8-sig")
-        if str(path).endswith(".json"):
-            text = text.replace("\t", " ")  # of which YAML makes no indentation, and JSON no part of a text
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    if len(content) > LONGEST_FILE:
-        raise UserError(f"{path} is no config: it is larger than {LONGEST_FILE:,} bytes")
-    try:
-        settings = parse_yaml(text)
-    except UserError as error:
-        raise UserError(f"{path} {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold `key: value` lines, not {type(settings).__name__}")
-    return settings
-
-
-def parse_yaml(text: str) -> Any:
-    """Texts, numbers, true, false and null, in lists and in mappings whose keys are texts.
-
-    Raises UserError ("is not valid YAML: …") for anything else, e.g. a key that stands twice.
-    """
-    try:
-        value = yaml.load(text, _PlainValues)
-        _count_values(value, {})
-    except yaml.YAMLError as error:
-        raise UserError(f"is not valid YAML: {shorten(' '.join(str(error).split()))}") from None
-    except RecursionError:
-        raise UserError("is not valid YAML: nested too deeply, or in itself") from None
-    except UserError:
-        raise
-    except Exception as error:  # of a constructor: !!int abc, !!timestamp x, !!bool maybe, a number of 5,000 digits
-        raise UserError(f"is not valid YAML: {first_line(error)}") from None
-    return value
-
-
-def _count_values(value: Any, counted: dict[int, int]) -> int:
-    """How many values there are when every alias is written out; checks that all are plain."""
-    if isinstance(value, dict | list):
-        if (known := counted.get(id(value))) is not None:
-            return known
-        for name in value if isinstance(value, dict) else ():
-            if not isinstance(name, str):
-                raise UserError(f"is no config: the key {shown(name)} should be text (write it in quotes)")
-        parts = value.values() if isinstance(value, dict) else value
-        counted[id(value)] = total = 1 + sum(_count_values(part, counted) for part in parts)
-        if total > MOST_VALUES:
-            raise UserError(f"is no config: it holds more than {MOST_VALUES:,} values")
-        return total
-    if not isinstance(value, str | int | float | None):
-        raise UserError(f"is no config: {shown(value)} is neither text nor a number")
-    if isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
-        raise UserError(f"is no config: {shown(value)} holds characters that no text has")
-    return 1
-
-
-def _is_unicode(text: str) -> bool:
-    """Half a surrogate pair ("\\ud83d") is no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def parse_overrides(overrides: list[str]) -> dict[str, Any]:
-    """`key=value` words; the value is what was written, read as YAML where YAML reads all of it."""
-    settings = {}
-    for word in overrides:
-        name, sign, value = word.partition("=")
-        if not sign or not name:
-            raise UserError(f"--set {shorten(word, 80)}: write key=value")
-        try:
-            settings[name.strip()] = as_written(value)
-        except UserError as error:
-            raise UserError(f"--set {shorten(word, 80)}: the value {error}") from None
-    return settings
-
-
-def as_written(text: str) -> Any:
-    """A number, true, false, null, a quoted text or a `[list]` or `{mapping}`; else the text, all of it.
-
-    YAML itself would refuse `%s` and `a: b: c`, drop a comment (`a #b`), an anchor (`&a b`) or a line's end, and see
-    a list in `- a`.
-    """
-    written = text.strip()
-    try:
-        yaml.compose(text, yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        if written[:1] not in ("'", '"', "[", "{") and not isinstance(error, yaml.reader.ReaderError):
-            return written
-    except RecursionError:
-        pass
-    value = parse_yaml(text)
-    tokens = list(yaml.scan(text))
-    if any("#" in text[one.end_mark.index : other.start_mark.index] for one, other in pairwise(tokens)):
-        return written
-    if not all(isinstance(token, _IN_A_WORD) for token in tokens):
-        return written
-    return written if isinstance(value, str) and written[:1] not in ("'", '"') else value
-
-
-_IN_A_WORD = (
-    yaml.StreamStartToken, yaml.StreamEndToken, yaml.ScalarToken, yaml.KeyToken, yaml.ValueToken, yaml.FlowEntryToken,
-    yaml.FlowSequenceStartToken, yaml.FlowSequenceEndToken, yaml.FlowMappingStartToken, yaml.FlowMappingEndToken,
-)  # fmt: skip
-
-
-def write_yaml(settings: dict[str, Any], path: Path) -> None:
-    from discobeta.files import write_text
-
-    write_text(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-
-
-def _typed(name: str, value: Any, hint: Any, entry: dataclasses.Field, where: str) -> Any:
-    """The value in the field's type, or an error that names both."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for kind in options:
-        if kind is types.NoneType:
-            if value is None or value == "null":
-                return None
-        elif typing.get_origin(kind) is Literal:
-            choice = "no" if value is False and "no" in typing.get_args(kind) else value
-            if isinstance(choice, str) and choice in typing.get_args(kind):
-                return choice
-        elif kind is bool and isinstance(value, bool):
-            return value
-        elif kind is float and (number := _number(value)) is not None:
-            return _bounded(name, float(number), entry, where)
-        elif kind is int and (number := _number(value)) is not None and number == int(number):
-            return _bounded(name, int(number), entry, where)
-        elif kind is str and isinstance(value, str):
-            return value
-        elif kind is str and isinstance(value, list) and all(isinstance(word, str) for word in value):
-            return ",".join(value)  # `dataset: [a, b]` is `dataset: a,b`
-    names = [
-        " or ".join(map(str, typing.get_args(kind))) if typing.get_origin(kind) is Literal
-        else "null" if kind is types.NoneType
-        else {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}[kind.__name__]
-        for kind in options
-    ]  # fmt: skip
-    raise UserError(f"{where}: {name}: {shown(value)} should be {', or '.join(names)}")
-
-
-def _number(value: Any) -> int | float | None:
-    """A finite number, also one that YAML reads as text: `1e-4` has no dot, so YAML 1.1 says str.
-
-    A whole number stays one: as a float it would be rounded beyond 2^53.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    for kind in (int, float) if isinstance(value, str) else (type(value),):
-        try:
-            number = kind(value)
-            return number if math.isfinite(number) else None
-        except (ValueError, OverflowError):
-            continue
-    return None
-
-
-def _bounded(name: str, value: float, entry: dataclasses.Field, where: str) -> float:
-    least, most = entry.metadata["least"], entry.metadata["most"]
-    if isinstance(value, int):
-        most = LARGEST if most is None and value > LARGEST else most  # not said where nobody comes near it
-    if (least is not None and value < least) or (most is not None and value > most):
-        span = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise UserError(f"{where}: {name}: {shown(value)} should be {span}")
-    return value
-
-
-LARGEST = 2**63 - 1
-"""Of whole numbers: what the tables can hold."""
-
-
-class _PlainValues(yaml.SafeLoader):
-    """SafeLoader keeps the last of two equal keys in silence, which a config must not, and makes dates of texts."""
-
-    yaml_implicit_resolvers = {
-        start: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
-        for start, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise UserError(f"line {key.start_mark.line + 1}: key {shown(key.value)} stands twice")
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)

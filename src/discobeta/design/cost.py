@@ -16,10 +16,10 @@ from pathlib import Path
 import pandas as pd
 
 from discobeta.design.arms import Arm
-from discobeta.design.config import read_yaml
 from discobeta.design.schedule import schedule_of, total_steps
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Run, Study
+from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, telling
 from discobeta.files import read_json
 

@@ -1,68 +1,30 @@
 """A study = one grid of runs: stages x arms x seeds on the same base and the same data.
 
 Everything that turns a study config into run configs happens here, so that the workflow, the
-tables and the tests agree on it. The workflow only calls this module; it works without Snakemake.
+tables and the tests agree on it; what a study config may say is checked in `study_file`. The
+workflow only calls this module; it works without Snakemake.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from discobeta.design.arms import ARMS, CORNERS, FLAGS, Arm, State
-from discobeta.design.config import RunConfig, parse_overrides, read_yaml
-from discobeta.design.stages import BASE_STAGE, READ_KEYS, STAGES
-from discobeta.errors import UserError, did_you_mean, shown
+from discobeta.design import study_file
+from discobeta.design.arms import CORNERS, Arm, State
+from discobeta.design.config import RunConfig
+from discobeta.design.stages import BASE_STAGE, STAGES
+from discobeta.design.study_file import DATA_KEYS, MODEL_KEYS
+from discobeta.design.yaml_text import parse_overrides, read_yaml
+from discobeta.errors import UserError
 
-KEYS = [
-    "study",
-    "environment",
-    "seeds",
-    "stages",
-    "idle_arms",
-    "prove_steps",
-    "gpus_per_run",
-    "arms",
-    "data",
-    "prompts",
-    "base",
-    "common",
-    *STAGES,
-]
-ENVIRONMENTS = ("cpu", "cuda")
-"""envs/<name>.yaml, for `snakemake --sdm conda`."""
-
-MOST_SEEDS = 1000
-LARGEST = 2**63 - 1
-"""Of whole numbers: what a column of a table holds."""
-
-LONGEST_NAME = 100
-"""Characters of a study's name, which becomes a folder, and of a key."""
-
-WORLD_DEFAULTS = {"sft_examples": 6000, "train": 9600, "evaluation": 1600, "noise": "heteroscedastic", "seed": 1}
 WORLD_STEPS = {"corpus": ("seed", "sft_examples", "noise"), "pairs": ("train", "evaluation")}
-"""Which of them each step of the world reads; what pairs read of the corpus, they read from its record."""
+"""Which of WORLD_DEFAULTS each step of the world reads; what pairs read of the corpus, they read from its record."""
 
-DATA_KEYS = [
-    "dataset",
-    "eval_dataset",
-    "dataset_dir",
-    "split",
-    "eval_split",
-    "cutoff_len",
-    "max_samples",
-    "val_size",
-    "max_unusable_rows",
-]
-HOW_ROWS_ARE_READ = ["dataset_dir", "cutoff_len", "max_unusable_rows"]
-"""Of DATA_KEYS, those that say nothing about which rows: `prompts:` has them from `data:` unless it has its own."""
-
-MODEL_KEYS = ["model_name_or_path", "model_revision", "adapter_name_or_path", "trust_remote_code", "cache_dir"]
 CORPUS_KEYS = ["dataset", "dataset_dir", "split", "cutoff_len", "max_samples", "max_unusable_rows"]
 """What the base is trained on unless `base: sft:` says otherwise: the study's own training data."""
 
@@ -71,24 +33,6 @@ TOKENS_DEPEND_ON = ["stage", "tokenizer_name", *MODEL_KEYS, *DATA_KEYS, "tokeniz
 
 REFERENCE_KEYS = ["finetuning_type", "bf16", "flash_attn", "deterministic", "per_device_eval_batch_size"]
 """What the reference pass depends on besides model and data: not seed, adapter, beta or loss."""
-
-PATH_KEYS = [
-    "stage",
-    "seed",
-    "output_dir",
-    "tokenized_path",
-    "reference_path",
-    "overwrite_output_dir",
-    "stop_after_steps",
-    *READ_KEYS,
-]
-BELONGS = (
-    dict.fromkeys(FLAGS, "it comes from the grid (choose arms with `arms:`)")
-    | dict.fromkeys(DATA_KEYS, "it belongs in `data:` (all runs see the same rows)")
-    | dict.fromkeys(MODEL_KEYS, "it belongs in `base:` (all runs start from the same model)")
-    | dict.fromkeys(PATH_KEYS, "the study sets it")
-)
-"""Run keys that `common:` and the stages' sections may not hold, and where they belong."""
 
 
 @dataclass(frozen=True)
@@ -107,43 +51,33 @@ class Study:
 
     def __init__(self, settings: dict[str, Any], where: str = "study config"):
         self._where = where
-        settings = _mapping(settings, where)
-        _known(settings, KEYS, where)
+        settings = study_file.mapping(settings, where)
+        study_file.check_known(settings, study_file.KEYS, where)
         for key in ("study", "data", "base"):
             if not settings.get(key):
                 raise UserError(f"{where}: {key} is missing")
         self.settings = settings
-        self.name: str = settings["study"]
-        is_plain = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name)
-        if not is_plain or self.name == "published" or len(self.name) > LONGEST_NAME:
-            raise UserError(
-                f"{where}: study: {shown(self.name)} should be a plain folder name of at most {LONGEST_NAME} "
-                "characters, and not 'published'"
-            )
+        self.name = study_file.read_name(settings, where)
         self.directory = Path("results") / self.name
-        self.seeds: list[int] = self._listed("seeds", [1, 2], int)
-        self.stages: list[str] = self._listed("stages", list(STAGES), str)
-        for stage in self.stages:
-            if stage not in STAGES:
-                raise UserError(f"{where}: stages: {shown(stage)} should be one of {', '.join(STAGES)}")
-        self.idle_arms: str = settings.get("idle_arms", "run")
-        if self.idle_arms not in ("run", "prove"):
-            raise UserError(f"{where}: idle_arms: {shown(self.idle_arms)} should be run or prove")
-        if (environment := settings.get("environment", "cpu")) not in ENVIRONMENTS:
-            raise UserError(f"{where}: environment: {shown(environment)} should be {' or '.join(ENVIRONMENTS)}")
+        self.seeds: list[int] = study_file.read_list(settings, "seeds", [1, 2], int, where)
+        self.stages = study_file.read_stages(settings, where)
+        self.idle_arms = study_file.read_choice(settings, "idle_arms", ("run", "prove"), where)
+        study_file.read_choice(settings, "environment", study_file.ENVIRONMENTS, where)  # which the rules read
         self.prove_steps: int = settings.get("prove_steps", 20)
         self.gpus_per_run: int = settings.get("gpus_per_run", 1)
-        self.arms: list[Arm] = self._arms()
-        self.world: dict[str, Any] | None = None
-        self._read_data()
-        self._read_prompts()
-        self._read_base()
+        self.arms = study_file.read_arms(settings, self.idle_arms, where)
+        self.world, self._data = study_file.read_data(settings, where)
+        self._prompts = study_file.read_prompts(settings, self.world, self._data, where)
+        self.sft, self._model = study_file.read_base(settings, where)
         self._first_configs: dict[tuple[str, Arm, bool], tuple[dict[str, Any], RunConfig]] = {}
         self._configs: dict[Run, RunConfig] = {}
         self._proof_lengths: dict[str, int] = {}
-        self._check_numbers()
-        self._sections = {name: self._section(name) for name in ("common", *STAGES)}
-        self._check_stages()
+        study_file.check_whole(self.prove_steps, 1, f"{where}: prove_steps")
+        study_file.check_whole(self.gpus_per_run, 1, f"{where}: gpus_per_run")
+        for seed in self.seeds:
+            study_file.check_whole(seed, 0, f"{where}: seeds")
+        self._sections = {name: study_file.read_section(settings, name, where) for name in ("common", *STAGES)}
+        study_file.check_stages(self.stages, self.arms, where)
         self._runs = [run for stage in self.stages for arm in self.arms_of(stage) for run in self._runs_of(stage, arm)]
         self._by_place = {(run.stage, run.arm, run.seed, run.proof): run for run in self._runs}
         self._check()
@@ -158,7 +92,7 @@ class Study:
             configfiles = [configfiles]
         settings: dict[str, Any] = {}
         for layer in (*map(read_yaml, configfiles), parse_overrides(list(overrides))):
-            settings = _merged(settings, layer)
+            settings = study_file.merge(settings, layer)
         return cls(settings, ", ".join(map(str, configfiles)))
 
     # --- what is trained
@@ -422,31 +356,7 @@ class Study:
         """What the world's corpus, or its pairs, depend on."""
         return {key: self.world[key] for key in WORLD_STEPS[step]} if self.world else {}
 
-    # --- reading and checking
-
-    def _listed(self, key: str, default: list, kind: type) -> list:
-        values = self.settings.get(key, default)
-        right = isinstance(values, list) and all(type(value) is kind for value in values)  # True is no seed
-        if not right or not values or len(set(values)) < len(values):
-            noun = "whole numbers" if kind is int else "names"
-            raise UserError(f"{self._where}: {key}: {shown(values)} should be a list of different {noun}")
-        if len(values) > MOST_SEEDS:
-            raise UserError(f"{self._where}: {key}: {len(values):,} of them; a study has at most {MOST_SEEDS:,}")
-        return values
-
-    def _arms(self) -> list[Arm]:
-        if self.settings.get("arms", "all") == "all":
-            return list(ARMS)
-        names = {arm.name: arm for arm in ARMS}
-        listed = self._listed("arms", [], str)
-        for name in listed:
-            if name not in names:
-                raise UserError(f"{self._where}: arms: no arm is called {shown(name)}; the arms are {', '.join(names)}")
-        arms = [names[name] for name in listed]
-        for arm in arms:
-            if self.idle_arms == "prove" and arm.twin not in arms:
-                raise UserError(f"{self._where}: arms: {arm.name} is proved against {arm.twin.name}: list that too")
-        return arms
+    # --- making and checking
 
     def _runs_of(self, stage: str, arm: Arm) -> list[Run]:
         def run(seed: int, proof: bool) -> Run:
@@ -461,86 +371,6 @@ class Study:
             is_twin = any(other.is_idle and other.twin == arm for other in self.arms_of(stage))
             kinds = [False, True] if is_twin else [False]
         return [run(seed, proof) for proof in kinds for seed in self.seeds]
-
-    def _read_data(self) -> None:
-        data = self._mapping("data")
-        if "world" in data:
-            _known(data, ["world"], f"{self._where}: data: world makes its own rows, so next to it")
-            world = _mapping(data["world"], f"{self._where}: data: world")
-            _known(world, WORLD_DEFAULTS, f"{self._where}: data: world")
-            self.world = WORLD_DEFAULTS | world
-            if self.world["noise"] not in ("heteroscedastic", "homoscedastic"):
-                raise UserError(f"{self._where}: data: world: noise should be heteroscedastic or homoscedastic")
-            for key in ("sft_examples", "train", "evaluation", "seed"):
-                _check_whole(self.world[key], 0 if key == "seed" else 1, f"{self._where}: data: world: {key}")
-        else:
-            _known(data, DATA_KEYS, f"{self._where}: data")
-            if not data.get("dataset"):
-                raise UserError(f"{self._where}: data: give dataset (a file, a hub id or a name) or world")
-            if not data.get("eval_dataset") and not data.get("val_size"):
-                raise UserError(f"{self._where}: data: give eval_dataset or val_size (rows to compare runs on)")
-        self._data = _names_joined(data, f"{self._where}: data")
-
-    def _read_prompts(self) -> None:
-        prompts = self._mapping("prompts")
-        self._prompts: dict[str, Any] = {}
-        if not prompts:
-            return
-        if self.world:
-            raise UserError(f"{self._where}: prompts: a base of the world knows the world's prompts only: leave it out")
-        _known(prompts, DATA_KEYS, f"{self._where}: prompts")
-        if not prompts.get("dataset"):
-            raise UserError(f"{self._where}: prompts: give dataset, or leave prompts out to use those of data")
-        if not prompts.get("eval_dataset") and not prompts.get("val_size"):
-            raise UserError(f"{self._where}: prompts: give eval_dataset or val_size (prompts to measure policies on)")
-        inherited = {key: self._data[key] for key in HOW_ROWS_ARE_READ if key in self._data}
-        self._prompts = inherited | _names_joined(prompts, f"{self._where}: prompts")
-
-    def _read_base(self) -> None:
-        base = {key: value for key, value in self._mapping("base").items() if value is not None}
-        _known(base, ["sft", *MODEL_KEYS], f"{self._where}: base")
-        if ("sft" in base) == ("model_name_or_path" in base):
-            raise UserError(f"{self._where}: base: give either model_name_or_path or sft (a base trained here)")
-        if "sft" in base and not base["sft"]:
-            raise UserError(f"{self._where}: base: sft: say what is trained (model_type, or model_name_or_path)")
-        self.sft = _mapping(base.pop("sft", None), f"{self._where}: base: sft")
-        if self.sft and base:
-            raise UserError(f"{self._where}: base: {next(iter(base))} may not stand next to sft: it belongs in it")
-        _check_paths(base, f"{self._where}: base")
-        _check_paths(self.sft, f"{self._where}: base: sft")
-        for key in ("stage", "output_dir", "overwrite_output_dir"):
-            if key in self.sft:
-                raise UserError(f"{self._where}: base: sft: {key} may not stand here: {BELONGS[key]}")
-        self._model = base
-
-    def _section(self, name: str) -> dict[str, Any]:
-        section = self._mapping(name)
-        for key in section:
-            if key in BELONGS:
-                reads_prompts = name in STAGES and not STAGES[name].has_pairs
-                place = "it belongs in `prompts:`" if reads_prompts and key in DATA_KEYS else BELONGS[key]
-                raise UserError(f"{self._where}: {name}: {key} may not stand here: {place}")
-        return section
-
-    def _mapping(self, key: str) -> dict[str, Any]:
-        return _mapping(self.settings.get(key), f"{self._where}: {key}")
-
-    def _check_stages(self) -> None:
-        """What a stage reads must be trained too."""
-        for stage in self.stages:
-            for reading in STAGES[stage].reads:
-                needing = [arm.name for arm in self.arms if not reading.idea or arm.has(reading.idea)]
-                if needing and reading.stage not in self.stages:
-                    raise UserError(
-                        f"{self._where}: stages: {stage} reads the runs of {reading.stage} ({reading.key} of "
-                        f"{needing[0]}): add {reading.stage}"
-                    )
-
-    def _check_numbers(self) -> None:
-        _check_whole(self.prove_steps, 1, f"{self._where}: prove_steps")
-        _check_whole(self.gpus_per_run, 1, f"{self._where}: gpus_per_run")
-        for seed in self.seeds:
-            _check_whole(seed, 0, f"{self._where}: seeds")
 
     def _check(self) -> None:
         """Every run config of the study, through the same checks as `discobeta train`."""
@@ -576,62 +406,3 @@ def plan(study: Study) -> str:
 def as_text(settings: dict[str, Any]) -> str:
     """A run config on one line: JSON, which is YAML too and, once per job of a study, twenty times as fast to write."""
     return json.dumps(settings, ensure_ascii=False)
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    """The value, with an empty mapping for none."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(f"{where} should hold `key: value` lines, not {shown(value)}")
-    for key in value:
-        if not isinstance(key, str):
-            raise UserError(f"{where}: the key {shown(key)} should be text (write it in quotes)")
-        if len(key) > LONGEST_NAME:
-            raise UserError(f"{where}: unknown key {shown(key)}")
-    return value
-
-
-def _names_joined(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """`dataset: [a, b]` is `dataset: a,b`."""
-    joined = dict(settings)
-    for key in ("dataset", "eval_dataset"):
-        names = joined.get(key)
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            joined[key] = names = ",".join(names)
-        if names is not None and not isinstance(names, str):
-            raise UserError(f"{where}: {key}: {shown(names)} should be a name, or a list of names")
-    _check_paths(joined, where)
-    return joined
-
-
-def _check_paths(settings: dict[str, Any], where: str) -> None:
-    """Refuse what a rule of the workflow could not have as its input."""
-    for key in ("dataset", "eval_dataset", "model_name_or_path", "adapter_name_or_path"):
-        name = settings.get(key)
-        if isinstance(name, str) and (set("{}") & set(name) or not name.isprintable()):
-            raise UserError(f"{where}: {key}: {shown(name)}: Snakemake takes braces for wildcards: rename it")
-
-
-def _check_whole(value: Any, least: int, where: str) -> None:
-    if type(value) is not int or value < least:
-        raise UserError(f"{where}: {shown(value)} should be a whole number, at least {least}")
-    if value > LARGEST:
-        raise UserError(f"{where}: {shown(value)} should be at most {LARGEST}")
-
-
-def _known(settings: dict[str, Any], names: Iterable[str], where: str) -> None:
-    names = list(names)
-    for key in settings:
-        if key not in names:
-            hint = did_you_mean(key, names) or f"; the keys are {', '.join(names)}"
-            raise UserError(f"{where}: unknown key {shown(key)}{hint}")
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Mappings are merged key by key, anything else is replaced: what Snakemake does with its config files."""
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged

@@ -24,7 +24,8 @@ from discobeta import files, identity, record
 from discobeta.data.rows import Rows, TokenisedData
 from discobeta.data.sources import contents_hash, read_examples
 from discobeta.data.tokens import load_or_tokenise
-from discobeta.design.config import RunConfig, read_yaml, write_yaml
+from discobeta.design.config import RunConfig
+from discobeta.design.yaml_text import read_yaml, write_yaml
 from discobeta.errors import TRAINING_MEMORY, UserError, did_you_mean, enough_memory, first_line
 from discobeta.model import preflight
 from discobeta.model.pretrained import ATTENTION, load_causal_lm, load_tokenizer
