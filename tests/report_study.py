@@ -11,7 +11,7 @@ import pandas as pd
 from discobeta import files, identity, record
 from discobeta.design.config import RunConfig, read_yaml, write_yaml
 from discobeta.design.study import Run, Study
-from discobeta.report.collect import Results
+from discobeta.report.results import Results
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 STEPS = ({"step": 1, "loss": 0.75, "accuracy": 0.5}, {"step": 2, "eval_loss": 0.5, "eval_accuracy": 0.75})

@@ -14,8 +14,8 @@ import pytest
 
 from discobeta import files
 from discobeta.data import tokens
-from discobeta.data.formats import Example
-from discobeta.data.sources import RowReport
+from discobeta.data.examples import Example
+from discobeta.data.row_report import RowReport
 from discobeta.data.tokens import Rows, TokenisedData, encode, load_or_tokenise, tokenise, tokenizer_hash
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from discobeta.data.batches import longest_first, pack
-from discobeta.data.formats import Example
-from discobeta.data.sources import RowReport
+from discobeta.data.examples import Example
+from discobeta.data.row_report import RowReport
 from discobeta.data.tokens import encode
 from discobeta.design.config import RunConfig
 from discobeta.errors import enough_memory
