@@ -7,14 +7,12 @@ from enum import StrEnum
 from typing import Any, Literal
 
 Message = dict[str, Any]
-"""{"role": "system" | "user" | "assistant" | "tool", "content": text or None}, and of `FIELDS` those that are there."""
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text or None}, and what it has of `formats.FIELDS`."""
 Prompt = str | list[Message]
 Response = str | Message
 """A message where it holds more than its text: thoughts, calls of tools."""
 Kind = Literal["pairs", "supervised", "prompts"]
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-FIELDS = ("tool_calls", "tool_call_id", "name", *THOUGHTS)
-"""Of a message, beside role and content: chat templates read these."""
 
 
 class Reason(StrEnum):

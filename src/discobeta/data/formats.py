@@ -25,13 +25,15 @@ import math
 import re
 from typing import Any
 
-from discobeta.data.examples import FIELDS, Example, Kind, Message, Prompt, Reason, Response, Unusable, texts_of
+from discobeta.data.examples import THOUGHTS, Example, Kind, Message, Prompt, Reason, Response, Unusable, texts_of
 from discobeta.data.layouts import MEDIA, Layout, is_given
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.errors import shown
 
 KINDS: dict[str, Kind] = {BASE_STAGE: "supervised", **{name: row.rows for name, row in STAGES.items()}}
 """What each stage trains on."""
+FIELDS = ("tool_calls", "tool_call_id", "name", *THOUGHTS)
+"""Of a message, beside role and content: chat templates read these."""
 OWN_ARGUMENTS = (
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding",
     "continue_final_message", "sanitize_control_tokens", "truncation", "max_length", "return_tensors", "return_dict",
