@@ -21,8 +21,8 @@ from typing import Any
 from discobeta.data.examples import Example, Kind, Reason, Unusable
 from discobeta.data.formats import read_example
 from discobeta.data.layouts import COLUMNS, TAGS, find_layout
+from discobeta.data.local_files import Row, beginning, cells, file_rows
 from discobeta.data.row_report import RowReport
-from discobeta.data.rows import Row, beginning, cells, file_rows
 from discobeta.design.config import RunConfig, read_yaml
 from discobeta.errors import UserError, shorten, shown, telling
 from discobeta.files import check_regular, read_json, sha256
