@@ -12,7 +12,7 @@ from discobeta import files, identity, record
 from discobeta.design.config import RunConfig
 from discobeta.design.study import Run, Study
 from discobeta.design.yaml_text import read_yaml, write_yaml
-from discobeta.report.collect import Results
+from discobeta.report.results import Results
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 STEPS = ({"step": 1, "loss": 0.75, "accuracy": 0.5}, {"step": 2, "eval_loss": 0.5, "eval_accuracy": 0.75})

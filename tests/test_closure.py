@@ -42,14 +42,17 @@ MADE_OF = {
     "model/pretrained": SHARED | TRAINING | EVALUATION,
     **dict.fromkeys(["model/forward", "model/adapters"], SHARED - {"prepare"} | TRAINING | EVALUATION),
     **dict.fromkeys(["data/tokens", "data/encode", "data/templates", "data/rows"], SHARED | TRAINING | EVALUATION),
-    "data/formats": SHARED | TRAINING | EVALUATION | {"tables", "figures"},  # is the data still what it was?
+    **dict.fromkeys(  # is the data still what it was?
+        [f"data/{name}" for name in ("examples", "formats", "layouts", "row_report", "local_files", "sources")],
+        SHARED | TRAINING | EVALUATION | {"tables", "figures"},
+    ),
     "inputs/world": {"world_corpus", "world_pairs"} | EVALUATION,
     "run/evaluate": EVALUATION,
     "metrics": EVALUATION | {"figures"},
     "report/tables": {"tables"},
     "report/effects": {"tables"},
-    "report/figures": {"figures"},
-    "report/collect": {"tables", "figures"},
+    **dict.fromkeys(["report/figures", "report/curves", "report/style"], {"figures"}),
+    **dict.fromkeys(["report/results", "report/collect"], {"tables", "figures"}),
     "record": {"tables", "figures"},
     "design/study": {"tables", "figures"},
     **dict.fromkeys(
@@ -64,6 +67,7 @@ MADE_OF = {
             "errors",
             "inputs/fetch",
             "files",
+            "folders",
             "launch",
             "lock",
             "processes",

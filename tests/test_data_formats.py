@@ -7,7 +7,9 @@ from decimal import Decimal
 
 import pytest
 
-from discobeta.data.formats import Reason, Unusable, find_layout, read_example
+from discobeta.data.examples import Reason, Unusable
+from discobeta.data.formats import read_example
+from discobeta.data.layouts import find_layout
 from discobeta.errors import UserError
 
 USER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "be brief"}

@@ -16,9 +16,9 @@ from discobeta import files
 from discobeta.data import encode as encoding
 from discobeta.data import templates, tokens
 from discobeta.data.encode import encode
-from discobeta.data.formats import Example
+from discobeta.data.examples import Example
+from discobeta.data.row_report import RowReport
 from discobeta.data.rows import Rows, TokenisedData
-from discobeta.data.sources import RowReport
 from discobeta.data.tokens import load_or_tokenise, tokenise, tokenizer_hash
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError

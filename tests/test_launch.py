@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from discobeta import record
+from discobeta import folders
 from discobeta.design.study import Study
 from discobeta.errors import UserError
 from discobeta.launch import train
@@ -79,7 +79,7 @@ def test_two_processes_resume(command, tmp_path):
     assert not (tmp_path / "killed" / "provenance.json").exists()
     (tmp_path / "alone").mkdir()
     shutil.copytree(tmp_path / "killed" / "checkpoints", tmp_path / "alone" / "checkpoints")
-    for name in (record.MARK, "config.yaml"):
+    for name in (folders.MARK, "config.yaml"):
         shutil.copy(tmp_path / "killed" / name, tmp_path / "alone" / name)
     alone = subprocess.run(command("alone", 1, **changes), env=ENVIRONMENT, capture_output=True, text=True)
     assert alone.returncode == 0 and "is of other settings" in alone.stdout  # its steps would have other rows

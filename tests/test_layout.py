@@ -12,7 +12,7 @@ PACKAGE = Path(discobeta.__file__).parent
 LAYERS = [
     {"__init__", "losses", "metrics", "files", "errors", "seeds", "processes"},
     {"design"},
-    {"data", "record", "identity", "closure", "lock"},
+    {"data", "record", "folders", "identity", "closure", "lock"},
     {"model"},
     {"inputs"},
     {"method"},

@@ -13,7 +13,7 @@ from discobeta import cli, files, identity, report
 from discobeta.data.sources import contents_hash
 from discobeta.design.config import RunConfig
 from discobeta.design.study import Study
-from discobeta.report import figures, tables
+from discobeta.report import curves, figures, tables
 from discobeta.report.collect import provenance
 from discobeta.report.render import escape, markdown
 
@@ -63,7 +63,7 @@ def written(made: Study) -> str:
 
 def drawn(made: Study) -> list[float]:
     """Heights of all lines and bars of the figures."""
-    draw = (figures.learning_curves, figures.reliability_diagram, figures.interaction)
+    draw = (curves.learning_curves, figures.reliability_diagram, figures.interaction)
     axes = [axes for figure in (each(results(made), "dpo") for each in draw) for axes in figure.axes]
     heights = [height for each in axes for line in each.lines for height in line.get_ydata()]
     return [float(height) for height in heights]

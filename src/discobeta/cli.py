@@ -201,7 +201,7 @@ def _train(config: RunConfig) -> None:
 
 
 def _draw_loss(directory: Path) -> None:
-    from discobeta.report.figures import loss_curve
+    from discobeta.report.curves import loss_curve
 
     loss_curve(directory / "log.jsonl", directory / "loss.png")
 
@@ -315,7 +315,7 @@ def figures(arguments: argparse.Namespace) -> None:
 
 
 def _results(arguments: argparse.Namespace, *, curves: bool):
-    from discobeta.report.collect import Results
+    from discobeta.report.results import Results
 
     results = Results(_study(arguments), curves=curves, weights=arguments.strict)
     if arguments.strict:

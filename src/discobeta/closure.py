@@ -20,7 +20,7 @@ from discobeta.design.stages import BASE_STAGE, STAGES
 
 ROOT = Path(__file__).parent
 
-REPORT = ("report/collect", "record", "identity", "design/study")
+REPORT = ("report/results", "record", "identity", "design/study")
 """Of tables and figures too: which runs count."""
 
 ENTRIES = {
@@ -50,6 +50,7 @@ BOOKKEEPING = {
     "design/yaml_text": "how settings are read of a text and written; what they are is compared itself",
     "errors": "how a refusal is worded",
     "files": "how a file is written whole",
+    "folders": "whose a folder is, and what in it may be replaced",
     "identity": "whether a base is still the one that a run was trained on: the hash is compared itself",
     "launch": "starts the processes of one run",
     "lock": "who may write a directory",

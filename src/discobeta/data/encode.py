@@ -13,17 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from discobeta.data.formats import (
-    Example,
-    Kind,
-    Prompt,
-    Reason,
-    Response,
-    Unusable,
-    transcript,
-)
+from discobeta.data.examples import Example, Kind, Prompt, Reason, Response, Unusable
+from discobeta.data.formats import transcript
+from discobeta.data.row_report import RowReport
 from discobeta.data.rows import Ragged, Rows
-from discobeta.data.sources import RowReport
 from discobeta.data.templates import Rendered, bare_ids, ending, render_or_refuse
 from discobeta.errors import UserError, telling
 

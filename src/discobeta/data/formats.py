@@ -23,236 +23,26 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
+from discobeta.data.examples import THOUGHTS, Example, Kind, Message, Prompt, Reason, Response, Unusable, texts_of
+from discobeta.data.layouts import MEDIA, Layout, is_given
 from discobeta.design.stages import BASE_STAGE, STAGES
-from discobeta.errors import UserError, shorten, shown
-
-Message = dict[str, Any]
-"""{"role": "system" | "user" | "assistant" | "tool", "content": text or None}, and of `FIELDS` those that are there."""
-Prompt = str | list[Message]
-Response = str | Message
-"""A message where it holds more than its text: thoughts, calls of tools."""
-Kind = Literal["pairs", "supervised", "prompts"]
+from discobeta.errors import shown
 
 KINDS: dict[str, Kind] = {BASE_STAGE: "supervised", **{name: row.rows for name, row in STAGES.items()}}
 """What each stage trains on."""
-
-KNOWN: dict[Kind, str] = {
-    "pairs": "{prompt, chosen, rejected}, {chosen, rejected} as messages or \\n\\nHuman: … \\n\\nAssistant: … "
-    "transcripts, {instruction, chosen, rejected}, {instruction, output: [chosen, rejected]}, "
-    "{conversations, chosen, rejected}",
-    "supervised": "{prompt, completion}, {messages}, {text}, {instruction, output}, {conversations}, "
-    "and the chosen responses of preference rows",
-    "prompts": "{prompt}, {messages}, {instruction}, {conversations}, and the prompts of preference rows",
-}
-ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-ROLES |= {"tool": "tool"}
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 FIELDS = ("tool_calls", "tool_call_id", "name", *THOUGHTS)
 """Of a message, beside role and content: chat templates read these."""
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-SHAPING = ("instruction", "input", "history", "system", "tools", "chat_template_kwargs")
-"""Columns of whose presence the report speaks where they are not read."""
 OWN_ARGUMENTS = (
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding",
     "continue_final_message", "sanitize_control_tokens", "truncation", "max_length", "return_tensors", "return_dict",
     "return_assistant_tokens_mask", "tokenizer_kwargs", "conversations",
 )  # fmt: skip
 """What `chat_template_kwargs` cannot set, as it is no variable of a template."""
-TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "system_tag", "observation_tag", "function_tag")
-COLUMNS = ("prompt", "query", "response", "history", "system", "tools", "messages", "chosen", "rejected")
-COLUMNS += ("images", "videos", "audios", "kto_tag")
 
 LONGEST_TRUTH = 1000
 """Characters of a text in `truth`, which is a name or a note."""
-
-
-class Reason(StrEnum):
-    """Why a row cannot be used."""
-
-    NOT_UTF8 = "not UTF-8"
-    NOT_JSON = "not JSON"
-    KEY_TWICE = "a key stands twice"
-    WRONG_TYPES = "wrong types"
-    UNREADABLE = "a value that cannot be read"
-    TRUTH_TOO_LARGE = "truth that cannot be kept"
-    MISSING_COLUMN = "missing column"
-    UNKNOWN_ROLE = "unknown role"
-    NOT_ASSISTANT = "last turn is not the assistant's"
-    ENDS_WITH_ASSISTANT = "the conversation ends with the assistant before the answers"
-    PROMPTS_DIFFER = "prompts differ"
-    PROMPT_TWICE = "prompt stated twice, differently"
-    MEDIA = "images, videos or audios, which are not read"
-    NEEDS_TEMPLATE = "what only a chat template can render"
-    EMPTY_PROMPT = "empty prompt"
-    EMPTY_RESPONSE = "empty response"
-    SAME_RESPONSES = "chosen equals rejected"
-    TEMPLATE_REFUSED = "refused by the chat template"
-    LEFT_OUT = "left out by the chat template"
-    NO_BORDER = "not rendered as the prompt followed by the response"
-    PROMPT_TOO_LONG = "prompt fills cutoff_len"
-    SAME_TOKENS = "chosen equals rejected after tokenisation and truncation"
-
-
-class Unusable(Exception):
-    """This row cannot be used. detail: which column, role or field it is about, or what a template says."""
-
-    def __init__(self, reason: Reason, detail: str = "") -> None:
-        super().__init__(f"{reason.value}: {detail}" if detail else reason.value)
-        self.reason, self.detail = reason, detail
-
-
-@dataclass(frozen=True)
-class Example:
-    """A usable row. Preference rows have both responses, supervised rows `chosen` only, prompts neither."""
-
-    prompt: Prompt
-    chosen: Response | None = None
-    rejected: Response | None = None
-    truth: dict[str, float | str | int] = field(default_factory=dict)
-    source: str = ""
-    tools: list[dict[str, Any]] | None = None
-    variables: dict[str, Any] = field(default_factory=dict)
-    """Of the chat template, beside messages and tools (chat_template_kwargs)."""
-
-    def texts(self) -> list[str]:
-        """Everything that somebody says in it."""
-        turns = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        return [text for turn in (*turns, self.chosen, self.rejected) for text in texts_of(turn)]
-
-
-def texts_of(turn: Response | None) -> list[str]:
-    """A response's, or a message's, content and thoughts."""
-    if turn is None or isinstance(turn, str):
-        return [] if turn is None else [turn]
-    return [turn[key] for key in ("content", *THOUGHTS) if isinstance(turn.get(key), str)]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which columns of a dataset hold what; None: it has no such column."""
-
-    prompt: str | None = None
-    instruction: str | None = None
-    query: str | None = None
-    history: str | None = None
-    system: str | None = None
-    tools: str | None = None
-    variables: str | None = None
-    media: tuple[str, ...] = ()
-    conversation: str | None = None
-    completion: str | None = None
-    chosen: str | None = None
-    rejected: str | None = None
-    ranked: str | None = None
-    """A column that holds [chosen, rejected]."""
-    text: str | None = None
-    role_key: str | None = None
-    content_key: str | None = None
-    roles: tuple[tuple[str, str], ...] = tuple(ROLES.items())
-    not_read: tuple[str, ...] = ()
-    """Columns that would shape the prompt if the dataset's entry named them."""
-
-    @property
-    def in_turns(self) -> bool:
-        """Whether a text prompt is what the user says, and not the text that the model continues."""
-        return bool(self.instruction or self.conversation or self.history or self.system or self.tools)
-
-    def holds(self, kind: Kind) -> bool:
-        preference = bool(self.chosen and self.rejected or self.ranked)
-        if kind == "pairs":
-            return preference
-        supervised = preference or bool(self.completion or self.conversation)
-        if kind == "supervised":
-            return supervised or bool(self.text)
-        return supervised or bool(self.prompt or self.instruction)
-
-
-def find_layout(rows: Iterable[dict[str, Any]], entry: dict[str, Any], kind: Kind, where: str) -> Layout:
-    """The layout that `entry` (of dataset_info.json) and the columns of `rows` imply.
-
-    Raises UserError, with the columns that are there and the formats that are known, when no row of
-    the whole dataset could be of the asked kind.
-    """
-    columns: dict[str, None] = {}
-    filled: set[str] = set()
-    ranked_output = False
-    named = {role: name for role, name in (entry.get("columns") or {}).items() if name}
-    output = named.get("response", "output")
-    for row in rows:
-        columns.update(dict.fromkeys(row))
-        filled.update(name for name in SHAPING if name not in filled and _is_given(row.get(name)))
-        ranked_output = ranked_output or isinstance(row.get(output), list)
-    there = f"{where} has the columns {shorten(', '.join(map(str, columns))) or '(none)'}"
-
-    def column(role: str, default: str) -> str | None:
-        if role in named and named[role] not in columns:
-            raise UserError(f"{there}; its entry says that {role} is the column {shown(named[role])}")
-        # An entry's `columns` are complete, as in LLaMA-Factory.
-        name = named.get(role) if entry.get("columns") else default
-        return name if name in columns else None
-
-    def shaping(role: str) -> str | None:
-        name = column(role, role)
-        return name if name in filled or role in named else None
-
-    found: dict[str, Any] = {"chosen": column("chosen", "chosen"), "rejected": column("rejected", "rejected")}
-    found |= _tags(entry.get("tags") or {})
-    found["media"] = tuple(dict.fromkeys(name for name in (*map(named.get, MEDIA), *MEDIA) if name in columns))
-    style = entry.get("formatting")
-    if style in ("sharegpt", "openai") or "messages" in named or (style is None and "conversations" in columns):
-        default = "messages" if style == "openai" and "conversations" not in columns else "conversations"
-        found["conversation"] = column("messages", default)
-    elif "prompt" in named or "instruction" in columns:
-        found |= {"instruction": column("prompt", "instruction"), "query": column("query", "input")}
-        found["ranked" if ranked_output else "completion"] = column("response", "output")
-    elif (found["chosen"] and found["rejected"]) or "prompt" in columns:
-        found |= {"prompt": column("prompt", "prompt"), "completion": column("response", "completion")}
-        if not found["prompt"]:
-            found["conversation"] = column("messages", "messages")
-    elif "messages" in columns:
-        found["conversation"] = "messages"
-    elif "text" in columns:
-        found["text"] = "text"
-    if not found.get("text"):
-        # LLaMA-Factory's own defaults for an entry without `columns` name none of these.
-        theirs = entry and not entry.get("columns") and (found.get("instruction") or style)
-        if not theirs:
-            found |= {name: shaping(name) for name in ("history", "system", "tools")}
-        if not entry.get("columns") and "chat_template_kwargs" in columns:
-            found["variables"] = "chat_template_kwargs"
-    read = set(filter(None, (found.get(name) for name in ("instruction", "query", "history", "system", "tools",
-                                                           "variables", "prompt", "text"))))  # fmt: skip
-    layout = Layout(**found, not_read=tuple(name for name in SHAPING if name in filled - read))
-    if not layout.holds(kind):
-        raise UserError(f"{there}, which is no known format of {kind}{_unnamed(entry, columns)}.\nKnown: {KNOWN[kind]}")
-    return layout
-
-
-def _is_given(value: Any) -> bool:
-    return value not in (None, "", [], {})
-
-
-def _unnamed(entry: dict[str, Any], columns: Iterable[str]) -> str:
-    named = entry.get("columns") or {}
-    missing = [name for name in ("chosen", "rejected") if name in columns and name not in named.values()]
-    return f" (its entry's `columns` does not name {' and '.join(missing)})" if named and missing else ""
-
-
-def _tags(tags: dict[str, str]) -> dict[str, Any]:
-    """Keys and role names of messages; without tags both from/value and role/content are read."""
-    if not tags:
-        return {}
-    spoken = {"user": "human", "assistant": "gpt", "system": "system"}
-    return {
-        "role_key": tags.get("role_tag", "from"),
-        "content_key": tags.get("content_tag", "value"),
-        "roles": tuple((tags.get(f"{role}_tag", name), role) for role, name in spoken.items()),
-    }
 
 
 def read_example(row: Any, layout: Layout, kind: Kind, source: str = "") -> Example:
@@ -260,7 +50,7 @@ def read_example(row: Any, layout: Layout, kind: Kind, source: str = "") -> Exam
     if not isinstance(row, dict):
         raise Unusable(Reason.WRONG_TYPES)
     for name in layout.media:
-        if _is_given(_readable(row.get(name))):
+        if is_given(_readable(row.get(name))):
             raise Unusable(Reason.MEDIA, name)
     if layout.text and kind == "supervised":
         prompt, responses = "", [_text(_value(row, layout.text), layout.text)]
@@ -445,9 +235,9 @@ def _messages(value: Any, layout: Layout, column: str) -> list[Message]:
         if role not in roles:
             raise Unusable(Reason.UNKNOWN_ROLE, f"{shown(role)} in {column}")
         for name in MEDIA:
-            if _is_given(message.get(name)):
+            if is_given(message.get(name)):
                 raise Unusable(Reason.MEDIA, f"{name} in {column}")
-        more = {name: message[name] for name in FIELDS if _is_given(_readable(message.get(name)))}
+        more = {name: message[name] for name in FIELDS if is_given(_readable(message.get(name)))}
         content = message.get(layout.content_key or ("content" if plain else "value"))
         if not (content is None and roles[role] == "assistant" and more.keys() - {"name"}):
             content = _content(content, column)
@@ -488,7 +278,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _tools(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]] | None:
     value = _readable(row.get(layout.tools)) if layout.tools else None
-    if not _is_given(value):
+    if not is_given(value):
         return None
     # LLaMA-Factory's are the bare functions.
     return [
@@ -499,7 +289,7 @@ def _tools(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]] | None:
 
 def _variables(row: dict[str, Any], layout: Layout) -> dict[str, Any]:
     value = _readable(row.get(layout.variables)) if layout.variables else None
-    if not _is_given(value):
+    if not is_given(value):
         return {}
     variables = _objects(value, layout.variables)
     if len(variables) != 1:

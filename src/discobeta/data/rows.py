@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from discobeta import seeds
-from discobeta.data.sources import RowReport
+from discobeta.data.row_report import RowReport
 from discobeta.errors import UserError
 
 

@@ -8,21 +8,21 @@ costs that row and not the file; every unusable row is counted by reason, and to
 from __future__ import annotations
 
 import difflib
-import gzip
 import hashlib
 import json
-import math
 import os
 import re
 import sys
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from discobeta.data.formats import COLUMNS, TAGS, Example, Kind, Reason, Unusable, find_layout, read_example
+from discobeta.data.examples import Example, Kind, Reason, Unusable
+from discobeta.data.formats import read_example
+from discobeta.data.layouts import COLUMNS, TAGS, find_layout
+from discobeta.data.local_files import Row, beginning, cells, file_rows
+from discobeta.data.row_report import RowReport
 from discobeta.design.config import RunConfig
 from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, shorten, shown, telling
@@ -42,97 +42,6 @@ SCRIPTS = {"hh_rlhf_en": "Anthropic/hh-rlhf", "ultra_chat": "HuggingFaceH4/ultra
 
 LISTS = ("dataset_info.json", "datasets.yaml")
 NO_JSON = (Reason.NOT_JSON, Reason.NOT_UTF8)
-
-Row = tuple[str, dict[str, Any] | Unusable]
-"""(where it stands, the row or why it could not be read)."""
-
-
-@dataclass
-class RowReport:
-    """How many rows of a dataset are used, and which are not, by reason."""
-
-    dataset: str
-    total: int = 0
-    truncated_responses: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-    first: dict[str, list[str]] = field(default_factory=dict)
-    """Reason -> where the first few such rows stand."""
-    not_read: list[str] = field(default_factory=list)
-    """Columns that would shape the prompt, and that the dataset's entry does not name."""
-    forged: dict[str, int] = field(default_factory=dict)
-    """Control token -> rows whose texts spell it, so that it becomes the token itself."""
-    first_forged: list[str] = field(default_factory=list)
-
-    SHOWN = 3
-    DETAILS = 8
-    """Of one reason; rows of further ones are counted under the reason alone."""
-
-    @property
-    def usable(self) -> int:
-        return self.total - sum(self.reasons.values())
-
-    def count_unusable(self, unusable: Unusable, source: str) -> None:
-        reason = shorten(str(unusable), 160)
-        start = unusable.reason.value
-        if reason not in self.reasons and sum(known.startswith(f"{start}: ") for known in self.reasons) >= self.DETAILS:
-            reason = start
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
-        shown = self.first.setdefault(reason, [])
-        if len(shown) < self.SHOWN:
-            shown.append(source)
-
-    def count_forged(self, tokens: Iterable[str], source: str) -> None:
-        for token in tokens:
-            self.forged[token] = self.forged.get(token, 0) + 1
-        if len(self.first_forged) < self.SHOWN:
-            self.first_forged.append(source)
-
-    def lines(self) -> list[str]:
-        """What the run's log says: one line, and one more per reason and warning."""
-        truncated = f"; {self.truncated_responses} responses cut at cutoff_len" if self.truncated_responses else ""
-        return [
-            f"{self.dataset}: {self.usable} of {self.total} rows are usable{truncated}",
-            *self._reason_lines(),
-            *self._warnings(),
-        ]
-
-    def _warnings(self) -> Iterator[str]:
-        if self.not_read:
-            yield f"  not read: {', '.join(self.not_read)} (not named by the dataset's entry in its `columns`)"
-        if self.forged:
-            spelt = ", ".join(f"{token!r} in {count} rows" for token, count in sorted(self.forged.items())[:5])
-            yield (
-                f"  control tokens spelt in the rows' texts become the tokens themselves: {spelt} "
-                f"({', '.join(self.first_forged)}, …)"
-            )
-
-    def _reason_lines(self) -> list[str]:
-        order = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
-        return [
-            f"  {reason}: {count} ({', '.join(self.first[reason])}{', …' if count > len(self.first[reason]) else ''})"
-            for reason, count in order
-        ]
-
-    def check(self, most: float) -> None:
-        """Raise UserError when no row is usable, or more than the share `most` is not."""
-        reasons = "\n".join(["", *self._reason_lines()])
-        hint = " (a larger cutoff_len keeps more)" if Reason.PROMPT_TOO_LONG in self.reasons else ""
-        if not self.total:
-            raise UserError(f"{self.dataset} has no rows")
-        if not self.usable:
-            raise UserError(f"{self.dataset}: none of the {self.total} rows is usable{hint}:{reasons}")
-        if self.total - self.usable > most * self.total:
-            raise UserError(
-                f"{self.dataset}: {self.total - self.usable} of {self.total} rows are unusable, "
-                f"more than max_unusable_rows: {most:g} allows{hint}:{reasons}"
-            )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"usable": self.usable}
-
-    @classmethod
-    def of(cls, saved: dict[str, Any]) -> RowReport:
-        return cls(**{name: value for name, value in saved.items() if name != "usable"})
 
 
 @dataclass(frozen=True)
@@ -161,7 +70,7 @@ class Source:
         """The first rows, as many as the entry and max_samples allow."""
         limit = min(n for n in (self.limit, config.max_samples, sys.maxsize) if n)
         if self.path:
-            return list(islice(_file_rows(self.path), limit))
+            return list(islice(file_rows(self.path), limit))
         return _hub_rows(self, config, limit)
 
 
@@ -178,7 +87,8 @@ def read_examples(names: str, config: RunConfig, *, split: str, kind: Kind) -> t
         readable = [row for _, row in rows if isinstance(row, dict)]
         if source.path and rows and all(isinstance(row, Unusable) and row.reason in NO_JSON for _, row in rows):
             raise UserError(
-                f"{source.path} is neither one JSON array nor JSON objects, one a line: it begins {_start(source.path)}"
+                f"{source.path} is neither one JSON array nor JSON objects, one a line: "
+                f"it begins {beginning(source.path)}"
             )
         layout = find_layout(readable, source.entry, kind, source.name) if readable else None
         if layout is not None:
@@ -330,140 +240,6 @@ def _known_file(path: Path) -> Path:
     return path
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
-    """The rows of a local file, each with "file:line" (parquet: "file:row"), counted from 1.
-
-    Raises UserError for whatever the readers raise.
-    """
-    try:
-        with telling(f"cannot read {path}"):
-            if path.suffix == ".parquet":
-                yield from _parquet_rows(path)
-                return
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-                file.seek(0)
-                if start.startswith(b"[") and path.name.endswith((".json", ".json.gz")):
-                    yield from _array_rows(file.read(), path)
-                elif re.match(rb"\[\s*\{", start) and _is_array(content := file.read()):
-                    yield from _array_rows(content, path)
-                else:
-                    file.seek(0)
-                    yield from _line_rows(file, path)
-    except UserError as error:
-        if isinstance(error.__cause__, gzip.BadGzipFile | EOFError | zlib.error):
-            raise UserError(f"{path} is not a whole gzip file") from None
-        raise
-
-
-def _start(path: Path) -> str:
-    """The first characters of a file that is no JSON, which say what it is: a table, a page, a pointer of Git LFS."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        return shown(file.read(40).decode(errors="replace"))
-
-
-def _is_array(content: bytes) -> bool:
-    """Whether a .jsonl file is one JSON array, and not lines of which the first one is (or should be) a list."""
-    first, _, rest = content.strip().partition(b"\n")
-    return content.rstrip().endswith(b"]") and not (rest and first.rstrip().endswith(b"]"))
-
-
-def _line_rows(file: Any, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(file, 1):
-        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-        if line.strip():
-            yield f"{path.name}:{number}", _parsed(line)
-
-
-def _parsed(line: bytes) -> dict[str, Any] | Unusable:
-    try:
-        row = DECODER.decode(line.decode())
-    except UnicodeDecodeError:
-        return Unusable(Reason.NOT_UTF8)
-    except (ValueError, RecursionError):
-        return Unusable(Reason.NOT_JSON)
-    return _row(row)
-
-
-def _row(value: Any) -> dict[str, Any] | Unusable:
-    return value if isinstance(value, dict | Unusable) else Unusable(Reason.WRONG_TYPES)
-
-
-def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unusable:
-    """A JSON object. One in which a key stands twice says two things, of which Python would keep the last."""
-    mapping = dict(pairs)
-    return mapping if len(mapping) == len(pairs) else Unusable(Reason.KEY_TWICE)
-
-
-def _integer(digits: str) -> int | float:
-    """Python reads integers of up to 4,300 digits; what is longer is beyond all numbers that can be kept."""
-    return int(digits) if len(digits) <= 4300 else math.inf
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_mapping, parse_int=_integer)
-
-
-def _array_rows(content: bytes, path: Path) -> Iterator[Row]:
-    """The elements of one JSON array. Bytes that are not UTF-8 cost their row, broken syntax the file.
-
-    The decoder takes one element at a time, so that each row's line is known. Bytes that are not UTF-8
-    become halves of surrogate pairs, which `read_example` refuses.
-    """
-    text = content.decode("utf-8-sig", errors="surrogateescape")
-    decode, blank = DECODER.raw_decode, re.compile(r"[ \t\r\n]*")
-    place, line, counted = text.index("[") + 1, 1, 0
-    try:
-        place = blank.match(text, place).end()
-        while text[place] != "]":
-            line, counted = line + text.count("\n", counted, place), place
-            row, place = decode(text, place)
-            yield f"{path.name}:{line}", _row(row)
-            place = blank.match(text, place).end()
-            if text[place] == ",":
-                place = blank.match(text, place + 1).end()
-            elif text[place] != "]":
-                raise ValueError
-        if text[place + 1 :].strip():
-            raise ValueError
-    except (ValueError, IndexError, RecursionError):
-        line = 1 + text.count("\n", 0, place)
-        raise UserError(
-            f"{path} is not valid JSON after line {line}; a broken row of a .jsonl file would cost only that row"
-        ) from None
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet as pq
-
-    number = 0
-    with telling(f"{path} is not a readable parquet file"), pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise UserError(f"{path} has two columns {twice!r}")
-        for batch in file.iter_batches(batch_size=1000):
-            for values in zip(*map(_cells, batch.columns), strict=True):
-                number += 1
-                yield f"{path.name}:{number}", dict(zip(names, values, strict=True))
-
-
-def _cells(column: Any) -> list[Any]:
-    """The values of a parquet column. One that Python cannot hold (bytes that are not UTF-8, a date of the year
-    300,000) costs its cell, and so no row if nobody reads that column."""
-    try:
-        return column.to_pylist()
-    except Exception:  # Arrow raises what the Python type's constructor does: look cell by cell
-        return [_cell(value) for value in column]
-
-
-def _cell(value: Any) -> Any:
-    try:
-        return value.as_py()
-    except UnicodeDecodeError:
-        return Unusable(Reason.NOT_UTF8)
-    except Exception:
-        return Unusable(Reason.UNREADABLE)
-
-
 def _hub_rows(source: Source, config: RunConfig, limit: int) -> list[Row]:
     import datasets
 
@@ -491,4 +267,4 @@ def _hub_cells(dataset: Any, name: str) -> list[Any]:
     try:
         return [row[name] for row in column.to_list()]
     except Exception:
-        return _cells(column.with_format("arrow")[:][name])
+        return cells(column.with_format("arrow")[:][name])

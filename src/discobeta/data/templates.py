@@ -11,16 +11,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from discobeta.data.formats import (
-    THOUGHTS,
-    Example,
-    Message,
-    Reason,
-    Response,
-    Unusable,
-    texts_of,
-    transcript,
-)
+from discobeta.data.examples import THOUGHTS, Example, Message, Reason, Response, Unusable, texts_of
+from discobeta.data.formats import transcript
 from discobeta.errors import UserError, first_line, telling
 
 LONGEST_RENDERING = 5.0

@@ -13,12 +13,11 @@ import numpy as np
 
 from discobeta import files
 from discobeta.data.encode import encode
-from discobeta.data.formats import (
-    KINDS,
-    Kind,
-)
+from discobeta.data.examples import Kind
+from discobeta.data.formats import KINDS
+from discobeta.data.row_report import RowReport
 from discobeta.data.rows import Ragged, Rows, TokenisedData, fingerprints, hold_out, offsets_of
-from discobeta.data.sources import RowReport, read_examples, resolve
+from discobeta.data.sources import read_examples, resolve
 from discobeta.data.templates import TODAY
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError, telling

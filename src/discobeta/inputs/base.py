@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from discobeta import files, identity, record
+from discobeta import files, folders, identity, record
 from discobeta.data.rows import Rows, TokenisedData
 from discobeta.data.sources import contents_hash, read_examples
 from discobeta.data.tokens import load_or_tokenise
@@ -94,7 +94,7 @@ def train(config: RunConfig) -> None:
                 if config.model_name_or_path:
                     facts["base"] = identity.weights_hash(config)
                 record.write_provenance(folder, config, facts, sorted(os.listdir(folder)))
-                record.write_mark(folder, "discobeta train, stage sft", [*os.listdir(folder), "loss.png"])
+                folders.write_mark(folder, "discobeta train, stage sft", [*os.listdir(folder), "loss.png"])
     except _WrittenMeanwhile:
         print(finished, file=sys.stderr)
     processes.wait_for_everyone()
@@ -115,9 +115,9 @@ def is_free(config: RunConfig) -> bool:
     Refused are another run (unless overwrite_output_dir) and, always, a folder that holds what no run
     of ours has written, or what this run reads: the folder is replaced as a whole.
     """
-    output = record.writable(config)
-    record.check_replaceable(output, "output_dir")
-    record.check_inputs(config, [output])
+    output = folders.writable(config)
+    folders.check_replaceable(output, "output_dir")
+    folders.check_inputs(config, [output])
     if config.overwrite_output_dir or not (output / "config.yaml").exists():
         return True
     if different := record.difference(read_yaml(output / "config.yaml"), config.settings_of(*record.THE_RUN)):

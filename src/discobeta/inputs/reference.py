@@ -21,11 +21,11 @@ from discobeta.data.rows import Rows
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError, enough_memory, telling
 from discobeta.files import read_sealed, replacing, sha256, sweep, write_json, write_sealed
+from discobeta.folders import check_replaceable, write_mark
 from discobeta.identity import weights_hash
 from discobeta.model.forward import at, hidden_states, response_logps, width
 from discobeta.model.preflight import check_rows
 from discobeta.model.pretrained import load_reference
-from discobeta.record import check_replaceable, write_mark
 
 Columns = dict[str, Tensor]
 

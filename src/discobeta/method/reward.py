@@ -13,8 +13,8 @@ from torch import Tensor
 
 from discobeta.data.batches import longest_first, pack
 from discobeta.data.encode import encode
-from discobeta.data.formats import Example
-from discobeta.data.sources import RowReport
+from discobeta.data.examples import Example
+from discobeta.data.row_report import RowReport
 from discobeta.design.config import RunConfig
 from discobeta.errors import enough_memory
 from discobeta.method.heads import SIGMA0

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from discobeta.data.encode import encode
-from discobeta.data.formats import Example
-from discobeta.data.sources import RowReport, read_examples
+from discobeta.data.examples import Example
+from discobeta.data.row_report import RowReport
+from discobeta.data.sources import read_examples
 from discobeta.data.templates import closing_id
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from discobeta.report.collect import Results
+    from discobeta.report.results import Results
 
 
 def write(results: Results) -> None:

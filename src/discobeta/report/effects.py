@@ -24,9 +24,10 @@ import pandas as pd
 from discobeta.design.arms import CORNERS, IDEAS, Arm, Idea
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Study
-from discobeta.report.collect import Results, provenance, provenance_line
+from discobeta.report.collect import provenance, provenance_line
 from discobeta.report.measures import METRICS, TESTED
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number
+from discobeta.report.results import Results
 from discobeta.report.statistics import BOOTSTRAP_FROM, bootstrap, holm, mean_ci, sign_flip_p
 
 

@@ -1,12 +1,7 @@
-"""The figures of a study: learning curves, reliability, interaction, reward by noise, as PDF, SVG and PNG.
-
-Idle arms compute what their twins compute, so arms are told apart by what they use; an idle arm is
-drawn as a thin dashed line, which lies on its twin's unless something is wrong.
-"""
+"""The figures of a study: learning curves, reliability, interaction, reward by noise, as PDF, SVG and PNG."""
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,52 +9,22 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from discobeta.design.arms import CORNERS, IDEAS, Arm
 from discobeta.design.stages import STAGES
-from discobeta.design.study import Run, Study
 from discobeta.files import replacing
+from discobeta.folders import claim
 from discobeta.metrics import reliability
-from discobeta.record import claim
-from discobeta.report.collect import Found, Results, provenance_line, read_log
+from discobeta.report.curves import learning_curves
 from discobeta.report.measures import METRICS, TESTED
-from discobeta.report.render import printable
+from discobeta.report.results import Found, Results
 from discobeta.report.statistics import wilson
+from discobeta.report.style import COLUMN, FAINT, STYLE, drawn_arms, footer, look, say_missing, seeds_mark
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#4d4d4d", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-"""Of the arms without idle heads (Okabe and Ito's, told apart by colour-blind readers)."""
-
-COLUMN = 3.4  # inches, one column of a two-column paper
 FORMATS = ("pdf", "svg", "png")
-FAINT = "#8c8c8c"
-STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.5,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.3,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "legend.frameon": False,
-    "figure.dpi": 100,
-    "savefig.dpi": 250,
-    "pdf.fonttype": 42,  # text stays text
-    "svg.hashsalt": "discobeta",  # equal figures give equal files
-}
-IDLE = {"color": "black", "linewidth": 0.7, "linestyle": (0, (1.5, 4)), "zorder": 4}
 
 
 def write(results: Results) -> None:
@@ -89,179 +54,6 @@ def save(figure: Figure, stem: Path) -> None:
         for ending in FORMATS:
             with replacing(stem.with_name(f"{stem.name}.{ending}")) as temporary:
                 figure.savefig(temporary, format=ending, bbox_inches="tight", metadata=dateless.get(ending))
-
-
-# --- learning curves
-
-
-def learning_curves(results: Results, stage: str) -> Figure:
-    """How the runs of a stage went: `loss_curves`, or `rollout_curves` of ppo."""
-    return loss_curves(results, stage) if STAGES[stage].has_pairs else rollout_curves(results, stage)
-
-
-def loss_curves(results: Results, stage: str) -> Figure:
-    """Loss, loss minus the baseline's of the same seed, and accuracy over steps.
-
-    Lines are means over seeds, bands reach from the least to the greatest seed. Held-out where the
-    runs have logged it, else training.
-    """
-    study, (runs, logs) = results.study, runs_and_logs(results, stage)
-    held_out = any("eval_loss" in log for log in logs.values())
-    prefix, kind = ("eval_", "Held-out") if held_out else ("", "Training")
-    arms, drawn = study.arms_of(stage), drawn_arms(study, stage)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(COLUMN, 5), layout="constrained")
-        top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(1.2, 1, 1))
-        middle.axhline(0, color=FAINT, linewidth=0.6)
-        baseline = by_seed(logs, runs, Arm(), f"{prefix}loss")
-        for arm in sorted(arms, key=drawn.__contains__, reverse=True):
-            colour, style = line_look(arm, drawn)
-            loss = by_seed(logs, runs, arm, f"{prefix}loss")
-            curve(top, loss, colour, **style)
-            curve(middle, loss - baseline.reindex_like(loss) if arm != Arm() else loss[[]], colour, **style)
-            curve(bottom, by_seed(logs, runs, arm, f"{prefix}accuracy"), colour, **style)
-            if held_out and arm in drawn:
-                curve(top, by_seed(logs, runs, arm, "loss"), colour, band=False, linewidth=0.6, alpha=0.4)
-        name_arms(top, drawn, logs, runs, with_idle=len(drawn) < len(arms))
-        if held_out:
-            top.plot([], [], color=FAINT, linewidth=0.6, label="training loss")
-        top.set_ylabel(f"{kind} loss\n(nats)")
-        middle.set_ylabel("Loss minus\nbaseline's (nats)")
-        bottom.set_ylabel(f"{kind}\naccuracy")
-        bottom.set_xlabel("Optimiser step")
-        if not logs:
-            say_missing(top)
-        figure.align_ylabels()
-        figure.legend(loc="outside upper center", ncols=2, handlelength=1.8, columnspacing=1.2)
-        footer(figure, results, runs)
-    return figure
-
-
-ROLLOUTS = {
-    "reward": "Score by the\nreward model",
-    "kl_per_sequence": "KL to reference\n(nats per response)",
-    "response_length": "Tokens per\nresponse",
-}
-"""What ppo logs of the responses of an update -> the label of its panel."""
-
-
-def rollout_curves(results: Results, stage: str) -> Figure:
-    """Reward-model score, KL and length of the sampled responses over updates; lines and bands as in `loss_curves`.
-
-    Reward models with and without a used Disco Head score in different units: each kind has its panel.
-    """
-    study, (runs, logs) = results.study, runs_and_logs(results, stage)
-    arms, drawn = study.arms_of(stage), drawn_arms(study, stage)
-    arms = sorted(arms, key=drawn.__contains__, reverse=True)
-    panels = [(name, label, arms) for name, label in ROLLOUTS.items()]
-    by_judge: dict[Arm, list[Arm]] = {}
-    for arm in arms:
-        by_judge.setdefault(arm.trained_as(STAGES[stage].judge.stage).twin, []).append(arm)
-    if len(by_judge) > 1:
-        panels[:1] = [
-            ("reward", f"Score by reward\nmodel, {judge.label}", by_judge[judge])
-            for judge in CORNERS
-            if judge in by_judge
-        ]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(COLUMN, 1 + 1.3 * len(panels)), layout="constrained")
-        rows = figure.subplots(len(panels), 1, sharex=True)
-        for axes, (name, label, shown) in zip(rows, panels, strict=True):
-            for arm in shown:
-                colour, style = line_look(arm, drawn)
-                curve(axes, by_seed(logs, runs, arm, name), colour, **style)
-            axes.set_ylabel(label)
-        name_arms(rows[0], drawn, logs, runs, with_idle=len(drawn) < len(arms))
-        label_updates(rows[-1])
-        if not logs:
-            say_missing(rows[0])
-        figure.align_ylabels()
-        figure.legend(loc="outside upper center", ncols=2, handlelength=1.8, columnspacing=1.2)
-        footer(figure, results, runs)
-    return figure
-
-
-def label_updates(axes: Axes) -> None:
-    axes.set_xlabel("Update")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def runs_and_logs(results: Results, stage: str) -> tuple[list[Run], dict[Run, pd.DataFrame]]:
-    """The whole runs of a stage, and the logs of those that count."""
-    runs = [run for run in results.study.runs() if run.stage == stage and not run.proof]
-    return runs, {run: results[run].log for run in runs if results.counts(run)}
-
-
-def line_look(arm: Arm, drawn: list[Arm]) -> tuple[str, dict]:
-    """Colour and style of an arm's curve: an idle arm that lies on its twin has no colour and band of its own."""
-    return look(arm)[1], {"band": True} if arm in drawn else {"band": False, **IDLE}
-
-
-def name_arms(axes: Axes, drawn: list[Arm], logs: dict[Run, pd.DataFrame], runs: list[Run], *, with_idle: bool) -> None:
-    """Entries of the legend: the arms, with the number of their seeds where some are missing."""
-    for arm in drawn:
-        label, colour = look(arm)
-        there, expected = (sum(run.arm == arm for run in of) for of in (logs, runs))
-        axes.plot([], [], color=colour, label=label + seeds_mark(there, expected))
-    if with_idle:
-        axes.plot([], [], label="with an idle head", **IDLE)
-
-
-def by_seed(logs: dict[Run, pd.DataFrame], runs: list[Run], arm: Arm, name: str) -> pd.DataFrame:
-    """One logged quantity: a row per step that every finished run of the arm has, a column per seed."""
-    columns = {
-        run.seed: logs[run].set_index("step")[name].dropna()
-        for run in runs
-        if run.arm == arm and run in logs and name in logs[run]
-    }
-    return pd.concat(columns, axis=1, join="inner") if columns else pd.DataFrame()
-
-
-def curve(axes: Axes, values: pd.DataFrame, colour: str, *, band: bool, **style) -> None:
-    """Mean over the columns, which are seeds, and the span from the least to the greatest."""
-    values = values.dropna(axis=1)
-    if values.empty:
-        return
-    axes.plot(values.index, values.mean(axis=1), **{"color": colour, **style})
-    if band and values.shape[1] > 1:
-        axes.fill_between(values.index, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, linewidth=0)
-
-
-def loss_curve(log_path: str | Path, png_path: str | Path) -> None:
-    """How one run went: its loss over steps, training and, if there is one, held-out; of ppo, reward and KL."""
-    log = read_log(Path(log_path))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.5, 2.8), layout="constrained")
-        if {"reward", "kl_per_sequence"} <= set(log):
-            _draw_rollouts(figure, log)
-        else:
-            _draw_loss(figure, log)
-        with replacing(png_path) as temporary:
-            figure.savefig(temporary, format="png", dpi=200)
-
-
-def _draw_rollouts(figure: Figure, log: pd.DataFrame) -> None:
-    panels = figure.subplots(2, 1, sharex=True)
-    for axes, name, colour in zip(panels, ("reward", "kl_per_sequence"), ("#0072B2", "#D55E00"), strict=True):
-        _draw_column(axes, log, name, color=colour)
-        axes.set_ylabel(ROLLOUTS[name])
-    label_updates(panels[-1])
-    figure.align_ylabels()
-
-
-def _draw_loss(figure: Figure, log: pd.DataFrame) -> None:
-    axes = figure.subplots()
-    for name, label, colour in (("loss", "training", "#0072B2"), ("eval_loss", "held-out", "#D55E00")):
-        if name in log:
-            _draw_column(axes, log, name, color=colour, label=label)
-    axes.set(xlabel="Optimiser step", ylabel="Loss (nats)")
-    if axes.lines:
-        figure.legend(loc="outside upper right", ncols=2)
-
-
-def _draw_column(axes: Axes, log: pd.DataFrame, name: str, **look) -> None:
-    values = log[["step", name]].dropna()
-    axes.plot(values["step"], values[name], marker="o" if len(values) < 20 else None, markersize=3, **look)
 
 
 # --- reliability
@@ -427,36 +219,3 @@ GAIN = ("true_reward", "reference_true_reward", "noise")
 def gain_by_noise(examples: pd.DataFrame) -> pd.Series:
     """Noise level -> mean true reward gained over the reference."""
     return (examples["true_reward"] - examples["reference_true_reward"]).groupby(examples["noise"]).mean()
-
-
-# --- what all figures share
-
-
-def drawn_arms(study: Study, stage: str) -> list[Arm]:
-    """The arms without idle heads, and those with one whose twin the study does not train."""
-    arms = study.arms_of(stage)
-    return [arm for arm in arms if not arm.is_idle or arm.twin not in arms]
-
-
-def look(arm: Arm) -> tuple[str, str]:
-    colour = COLOURS[CORNERS.index(arm.twin) % len(COLOURS)]
-    label = arm.label[0].upper() + arm.label[1:]
-    return (f"{label}, idle head" if arm.is_idle else label), colour
-
-
-def say_missing(axes: Axes) -> None:
-    box = {"facecolor": "white", "edgecolor": "none"}
-    axes.text(0.5, 0.5, "missing", transform=axes.transAxes, ha="center", va="center", color=FAINT, bbox=box)
-
-
-def seeds_mark(there: int, expected: int) -> str:
-    return "" if there == expected else f" ({there} of {expected} seeds)"
-
-
-def footer(figure: Figure, results: Results, runs: list[Run]) -> None:
-    """What made the figure and what is not in it, below it: `save` crops to what is drawn."""
-    missing = results.describe_missing(runs)
-    text = provenance_line(results) + (f" Missing: {missing}." if missing else "")
-    lines = textwrap.wrap(printable(text), width=int(33 * figure.get_figwidth()))
-    # what came with a run is no formula, whatever dollars are in it
-    figure.text(0.01, -0.02, "\n".join(lines), fontsize=4.5, color=FAINT, va="top", parse_math=False)

@@ -16,13 +16,14 @@ from discobeta.design.arms import FLAGS, Arm, Cell, grid
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Run, Study
 from discobeta.files import write_text
+from discobeta.folders import claim
 from discobeta.identity import WEIGHTS, file_hash
-from discobeta.record import claim
-from discobeta.report.collect import Results, collect, config_text, provenance, provenance_line
+from discobeta.report.collect import collect, config_text, provenance, provenance_line
 from discobeta.report.effects import comparisons_table, effects_table
 from discobeta.report.measures import LANDMARKS, METRICS, PANELS, Metric
 from discobeta.report.neutrality import EQUAL, OUTCOMES, files_of, verdict
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number, yes_no
+from discobeta.report.results import Results
 from discobeta.report.statistics import mean_ci
 
 CAPTIONS = {

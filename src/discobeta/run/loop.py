@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from discobeta import record
+from discobeta import folders
 from discobeta.data.batches import Pairs
 from discobeta.design.config import RunConfig
 from discobeta.design.schedule import Schedule, total_steps
@@ -300,7 +300,7 @@ class Checkpoints:
         """Load the latest checkpoint, if it is this run's. Returns its step and what was spent on it."""
         if config.resume_from_checkpoint is False:
             return 0, {}
-        named = record.named_checkpoint(config)
+        named = folders.named_checkpoint(config)
         with accelerator.main_process_first():
             path, state = (named, read_whole(named)) if named else self.latest(accelerator)
         if path is None:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from discobeta import identity, lock, record
+from discobeta import folders, identity, lock, record
 from discobeta.design.arms import Arm, cell
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
@@ -60,7 +60,7 @@ def train(config: RunConfig) -> None:
 
 def _is_free(config: RunConfig, accelerator: Accelerator) -> bool:
     with accelerator.main_process_first():
-        return record.open_run(config)
+        return folders.open_run(config)
 
 
 def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) -> None:
@@ -73,7 +73,7 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
     from discobeta.run import load as runs
     from discobeta.run import loop
 
-    record.named_checkpoint(config)  # said before anything expensive
+    folders.named_checkpoint(config)  # said before anything expensive
     pretrained.use_deterministic_kernels(config)
     kind = stage_class(config.stage)
     directory = Path(config.output_dir)
@@ -102,7 +102,7 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
 
     if hold:
         hold.confirm()
-        record.begin(config)
+        folders.begin(config)
     accelerator.wait_for_everyone()  # nobody looks for a checkpoint that is about to be removed
     if accelerator.log_with:
         accelerator.init_trackers("discobeta", config.resolved(), _tracker_options(config))
@@ -116,7 +116,7 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
         write_json(directory / "cost.json", _cost(spent, startup, accelerator))
         more = {"sources": contents_hash(config), KINDS[config.stage]: len(material), "rows": data.report}
         record.write_provenance(directory, config, facts | more)
-        record.remove_checkpoints(directory)
+        folders.remove_checkpoints(directory)
     accelerator.end_training()
 
 
@@ -155,9 +155,9 @@ def _leave_finished(config: RunConfig) -> None:
     found.check_fact("sources", contents_hash(config), config.dataset or config.tokenized_path)
     for key, now in stage_class(config.stage).read_of_others(config).items():
         found.check_fact(key, now, getattr(config, key))
-    if record.has_leftovers(found.directory):
+    if folders.has_leftovers(found.directory):
         with lock.holding(found.directory):
-            record.remove_checkpoints(found.directory)
+            folders.remove_checkpoints(found.directory)
     print(_finished(config), file=sys.stderr)
 
 
