@@ -12,7 +12,6 @@ from discobeta import cli
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
 
 
-@pytest.mark.numeric
 def test_the_gpu_check_runs_on_a_small_shape_and_says_what_was_measured(tmp_path, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
     gpu_check = importlib.util.module_from_spec(spec)

@@ -199,7 +199,6 @@ HARMLESS = {
 HEADS = dict.fromkeys(["add_disco_head", "disco_pref", "add_beta_head", "use_dynamic_beta"], True)
 
 
-@pytest.mark.numeric
 def test_no_step_reads_a_key_that_is_not_said_to_be_its_own(run, reads, tmp_path):
     """Else a changed value of it would leave what is stale. Found by watching tiny runs with all heads."""
     from discobeta.run.evaluate import evaluate

@@ -15,8 +15,6 @@ from conftest import WORDS, preference_rows, write_rows
 from discobeta.cli import main
 from discobeta.errors import UserError
 
-pytestmark = pytest.mark.numeric
-
 SIZES = {
     "llama": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
               "max_position_embeddings": 64},
@@ -524,6 +522,7 @@ DROPPING = [
 ]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("model_type", "rates"), DROPPING)
 def test_the_first_loss_of_dpo_is_log_2_whatever_dropout_the_base_has(run, made, model_type, rates):
     """Of policy and reference the same network answers, so every margin is 0; 1e-6 is a few roundings in float32."""
@@ -542,6 +541,7 @@ def test_rm_trains_the_network_that_is_measured(run, made, finetuning_type):
     assert found[0] == found[1] and len(found[0]) == 2
 
 
+@pytest.mark.numeric
 def test_the_adapters_dropout_stays(run, made):
     base = str(made("gpt2", resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1))
     with_it, without = (
@@ -552,6 +552,7 @@ def test_the_adapters_dropout_stays(run, made):
     assert with_it[2] != without[2]
 
 
+@pytest.mark.numeric
 def test_asking_changes_nothing(run, made, monkeypatch):
     """Neither a byte of the weights nor a random number: dropout is drawn in every step."""
     from discobeta.model import preflight
