@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -25,14 +25,18 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from discobeta.method.ppo import Rollouts
+
+class Material(Protocol):
+    """Rows in an order of their own: pairs, or the responses of an update."""
+
+    def batch(self, indices: np.ndarray) -> Batch: ...
 
 
 @dataclass
 class Work:
     """What one step of the loop trains on."""
 
-    material: Pairs | Rollouts  # whose .batch(indices) makes a batch
+    material: Material
     minibatches: list[list[np.ndarray]]  # per optimiser step, the indices of this process's forward passes
     minibatch_rows: int  # rows of one optimiser step, over all processes
     rows: int  # and of the step as a whole, each counted once
@@ -75,7 +79,7 @@ class Stage(nn.Module):
     ) -> Self:
         """The stage at step 0, its heads built from the run's architecture.
 
-        model: `start`, if it is there already. given: run key -> what it names among other runs (`runs.given`).
+        model: `start`, if it is there already. given: run key -> what it names among other runs (`run.load.given`).
         """
         model = cls.start(config) if model is None else model
         return cls(config, model, cls.fresh_heads(config, model, columns, given or {}))
