@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,6 @@ class Opinion:
 
     log_scale: Tensor | None = None  # (B,) log of a factor of beta
     log_sigma: Tensor | None = None  # (2, B) log(sigma/sigma0) of the chosen and the rejected reward
-    penalty: Tensor | None = None  # (B,) what keeps the head around its start; None without training
     logged: dict[str, Tensor] = field(default_factory=dict)  # (B,) whose means are logged
     measured: dict[str, Tensor] = field(default_factory=dict)  # (B,) that evaluation writes of each pair
 
@@ -65,6 +65,9 @@ class Signal:
 
     def opinion(self, evidence: Evidence) -> Opinion:
         return Opinion()
+
+    def penalty(self, opinion: Opinion) -> Tensor | None:
+        """(B,) what keeps the head around its start; None without training."""
 
     def log_sigma(self, hidden: Tensor, batch: Batch) -> Tensor | None:
         """(N,) log(sigma/sigma0) of single responses."""
@@ -95,11 +98,9 @@ class GaussianReward(Signal):
 
     def opinion(self, evidence: Evidence) -> Opinion:
         log_sigma = self.log_sigma(evidence.hidden, evidence.batch).view(2, -1)
-        penalty = around_zero(log_sigma, self.config.disco_mean_penalty, self.config.disco_spread_penalty)
         sigma = SIGMA0 * log_sigma.detach().exp()
         return Opinion(
             log_sigma=log_sigma,
-            penalty=None if penalty is None else penalty.mean(0),
             logged={"log_sigma": log_sigma.mean(0)},
             measured={
                 "variance_sum": sigma.square().sum(0),
@@ -107,6 +108,10 @@ class GaussianReward(Signal):
                 "sigma_rejected": sigma[1],
             },
         )
+
+    def penalty(self, opinion: Opinion) -> Tensor | None:
+        both = around_zero(opinion.log_sigma, self.config.disco_mean_penalty, self.config.disco_spread_penalty)
+        return None if both is None else both.mean(0)
 
 
 class PromptScale(Signal):
@@ -122,8 +127,10 @@ class PromptScale(Signal):
 
     def opinion(self, evidence: Evidence) -> Opinion:
         log_s = self.log_scale(evidence.batch.columns["prompt_features"])
-        penalty = around_zero(log_s, self.config.beta_mean_penalty, self.config.beta_spread_penalty)
-        return Opinion(log_scale=log_s, penalty=penalty, logged={"log_s": log_s}, measured={"log_s": log_s})
+        return Opinion(log_scale=log_s, logged={"log_s": log_s}, measured={"log_s": log_s})
+
+    def penalty(self, opinion: Opinion) -> Tensor | None:
+        return around_zero(opinion.log_scale, self.config.beta_mean_penalty, self.config.beta_spread_penalty)
 
 
 SIGNALS: dict[str, type[Signal]] = {"disco": GaussianReward, "beta": PromptScale}
@@ -137,15 +144,10 @@ class Comparison:
     mean_margin: Tensor  # mean reward of chosen minus rejected (r_w - r_l, or beta * margin; 0 if rounding), detached
     loss: Tensor  # what is minimised, without penalties
     nll: Tensor | None  # -log P(chosen wins), in nats; None of a loss that is no likelihood
+    penalty: Tensor | None  # what keeps the used heads around their start; None without one, or without training
     rewards: Tensor  # (2, B) mean rewards of chosen and rejected, whose difference is the margin, detached
     logps: Tensor | None = None  # (2, B) log pi(y|x) of chosen and rejected, detached; None if there is no policy
     opinions: dict[str, Opinion] = field(default_factory=dict)  # of the used heads, by key
-
-    @property
-    def penalty(self) -> Tensor | None:
-        """What keeps the used heads around their start; None without one, or without training."""
-        terms = [opinion.penalty for opinion in self.opinions.values() if opinion.penalty is not None]
-        return sum(terms) if terms else None
 
     @property
     def objective(self) -> Tensor:
@@ -218,12 +220,13 @@ class Signals:
         mean_margin = scale * margin.float()
         is_number = log_sigma is None
         nll = logistic_loss(margin, scale) if is_number else probit_loss(mean_margin, variance_sum(log_sigma))
+        penalty = _sum(signal.penalty(opinions[key]) for key, signal in self.used.items())
         with torch.no_grad():
             logps = evidence.logps
             size = (evidence.rewards if logps is None else logps).float().abs().sum(0)
             mean_margin = mean_margin.masked_fill(margin.float().abs() <= TIE * size, 0)
             rewards, logps = scale * evidence.rewards.float(), None if logps is None else logps.detach()
-        return Comparison(mean_margin, nll, nll, rewards, logps, opinions)
+        return Comparison(mean_margin, nll, nll, penalty, rewards, logps, opinions)
 
 
 def scaled(beta: float, log_s: Tensor | None) -> Tensor | float:
@@ -249,7 +252,7 @@ def around_zero(values: Tensor, mean_weight: float, spread_weight: float) -> Ten
 
 def _sum(terms: Iterable[Tensor | None]) -> Tensor | None:
     there = [term for term in terms if term is not None]
-    return sum(there) if there else None
+    return reduce(torch.add, there) if there else None
 
 
 def _only(terms: Iterable[Tensor | None]) -> Tensor | None:
