@@ -80,11 +80,12 @@ def hashes(config: RunConfig) -> dict[str, str]:
     """Run key -> sha256 of what it names among our runs, as it is now."""
     known = {}
     for reading in STAGES[config.stage].reads:
-        directory = Path(getattr(config, reading.key) or "")
+        named = getattr(config, reading.key)
+        directory = Path(named or "")
         if reading.idea is None:
-            if (directory / "config.yaml").exists():
+            if named and (directory / "config.yaml").exists():
                 parts = (directory / "adapter", directory / "model")
                 known[reading.key] = identity.folders_hash(*(part for part in parts if part.exists()))
-        elif getattr(config, reading.key) and config.arm.has(reading.idea):
+        elif named and config.arm.has(reading.idea):
             known[reading.key] = identity.file_hash(directory / "heads.safetensors")
     return known

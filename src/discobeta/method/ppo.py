@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from discobeta.model.forward import (
     share_frozen_weights,
     switch_off_dropout,
     token_logps,
+    width,
 )
 from discobeta.model.generation import generate, has_ended, stop_ids
 from discobeta.model.preflight import check_answers, check_ids, check_rows
@@ -138,30 +139,22 @@ class ProximalPolicy(Stage):
             heads.beta = given["beta_head"].beta
         return heads
 
-    @classmethod
-    def fresh(
-        cls,
-        config: RunConfig,
-        columns: dict[str, Tensor],
-        model: nn.Module | None = None,
-        given: dict[str, Any] | None = None,
-    ) -> Self:
-        """With the reward model that is given."""
-        stage = super().fresh(config, columns, model, given)
-        stage.tokenizer = load_tokenizer(config)
-        stage.reference = load_reference(config)
+    def take(self, given: dict[str, Any]) -> None:
+        """The reward model, beside the reference; and the value head, which starts from it."""
+        config = self.config
         judge: RewardModel = given["reward_model"]
-        stage.reward, stage.reward_fingerprint = judge.stage, judge.fingerprint
-        stage.translation = judge.translation(config, stage.reference, stage.tokenizer)
-        start = score(judge.model) if stage.translation is None else None
-        size = stage.reference.config.hidden_size if start is None else start.in_features
+        self.tokenizer = load_tokenizer(config)
+        self.reference = load_reference(config)
+        self.reward, self.reward_fingerprint = judge.stage, judge.fingerprint
+        self.translation = judge.translation(config, self.reference, self.tokenizer)
+        start = score(judge.model) if self.translation is None else None
+        size = width(self.reference) if start is None else start.in_features
         with seeds.global_stream(config.seed, "value head"):
-            stage.value_head = ValueHead(size, start)
-        stage.kl_coefficient, stage.score_scale = config.pref_beta, None if config.ppo_score_norm else (0.0, 1.0)
-        switch_off_dropout(stage)  # the ratio compares two passes of one network, not two of its subnetworks
-        stage.freeze_unused()
-        share_frozen_weights(stage)
-        return stage
+            self.value_head = ValueHead(size, start)
+        self.kl_coefficient, self.score_scale = config.pref_beta, None if config.ppo_score_norm else (0.0, 1.0)
+        switch_off_dropout(self)  # the ratio compares two passes of one network, not two of its subnetworks
+        self.freeze_unused()
+        share_frozen_weights(self)
 
     def check_data(self, data: TokenisedData) -> None:
         check_answers(self.model, data, self.config, self.tokenizer)

@@ -82,7 +82,12 @@ class Stage(nn.Module):
         model: `start`, if it is there already. given: run key -> what it names among other runs (`run.load.given`).
         """
         model = cls.start(config) if model is None else model
-        return cls(config, model, cls.fresh_heads(config, model, columns, given or {}))
+        stage = cls(config, model, cls.fresh_heads(config, model, columns, given or {}))
+        stage.take(given or {})
+        return stage
+
+    def take(self, given: dict[str, Any]) -> None:
+        """Keep what the stage needs of what it is given, at step 0."""
 
     @classmethod
     def trained(cls, config: RunConfig, directory: Path) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,13 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """(N, T, width), the trunk's last hidden state (after its final norm)."""
     body = trunk(model)
     inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids, "use_cache": False}
-    taken = inputs.keys() & signature(type(body).forward).parameters.keys()  # no positions for ALiBi, for recurrence
+    taken = _arguments_of(type(body))  # no positions for ALiBi, for recurrence
     return body(input_ids=batch.input_ids, **{name: inputs[name] for name in inputs if name in taken}).last_hidden_state
+
+
+@cache
+def _arguments_of(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(signature(kind.forward).parameters)
 
 
 def width(model: nn.Module) -> int:

@@ -82,9 +82,8 @@ def check_rows(
             f"{_source(rows, row)} has {length} tokens (prompt + response), and the context of {name} is {context}: "
             f"lower cutoff_len to {context} or less"
         )
-    if "flash" not in (
-        getattr(plain(model).config, "_attn_implementation", None) or ""
-    ):  # of which there are no CPU kernels
+    attention = getattr(plain(model).config, "_attn_implementation", None) or ""
+    if "flash" not in attention:  # of which there are no CPU kernels
         _try(model, rows, row, config, name)
 
 
