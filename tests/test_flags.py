@@ -99,7 +99,7 @@ def test_the_architecture_goes_to_heads_alone_and_the_use_to_signals():
     found = {
         name for name in mentions("used", "is_idle", "twin", *FLAGS) if not name.startswith(("design/", "report/"))
     }
-    assert found == {"method/signals.py", "method/chain.py"}  # chain: do the inputs belong to the arm?
+    assert found == {"method/signals.py", "method/stage.py"}  # stage: do the inputs belong to the arm?
 
 
 def test_stages_and_losses_ask_no_arm_for_its_state():

@@ -116,8 +116,20 @@ class Pairs:
     def tokens(self, indices: np.ndarray) -> int:
         return int(self.sizes[indices].sum())
 
-    def evaluation_passes(self, size: int) -> list[np.ndarray]:
-        return longest_first(self.lengths, size)
+
+@dataclass
+class Responses:
+    """N prompts, each with one response, as token ids, made into batches on demand."""
+
+    prompts: Sequence[np.ndarray]
+    responses: Sequence[np.ndarray]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(a) + len(b) for a, b in zip(self.prompts, self.responses, strict=True)])
+
+    def batch(self, indices: np.ndarray, columns: dict[str, Tensor] | None = None) -> Batch:
+        return pack([self.prompts[i] for i in indices], [self.responses[i] for i in indices], columns)
 
 
 def longest_first(lengths: np.ndarray, size: int) -> list[np.ndarray]:

@@ -12,18 +12,19 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from discobeta.data.batches import Pairs
 from discobeta.data.rows import Rows
 from discobeta.design.config import RunConfig
-from discobeta.errors import UserError, enough_memory, telling
+from discobeta.errors import UserError, telling
 from discobeta.files import read_sealed, replacing, sha256, sweep, write_json, write_sealed
 from discobeta.folders import check_replaceable, write_mark
 from discobeta.identity import weights_hash
-from discobeta.model.forward import at, hidden_states, response_logps, width
+from discobeta.model.forward import hidden_states, response_logps, state_at
+from discobeta.model.inference import in_batches
 from discobeta.model.preflight import check_rows
 from discobeta.model.pretrained import load_reference
 
@@ -95,22 +96,24 @@ def _reference(config: RunConfig, parts: dict[str, Rows]) -> tuple[torch.nn.Modu
     return model.to(device), device
 
 
-@enough_memory("the reference pass", "per_device_eval_batch_size or cutoff_len")
-@torch.no_grad()
 def compute(model: torch.nn.Module, pairs: Pairs, config: RunConfig, device: torch.device, name: str = "") -> Columns:
     """The live reference's columns, in the order of the rows."""
-    logps = torch.empty(len(pairs), 2)
-    features = torch.empty(len(pairs), width(model))
-    passes = pairs.evaluation_passes(config.per_device_eval_batch_size)
-    for indices in tqdm(passes, desc=f"reference pass {name}", unit="batch", mininterval=1):
+
+    def of_batch(indices: np.ndarray) -> Columns:
         batch = pairs.batch(indices).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             hidden = hidden_states(model, batch)
-            logps[indices] = response_logps(model, hidden, batch).view(2, -1).T.cpu()
-        features[indices] = at(hidden, batch.prompt_end)[: batch.pairs].cpu()
-    if not (logps.isfinite().all() and features.isfinite().all()):
+            logps = response_logps(model, hidden, batch)
+        features = state_at(hidden, batch.prompt_end)[: batch.pairs]
+        return {"reference_logps": logps.view(2, -1).T, "prompt_features": features}
+
+    columns = in_batches(
+        pairs.lengths, config.per_device_eval_batch_size, of_batch,
+        step="the reference pass", progress_bar=f"reference pass {name}",
+    )  # fmt: skip
+    if not all(values.isfinite().all() for values in columns.values()):
         raise UserError(f"the reference {config.model_name_or_path} says of some rows what is no finite number")
-    return {"reference_logps": logps, "prompt_features": features}
+    return columns
 
 
 def _record(folder: Path) -> dict[str, dict[str, str]]:

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from discobeta import losses, seeds
-from discobeta.data.batches import Batch, Pairs, longest_first, pack
+from discobeta.data.batches import Batch, Pairs, Responses, pack
 from discobeta.data.rows import Rows, TokenisedData
 from discobeta.design.config import RunConfig
 from discobeta.design.schedule import Schedule
-from discobeta.errors import UserError, enough_memory
-from discobeta.method import chain
+from discobeta.errors import UserError
 from discobeta.method.heads import WIDTH, Heads, full_precision
 from discobeta.method.optim import Group, head_group, model_group
 from discobeta.method.reward import RewardModel
@@ -30,16 +29,17 @@ from discobeta.method.rm import score
 from discobeta.method.signals import scaled
 from discobeta.method.stage import Stage, Work
 from discobeta.model.forward import (
-    at,
     check_context,
     hidden_states,
     per_sequence,
     share_frozen_weights,
+    state_at,
     switch_off_dropout,
     token_logps,
     width,
 )
 from discobeta.model.generation import generate, has_ended, stop_ids
+from discobeta.model.inference import in_batches
 from discobeta.model.preflight import check_answers, check_ids, check_rows
 from discobeta.model.pretrained import load_causal_lm, load_reference, load_tokenizer
 
@@ -51,16 +51,10 @@ KL_GAIN, KL_LARGEST_ERROR = 0.1, 0.2
 
 
 @dataclass
-class Rollouts:
-    """N responses of the policy as it was before the update, and what was said of each token then."""
+class Rollouts(Responses):
+    """N responses of the policy as it was before the update, and what was computed for each token then."""
 
-    prompts: list[np.ndarray]
-    responses: list[np.ndarray]
     columns: dict[str, Sequence[Tensor]]  # per response, (its tokens,)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(a) + len(b) for a, b in zip(self.prompts, self.responses, strict=True)])
 
     @property
     def tokens_per_response(self) -> float:
@@ -69,7 +63,7 @@ class Rollouts:
     def batch(self, indices: np.ndarray) -> Batch:
         columns = {name: torch.cat([values[i] for i in indices]) for name, values in self.columns.items()}
         columns["tokens_per_response"] = torch.tensor(self.tokens_per_response)
-        return pack([self.prompts[i] for i in indices], [self.responses[i] for i in indices], columns)
+        return super().batch(indices, columns)
 
 
 class ValueHead(nn.Module):
@@ -116,10 +110,6 @@ class ProximalPolicy(Stage):
 
     task = "CAUSAL_LM"
     shown = ("reward", "kl_per_sequence", "response_length")
-
-    @classmethod
-    def check(cls, config: RunConfig) -> None:
-        chain.check(config)
 
     @classmethod
     def load_base(cls, config: RunConfig):
@@ -174,12 +164,8 @@ class ProximalPolicy(Stage):
             groups["value"] = head_group(self.value_head.parameters(), rate, self.config)
         return groups
 
-    @classmethod
-    def read_of_others(cls, config: RunConfig) -> dict[str, str]:
-        return chain.hashes(config)
-
     def facts(self) -> dict[str, str]:
-        return {**self.read_of_others(self.config), "reward_model": self.reward_fingerprint}
+        return {**self.hashes_of_inputs(self.config), "reward_model": self.reward_fingerprint}
 
     def state(self) -> dict:
         return {"kl_coefficient": self.kl_coefficient, "score_scale": self.score_scale}
@@ -233,8 +219,6 @@ class ProximalPolicy(Stage):
                 batch_size=8 * config.per_device_eval_batch_size,
             )  # fmt: skip
 
-    @enough_memory("judging responses", "per_device_eval_batch_size or max_new_tokens")
-    @torch.no_grad()
     def judge(self, prompts: list[np.ndarray], responses: list[np.ndarray]) -> dict[str, list]:
         """What policy, reference, reward model and value head say, on the CPU, in the order of the responses.
 
@@ -242,17 +226,16 @@ class ProximalPolicy(Stage):
         reward model's (hidden_size,), or, where that reads other tokens, the reference's. Per response: `scores`, and
         `log_s` where the coefficient is scaled.
         """
-        temperature, device = self.config.temperature, next(self.model.parameters()).device
+        rows, temperature, device = Responses(prompts, responses), self.config.temperature, self.device
         name = f"reward_model {self.config.reward_model}"
-        found: dict[str, list] = {}
-        lengths = np.array([len(a) + len(b) for a, b in zip(prompts, responses, strict=True)])
-        for indices in longest_first(lengths, self.config.per_device_eval_batch_size):
-            batch = pack([prompts[i] for i in indices], [responses[i] for i in indices]).to(device)
+
+        def of_batch(indices: np.ndarray) -> dict[str, Sequence[Tensor]]:
+            batch = rows.batch(indices).to(device)
             with self.autocast():
                 policy, reference = (hidden_states(model, batch) for model in (self.model, self.reference))
                 logps, entropy = token_logps(self.model, policy, batch, temperature, with_entropy=True)
                 reference_logps, _ = token_logps(self.reference, reference, batch, temperature)
-                log_s = self.signals.log_scale(at(reference, batch.prompt_end))
+                log_s = self.signals.log_scale(state_at(reference, batch.prompt_end))
             if self.translation is None:
                 check_ids(self.reward.model, [responses[i] for i in indices], name)
                 reward = self.reward.hidden(batch)
@@ -268,29 +251,29 @@ class ProximalPolicy(Stage):
                 "states": states, "values": self.value_head(states),
             }  # fmt: skip
             sizes = [len(responses[i]) for i in indices]
-            said = {name: values.cpu().split(sizes) for name, values in per_token.items()}
-            said["scores"] = scores.cpu()
-            if log_s is not None:
-                said["log_s"] = log_s.cpu()
-            for name, values in said.items():
-                column = found.setdefault(name, [None] * len(prompts))
-                for i, value in zip(indices, values, strict=True):
-                    column[i] = value.clone()  # a view would take the whole batch along to other processes
-        return found
+            per_response = {"scores": scores} if log_s is None else {"scores": scores, "log_s": log_s}
+            return {name: values.cpu().split(sizes) for name, values in per_token.items()} | {
+                name: values.cpu().unbind() for name, values in per_response.items()
+            }
 
-    @torch.no_grad()
+        return in_batches(
+            rows.lengths, self.config.per_device_eval_batch_size, of_batch,
+            step="judging responses", lower="per_device_eval_batch_size or max_new_tokens",
+        )  # fmt: skip
+
     def log_s_of(self, reference: nn.Module, prompts: list[np.ndarray]) -> Tensor | None:
         """(N,) log s of prompts, on the CPU; None where the coefficient is one number."""
-        found = torch.empty(len(prompts))
-        device = next(reference.parameters()).device
-        for indices in longest_first(np.array([len(ids) for ids in prompts]), self.config.per_device_eval_batch_size):
-            batch = pack([prompts[i][:-1] for i in indices], [prompts[i][-1:] for i in indices]).to(device)
+        rows = Responses([ids[:-1] for ids in prompts], [ids[-1:] for ids in prompts])
+
+        def of_batch(indices: np.ndarray) -> dict[str, Tensor]:
+            batch = rows.batch(indices).to(self.device)
             with self.autocast():
-                log_s = self.signals.log_scale(at(hidden_states(reference, batch), batch.response_end))
-            if log_s is None:
-                return None
-            found[indices] = log_s.cpu()
-        return found
+                log_s = self.signals.log_scale(state_at(hidden_states(reference, batch), batch.response_end))
+            return {} if log_s is None else {"log_s": log_s}
+
+        return in_batches(rows.lengths, self.config.per_device_eval_batch_size, of_batch, step="evaluation").get(
+            "log_s"
+        )
 
     def scores_of_reference(self, rows: Rows) -> tuple[float, float]:
         """Mean and standard deviation of the scores of the reference's own responses to a draw of the prompts."""

@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from discobeta.data.batches import longest_first, pack
+from discobeta.data.batches import Responses
 from discobeta.data.encode import encode
 from discobeta.data.examples import Example
 from discobeta.data.row_report import RowReport
 from discobeta.design.config import RunConfig
-from discobeta.errors import enough_memory
 from discobeta.method.heads import SIGMA0
 from discobeta.method.translation import Translation, needed
-from discobeta.model.forward import context_of, name_of, plain
+from discobeta.model.forward import context_of, name_of, unwrapped
 from discobeta.model.generation import stop_ids
+from discobeta.model.inference import in_batches
 from discobeta.model.preflight import check_ids, check_lengths
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class RewardModel:
         """How this judge reads what policies of `config` write, which are like `model`; None: as it is."""
         if not needed(tokenizer, self.tokenizer):
             return None
-        context = context_of(plain(self.model).config) or sys.maxsize
+        context = context_of(unwrapped(self.model).config) or sys.maxsize
         return Translation(config, tokenizer, self.tokenizer, context, stop_ids(model, tokenizer))
 
     def score(self, prompts: list[str], responses: list[str], batch_size: int = 64) -> tuple[Tensor, Tensor | None]:
@@ -63,22 +62,17 @@ class RewardModel:
         report.check(0.0)
         return self.score_ids(found.prompt_ids, found.chosen_ids, batch_size)
 
-    @enough_memory("scoring", "the batch size or cutoff_len")
-    @torch.no_grad()
     def score_ids(
         self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], batch_size: int = 64
     ) -> tuple[Tensor, Tensor | None]:
         """`score` of N prompts and responses as token ids; results on the CPU."""
-        device = next(self.stage.parameters()).device
-        lengths = np.array([len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)])
+        rows = Responses(prompts, responses)
         check_ids(self.stage.model, [*prompts, *responses], name_of(self.stage.model))
-        check_lengths(self.stage.model, lengths, name_of(self.stage.model))
-        means, log_sigmas = torch.empty(len(lengths)), None
-        for indices in longest_first(lengths, batch_size):
-            batch = pack([prompts[i] for i in indices], [responses[i] for i in indices])
-            mean, log_sigma = self.stage.rewards(batch.to(device))
-            means[indices] = mean.float().cpu()
-            if log_sigma is not None:
-                log_sigmas = torch.empty_like(means) if log_sigmas is None else log_sigmas
-                log_sigmas[indices] = log_sigma.cpu()
-        return means, None if log_sigmas is None else (SIGMA0 * log_sigmas.exp()).square()
+        check_lengths(self.stage.model, rows.lengths, name_of(self.stage.model))
+
+        def of_batch(indices: np.ndarray) -> dict[str, Tensor]:
+            mean, log_sigma = self.stage.rewards(rows.batch(indices).to(self.stage.device))
+            return {"mean": mean} if log_sigma is None else {"mean": mean, "log_sigma": log_sigma}
+
+        scored = in_batches(rows.lengths, batch_size, of_batch, step="scoring", lower="the batch size or cutoff_len")
+        return scored["mean"], (SIGMA0 * scored["log_sigma"].exp()).square() if "log_sigma" in scored else None

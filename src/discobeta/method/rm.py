@@ -16,14 +16,14 @@ from discobeta.method.judges import has_value_head, value_head
 from discobeta.method.signals import Comparison, Evidence
 from discobeta.method.stage import Stage
 from discobeta.model.adapters import start_adapter
-from discobeta.model.forward import at, hidden_states, plain, scored_at
+from discobeta.model.forward import hidden_states, score_position, state_at, unwrapped
 from discobeta.model.pretrained import load_scorer
 
 
 class RewardModelling(Stage):
     """-log sigmoid(r_w - r_l), or -log Phi((mu_w - mu_l) / sqrt(sigma_w^2 + sigma_l^2)).
 
-    r and mu are linear maps of the trunk's last hidden state at the last response token (see `scored_at`).
+    r and mu are linear maps of the trunk's last hidden state at the last response token (see `score_position`).
     """
 
     task = "SEQ_CLS"
@@ -64,20 +64,20 @@ class RewardModelling(Stage):
 
     def rewards_of(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """`rewards`, from `hidden` states."""
-        batch = self.scored(batch)
+        batch = self.ending_at_score(batch)
         return self.means(hidden, batch), self.signals.log_sigma(hidden, batch)
 
-    def scored(self, batch: Batch) -> Batch:
+    def ending_at_score(self, batch: Batch) -> Batch:
         """The batch with the place where a reward is read as the end of its response."""
-        return replace(batch, response_end=scored_at(self.model, batch))
+        return replace(batch, response_end=score_position(self.model, batch))
 
     def means(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """(N,) float32 mean rewards of `scored` responses."""
+        """(N,) float32 mean rewards of responses that are `ending_at_score`."""
         with full_precision(hidden):
-            return self.signals.reward_map(score(self.model))(at(hidden, batch.response_end)).squeeze(-1)
+            return self.signals.reward_map(score(self.model))(state_at(hidden, batch.response_end)).squeeze(-1)
 
     def compare(self, batch: Batch) -> Comparison:
-        hidden, batch = self.hidden(batch), self.scored(batch)
+        hidden, batch = self.hidden(batch), self.ending_at_score(batch)
         return self.signals.compare(Evidence(self.means(hidden, batch).view(2, -1), batch, hidden))
 
     @torch.no_grad()
@@ -90,5 +90,5 @@ class RewardModelling(Stage):
 
 def score(model: nn.Module) -> nn.Linear:
     """The scalar score; with an adapter, the copy of it that is trained and saved."""
-    found = plain(model).score
+    found = unwrapped(model).score
     return found.modules_to_save["default"] if hasattr(found, "modules_to_save") else found

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from discobeta import identity, record
 from discobeta.data.batches import Batch, Pairs
 from discobeta.data.rows import Rows, TokenisedData
+from discobeta.design.arms import IDEAS
 from discobeta.design.config import RunConfig
 from discobeta.design.schedule import Schedule, schedule_of
-from discobeta.design.stages import STAGES
+from discobeta.design.stages import STAGES, Reading
+from discobeta.errors import UserError
 from discobeta.method import heads as heads_module
 from discobeta.method.heads import Heads
 from discobeta.method.optim import Group, model_group
@@ -129,12 +132,38 @@ class Stage(nn.Module):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Refuse, before anything is loaded, what cannot be trained."""
+        """Refuse, before anything is loaded, a run whose reward model or heads of other runs do not belong to its arm.
+
+        The flags of a run describe all that it is made from: a ppo run's disco state is that of its reward model, and
+        its Beta Head is the one that dpo trained. With other inputs it would stand in the wrong cell of a table.
+        """
+        for reading in STAGES[config.stage].reads:
+            named = getattr(config, reading.key)
+            if reading.idea is None:
+                if not named:
+                    raise UserError(
+                        f"stage {config.stage} needs {reading.key}: an {reading.stage} run, a PEFT adapter with a "
+                        "score, or a hub model"
+                    )
+                identity.check_local(named, reading.key)
+                _check_reward_model(config, reading, Path(named))
+            elif named and config.arm.has(reading.idea):
+                _check_head(config, reading, Path(named))
 
     @classmethod
-    def read_of_others(cls, config: RunConfig) -> dict[str, str]:
-        """Run key -> sha256 of what it names among other runs, as it is now; part of what `facts` said."""
-        return {}
+    def hashes_of_inputs(cls, config: RunConfig) -> dict[str, str]:
+        """Run key -> sha256 of what it names among our runs, as it is now; part of what `facts` has said."""
+        hashes = {}
+        for reading in STAGES[config.stage].reads:
+            named = getattr(config, reading.key)
+            directory = Path(named or "")
+            if reading.idea is None:
+                if named and (directory / "config.yaml").exists():
+                    parts = (directory / "adapter", directory / "model")
+                    hashes[reading.key] = identity.folders_hash(*(part for part in parts if part.exists()))
+            elif named and config.arm.has(reading.idea):
+                hashes[reading.key] = identity.file_hash(directory / "heads.safetensors")
+        return hashes
 
     def check_data(self, data: TokenisedData) -> None:
         """Refuse rows that another model than the one that is trained cannot read."""
@@ -182,9 +211,12 @@ class Stage(nn.Module):
         """What is trained, by the name that its gradient's norm has in the log."""
         return {"model": model_group(self.model_parameters(), self.config), **self.signals.groups()}
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def autocast(self) -> torch.autocast:
-        device = next(self.model.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.config.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
 
     def save(self, directory: Path) -> None:
         """adapter/ (or model/), heads.safetensors and heads.json."""
@@ -192,6 +224,49 @@ class Stage(nn.Module):
 
         save_model(self.model, directory)
         heads_module.save(self.heads, directory)
+
+
+def _check_reward_model(config: RunConfig, reading: Reading, directory: Path) -> None:
+    """It must have used the heads that the run's arm uses and that act in its stage."""
+    wanted = config.arm.trained_as(reading.stage).used
+    if not (directory / "config.yaml").exists():
+        if wanted:
+            idea = next(idea for idea in IDEAS if idea.key in wanted)
+            raise UserError(
+                f"{idea.use}: true needs an {reading.stage} run that used its {idea.label} Head; {directory} is none"
+            )
+        return
+    arm = record.read(directory, trust_remote_code=config.trust_remote_code, weights=False).config.arm
+    if arm.trained_as(reading.stage).used != wanted:
+        acting = [idea for idea in IDEAS if idea.acts_in(reading.stage)]
+        flags = " and ".join(idea.use for idea in acting)
+        raise UserError(
+            f"{reading.key}: {directory} is of arm {arm.name}, and this run of {config.arm.name}: "
+            f"in {config.stage}, {flags} says what kind of reward model it is given"
+        )
+
+
+def _check_head(config: RunConfig, reading: Reading, directory: Path) -> None:
+    """It must be one that `reading.stage` made on the same base, and have been used there if it is used here."""
+    run = record.read(directory, trust_remote_code=config.trust_remote_code)
+    arm, idea = run.config.arm, next(idea for idea in IDEAS if idea.key == reading.idea)
+    if run.config.stage != reading.stage or not arm.has(idea.key):
+        raise UserError(
+            f"{reading.key}: {directory} is a {run.config.stage} run of arm {arm.name}, not a {reading.stage} run "
+            f"with this head ({idea.add})"
+        )
+    if arm.used - {idea.key} != config.arm.trained_as(reading.stage).used - {idea.key}:
+        raise UserError(
+            f"{reading.key}: {directory} is of arm {arm.name}, and this run of {config.arm.name}: "
+            "both must have used the same other heads"
+        )
+    if idea.key in config.arm.used - arm.used:
+        raise UserError(f"{reading.key}: the head of {directory} was idle there, so it has learned nothing to use here")
+    if run.facts.get("base") != identity.weights_hash(config):
+        raise UserError(
+            f"{reading.key}: {directory} was trained on another base than {config.model_name_or_path}, and its head "
+            "reads other hidden states"
+        )
 
 
 def stage_class(stage: str) -> type[Stage]:

@@ -21,14 +21,14 @@ LOGIT_CHUNK = 2048
 """Response tokens whose logits exist at the same time: at a vocabulary of 151,936, 1.2 GB in float32."""
 
 
-def plain(model: nn.Module) -> PreTrainedModel:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT model (with the adapter in it), or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def trunk(model: nn.Module) -> nn.Module:
     """The model without its output layer: tokens -> last hidden state."""
-    inner = plain(model)
+    inner = unwrapped(model)
     for name in (inner.base_model_prefix, "model"):  # Llama4ForCausalLM names a prefix that it does not have
         if isinstance(body := getattr(inner, name, None), nn.Module):
             return body
@@ -51,7 +51,7 @@ def _arguments_of(kind: type[nn.Module]) -> frozenset[str]:
 def width(model: nn.Module) -> int:
     """The size of a state of `hidden_states`: mostly the config's hidden_size, but not where a trunk ends in a
     projection (OPT-350m) or a config is one of several models (text and images)."""
-    inner = plain(model)
+    inner = unwrapped(model)
     return (inner.score if hasattr(inner, "score") else inner.get_output_embeddings()).weight.shape[1]
 
 
@@ -67,7 +67,7 @@ AFTER_OUTPUT_LAYER: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 def logits_of(model: nn.Module, states: Tensor) -> Tensor:
     """(..., vocabulary) float32 logits of (..., width) states."""
-    inner = plain(model)
+    inner = unwrapped(model)
     logits, config = inner.get_output_embeddings()(states).float(), inner.config.get_text_config()
     for name, change in AFTER_OUTPUT_LAYER.items():
         if isinstance(value := getattr(config, name, None), int | float) and value != 1:
@@ -116,18 +116,18 @@ def per_sequence(values: Tensor, batch: Batch) -> Tensor:
     return sums.index_add(0, batch.sequence_index, values)
 
 
-def at(hidden: Tensor, positions: Tensor) -> Tensor:
+def state_at(hidden: Tensor, positions: Tensor) -> Tensor:
     """(N, hidden_size) float32, the state at one position of each sequence."""
     return hidden[torch.arange(len(hidden), device=hidden.device), positions].float()
 
 
-def scored_at(model: nn.Module, batch: Batch) -> Tensor:
+def score_position(model: nn.Module, batch: Batch) -> Tensor:
     """(N,) where a score is read: at the last token that is not the pad_token_id of the model's config.
 
     It is where transformers' classifiers read it, so the same weights give the same score there. That is the last
     response token, unless this is the pad: where <pad> is <eos>, it is the token before.
     """
-    pad = plain(model).config.get_text_config().pad_token_id
+    pad = unwrapped(model).config.get_text_config().pad_token_id
     if pad is None:
         return batch.response_end
     place = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
@@ -138,7 +138,7 @@ def scored_at(model: nn.Module, batch: Batch) -> Tensor:
 def pooled(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
     """(N, hidden_size) float32: the state at the last response token, or the mean over the response."""
     if pooling == "last":
-        return at(hidden, batch.response_end)
+        return state_at(hidden, batch.response_end)
     weights = batch.response_mask / batch.response_mask.sum(1, keepdim=True)
     return torch.einsum("nt,nth->nh", weights, hidden.float())
 
@@ -185,11 +185,11 @@ CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "m
 
 def vocabulary(model: nn.Module) -> int:
     """How many token ids the model has an embedding for."""
-    return plain(model).get_input_embeddings().weight.shape[0]
+    return unwrapped(model).get_input_embeddings().weight.shape[0]
 
 
 def name_of(model: nn.Module) -> str:
-    return plain(model).config.name_or_path or type(plain(model)).__name__
+    return unwrapped(model).config.name_or_path or type(unwrapped(model)).__name__
 
 
 def context_of(config: PreTrainedConfig) -> int | None:
@@ -218,9 +218,9 @@ def context_of(config: PreTrainedConfig) -> int | None:
 
 def check_context(model: nn.Module, longest_prompt: int, max_new_tokens: int) -> None:
     """Refuse prompts that do not leave the model room for a response."""
-    context = context_of(plain(model).config)
+    context = context_of(unwrapped(model).config)
     if context and longest_prompt + max_new_tokens > context:
         raise UserError(
             f"a prompt of {longest_prompt} tokens and max_new_tokens: {max_new_tokens} do not fit into the context of "
-            f"{context} tokens of {plain(model).config.name_or_path}: lower cutoff_len or max_new_tokens"
+            f"{context} tokens of {unwrapped(model).config.name_or_path}: lower cutoff_len or max_new_tokens"
         )

@@ -15,7 +15,7 @@ from torch import nn
 
 from discobeta.data.templates import closing_id
 from discobeta.errors import UserError, enough_memory
-from discobeta.model.forward import check_context, plain
+from discobeta.model.forward import check_context, unwrapped
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ def generate(
     from tqdm import tqdm
     from transformers import GenerationConfig, LogitsProcessorList
 
-    language_model = plain(model)
+    language_model = unwrapped(model)
     check_context(model, max(map(len, prompt_ids), default=0), uniforms.shape[1])
     stops = stop_ids(language_model, tokenizer)
     pad = _padding_id(language_model, tokenizer, stops)
@@ -192,7 +192,7 @@ def has_ended(response_ids: np.ndarray, stops: list[int]) -> bool:
 def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokenizer's <eos>, what closes a turn of its chat template (the end of a response that was trained on), and
     those that the model itself stops at (chat models have several)."""
-    own = plain(model).generation_config.eos_token_id
+    own = unwrapped(model).generation_config.eos_token_id
     ids = {tokenizer.eos_token_id, closing_id(tokenizer), *(own if isinstance(own, list) else [own])} - {None}
     if not ids:
         raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token (eos_token)")

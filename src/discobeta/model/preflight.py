@@ -19,7 +19,7 @@ from discobeta.data.rows import Rows, TokenisedData
 from discobeta.design.config import RunConfig
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, telling
-from discobeta.model.forward import check_context, context_of, hidden_states, name_of, plain, vocabulary
+from discobeta.model.forward import check_context, context_of, hidden_states, name_of, unwrapped, vocabulary
 from discobeta.model.generation import stop_ids
 from discobeta.model.pretrained import load_tokenizer
 
@@ -64,7 +64,7 @@ def check_rows(
 
     name: what the model is called. tokenizer: that of the rows, if it is at hand.
     """
-    size, context, name = vocabulary(model), context_of(plain(model).config), name or name_of(model)
+    size, context, name = vocabulary(model), context_of(unwrapped(model).config), name or name_of(model)
     longest: tuple[int, Rows, int] | None = None
     for rows in parts.values():
         for ids in rows.parts().values():
@@ -82,7 +82,7 @@ def check_rows(
             f"{_source(rows, row)} has {length} tokens (prompt + response), and the context of {name} is {context}: "
             f"lower cutoff_len to {context} or less"
         )
-    attention = getattr(plain(model).config, "_attn_implementation", None) or ""
+    attention = getattr(unwrapped(model).config, "_attn_implementation", None) or ""
     if "flash" not in attention:  # of which there are no CPU kernels
         _try(model, rows, row, config, name)
 
@@ -96,7 +96,7 @@ def check_ids(model: nn.Module, sequences: Sequence[np.ndarray], what: str) -> N
 
 def check_lengths(model: nn.Module, lengths: np.ndarray, what: str) -> None:
     """Refuse sequences longer than the model's context."""
-    context = context_of(plain(model).config)
+    context = context_of(unwrapped(model).config)
     if context and (longest := int(lengths.max(initial=0))) > context:
         raise UserError(f"{what} has a context of {context} tokens, and a prompt with its response has {longest}")
 
@@ -131,7 +131,7 @@ def _try(model: nn.Module, rows: Rows, row: int, config: RunConfig, name: str) -
     model.eval()  # no dropout: a random stream would move on
     try:
         with (
-            telling(f"{name}: {type(plain(model)).__name__} fails on {_source(rows, row)}"),
+            telling(f"{name}: {type(unwrapped(model)).__name__} fails on {_source(rows, row)}"),
             torch.autocast("cpu", torch.bfloat16, enabled=config.bf16),
         ):
             hidden_states(model, batch)

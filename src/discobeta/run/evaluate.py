@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from discobeta import lock, metrics, record
 from discobeta.data.batches import Pairs
@@ -25,13 +24,14 @@ from discobeta.data.rows import Rows, TokenisedData
 from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.config import RunConfig, keys_of
 from discobeta.design.stages import STAGES
-from discobeta.errors import UserError, did_you_mean, enough_memory, say, shown
+from discobeta.errors import UserError, did_you_mean, say, shown
 from discobeta.files import remove, replacing, write_json, write_text
 from discobeta.method.heads import SIGMA0
 from discobeta.method.stage import Stage, stage_class
 from discobeta.model import preflight
 from discobeta.model.forward import hidden_states, response_logps
 from discobeta.model.generation import generate, has_ended, response_text, stop_ids
+from discobeta.model.inference import in_batches
 from discobeta.model.pretrained import load_reference, load_tokenizer, use_deterministic_kernels
 from discobeta.run import load as runs
 from discobeta.seeds import uniforms
@@ -79,7 +79,7 @@ def _evaluate(found: record.Record) -> dict[str, Any]:
     data = load_or_tokenise(config, tokenizer, write=False)
     for key, now in data.keys().items():
         found.check_fact(key, now, config.dataset or config.tokenized_path)
-    for key, now in stage_class(config.stage).read_of_others(config).items():
+    for key, now in stage_class(config.stage).hashes_of_inputs(config).items():
         found.check_fact(key, now, getattr(config, key))
     if data.held_out is None and row.has_pairs:
         raise UserError(f"{directory} has no held-out rows: its config needs eval_dataset or val_size")
@@ -95,10 +95,10 @@ def _evaluate(found: record.Record) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     if row.has_pairs:
         columns = stage.columns(config, {"eval": data.held_out}, write=False)
-        examples = compare_all(stage, Pairs(data.held_out, columns["eval"]), config.per_device_eval_batch_size, device)
+        examples = compare_all(stage, Pairs(data.held_out, columns["eval"]), config.per_device_eval_batch_size)
         measured |= preference_metrics(examples)
     if row.is_policy and config.num_eval_generations:
-        answers = answer_prompts(stage, data, found, tokenizer, device)
+        answers = answer_prompts(stage, data, found, tokenizer)
         measured |= policy_metrics(answers)
         lines = (json.dumps(row, ensure_ascii=False) for row in answers.to_dict("records"))
         write_text(directory / "generations.jsonl", "".join(f"{line}\n" for line in lines))
@@ -113,31 +113,29 @@ def _evaluate(found: record.Record) -> dict[str, Any]:
     return measured
 
 
-@enough_memory("evaluation", "per_device_eval_batch_size")
-@torch.no_grad()
-def compare_all(stage: Stage, pairs: Pairs, batch_size: int, device: torch.device) -> pd.DataFrame:
+def compare_all(stage: Stage, pairs: Pairs, batch_size: int) -> pd.DataFrame:
     """One row per pair, in the order of the data: what the run says of it, beside what is known."""
-    found: dict[str, np.ndarray] = {}
 
-    def put(name: str, indices: np.ndarray, values: torch.Tensor) -> None:
-        found.setdefault(name, np.empty(len(pairs)))[indices] = values.double().cpu().numpy()
+    def of_batch(indices: np.ndarray) -> dict[str, torch.Tensor]:
+        return stage.compare(pairs.batch(indices).to(stage.device)).measured()
 
-    for indices in tqdm(pairs.evaluation_passes(batch_size), desc="held-out pairs", unit="batch", mininterval=1):
-        comparison = stage.compare(pairs.batch(indices).to(device))
-        for name, values in comparison.measured().items():
-            put(name, indices, values)
-    decisive = [found[name] for name in ("nll", "mean_margin") if name in found]
+    measured = in_batches(
+        pairs.lengths, batch_size, of_batch,
+        step="evaluation", lower="per_device_eval_batch_size", progress_bar="held-out pairs",
+    )  # fmt: skip
+    measured = {name: values.double().numpy() for name, values in measured.items()}
+    decisive = [measured[name] for name in ("nll", "mean_margin") if name in measured]
     if broken := int((~np.isfinite(decisive).all(0)).sum()):
         raise UserError(
             f"{broken} of {len(pairs)} held-out pairs have a loss or a margin that is no finite number: "
             "the run's weights have diverged, or are damaged"
         )
-    said = pd.DataFrame({"row": np.arange(len(pairs)), "source": pairs.rows.source, **found})
-    if "nll" in said:
-        said.insert(2, "probability", np.exp(-said["nll"]))
+    examples = pd.DataFrame({"row": np.arange(len(pairs)), "source": pairs.rows.source, **measured})
+    if "nll" in examples:
+        examples.insert(2, "probability", np.exp(-examples["nll"]))
     # the truth's own `probability` is that of the label under the oracle
-    known = {{"probability": "oracle_probability"}.get(name, name): values for name, values in pairs.rows.truth.items()}
-    return pd.concat([said, pd.DataFrame(known)], axis=1)
+    truth = {{"probability": "oracle_probability"}.get(name, name): values for name, values in pairs.rows.truth.items()}
+    return pd.concat([examples, pd.DataFrame(truth)], axis=1)
 
 
 def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
@@ -222,10 +220,7 @@ def scale_metrics(examples: pd.DataFrame) -> dict[str, float | None]:
     return found
 
 
-@torch.no_grad()
-def answer_prompts(
-    stage: Stage, data: TokenisedData, found: record.Record, tokenizer: Any, device: torch.device
-) -> pd.DataFrame:
+def answer_prompts(stage: Stage, data: TokenisedData, found: record.Record, tokenizer: Any) -> pd.DataFrame:
     """The policy's and the reference's sampled responses to prompts, with what is known of them.
 
     One row per prompt. Policy and reference draw from streams of their own, the same ones in every
@@ -235,7 +230,7 @@ def answer_prompts(
     config = found.config
     rows, asked = data.to_answer(config.num_eval_generations)
     prompts = [rows.prompt_ids[i] for i in asked]
-    reference = load_reference(config).to(device)
+    reference = load_reference(config).to(stage.device)
     sampled = {}
     for name, model in (("policy", stage.model), ("reference", reference)):
         draws = uniforms(config.seed, "sampling", name, shape=(len(prompts), config.max_new_tokens))
@@ -246,7 +241,7 @@ def answer_prompts(
                 batch_size=8 * config.per_device_eval_batch_size, description=f"{name} samples",
             )  # fmt: skip
     both = Rows(prompts, sampled["policy"], sampled["reference"], source=["sampled"] * len(prompts), truth={})
-    policy_logps, reference_logps = (_logps(model, Pairs(both), config, device) for model in (stage.model, reference))
+    policy_logps, reference_logps = (_logps(model, Pairs(both), config) for model in (stage.model, reference))
     answers = pd.DataFrame(
         {
             "prompt": [tokenizer.decode(ids) for ids in prompts],
@@ -260,7 +255,7 @@ def answer_prompts(
     if STAGES[config.stage].judge:
         judge = runs.load_reward_model(config.reward_model, **runs.loading(config))
         found.check_fact("reward_model", judge.fingerprint, config.reward_model)
-        judge.stage.to(device)
+        judge.stage.to(stage.device)
         translation = judge.translation(config, reference, tokenizer)
         for side, name in (("", "policy"), ("reference_", "reference")):
             texts = (prompts, sampled[name]) if translation is None else translation(prompts, sampled[name])
@@ -280,16 +275,17 @@ def answer_prompts(
     return answers
 
 
-@enough_memory("evaluation", "per_device_eval_batch_size")
-@torch.no_grad()
-def _logps(model: torch.nn.Module, pairs: Pairs, config: RunConfig, device: torch.device) -> torch.Tensor:
+def _logps(model: torch.nn.Module, pairs: Pairs, config: RunConfig) -> torch.Tensor:
     """(rows, 2) log-probabilities of both responses under `model`, on the CPU."""
-    found = torch.empty(len(pairs), 2)
-    for indices in pairs.evaluation_passes(config.per_device_eval_batch_size):
+    device = next(model.parameters()).device
+
+    def of_batch(indices: np.ndarray) -> dict[str, torch.Tensor]:
         batch = pairs.batch(indices).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            found[indices] = response_logps(model, hidden_states(model, batch), batch).view(2, -1).T.cpu()
-    return found
+            return {"logps": response_logps(model, hidden_states(model, batch), batch).view(2, -1).T}
+
+    size = config.per_device_eval_batch_size
+    return in_batches(pairs.lengths, size, of_batch, step="evaluation", lower="per_device_eval_batch_size")["logps"]
 
 
 def policy_metrics(answers: pd.DataFrame) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from discobeta import folders
-from discobeta.data.batches import Pairs
+from discobeta.data.batches import Pairs, longest_first
 from discobeta.design.config import RunConfig
 from discobeta.design.schedule import Schedule, total_steps
 from discobeta.design.stages import STAGES
@@ -213,7 +213,7 @@ def held_out_means(
     """Mean loss and accuracy on held-out pairs, each process taking every n-th batch."""
     module.eval()
     means = Means()
-    passes = held_out.evaluation_passes(config.per_device_eval_batch_size)
+    passes = longest_first(held_out.lengths, config.per_device_eval_batch_size)
     # a process with fewer batches than another repeats nothing: it adds zero pairs
     for indices in passes[accelerator.process_index :: accelerator.num_processes]:
         statistics = stage(held_out.batch(indices).to(accelerator.device))[1]

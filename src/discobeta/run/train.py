@@ -153,7 +153,7 @@ def _leave_finished(config: RunConfig) -> None:
     found = record.read(config.output_dir, trust_remote_code=config.trust_remote_code)
     found.check_base()
     found.check_fact("sources", contents_hash(config), config.dataset or config.tokenized_path)
-    for key, now in stage_class(config.stage).read_of_others(config).items():
+    for key, now in stage_class(config.stage).hashes_of_inputs(config).items():
         found.check_fact(key, now, getattr(config, key))
     if folders.has_leftovers(found.directory):
         with lock.holding(found.directory):
