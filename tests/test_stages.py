@@ -20,7 +20,7 @@ from discobeta.design.arms import Arm, arms_of
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
 from discobeta.method.heads import Heads, build
-from discobeta.method.rm import score
+from discobeta.method.rm import score_layer
 from discobeta.method.signals import Evidence, Signals
 from discobeta.method.stage import stage_class
 from discobeta.model.pretrained import load_tokenizer
@@ -76,11 +76,11 @@ def test_rm_trains_the_score_or_the_mean_in_its_place(fresh, name):
     objective, _ = moved(stage)(pairs.batch(np.arange(8)))
     objective.mean().backward()
     used = "disco" in arm.used
-    assert (score(stage.model).weight.grad is None) == used
+    assert (score_layer(stage.model).weight.grad is None) == used
     if stage.heads.disco is not None:
         assert all((weight.grad is not None) == used for weight in stage.heads.disco.parameters())
     in_group = {id(weight) for weight in stage.parameter_groups()["model"].weights}
-    assert (id(score(stage.model).weight) in in_group) != used
+    assert (id(score_layer(stage.model).weight) in in_group) != used
 
 
 def test_a_head_is_clipped_on_its_own():
@@ -320,7 +320,7 @@ def test_a_reward_model_starts_from_the_adapter_of_a_policy(run, fresh):
     for name, value in saved.items():
         assert torch.equal(found[name.replace(".weight", ".default.weight")], value), name
     assert all(found[name.replace(".weight", ".default.weight")].requires_grad for name in saved)
-    assert score(stage.model).weight.requires_grad and score(stage.model).weight.abs().sum() > 0
+    assert score_layer(stage.model).weight.requires_grad and score_layer(stage.model).weight.abs().sum() > 0
 
 
 def test_a_run_that_was_moved_is_measured_where_it_is(run, tmp_path):

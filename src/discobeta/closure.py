@@ -21,7 +21,7 @@ from discobeta.design.stages import BASE_STAGE, STAGES
 ROOT = Path(__file__).parent
 
 REPORT = ("report/results", "record", "identity", "design/study")
-"""Of tables and figures too: which runs count."""
+"""What tables and figures depend on beside their own code: which runs count."""
 
 ENTRIES = {
     "world_corpus": ("inputs/world:write_corpus",),
@@ -84,12 +84,12 @@ def code_hash(stage: str) -> str:
 
 def _reached(entries: Iterable[str]) -> set[str]:
     """The entries and the modules that they reach."""
-    found, waiting = set(), list(entries)
+    reached, waiting = set(), list(entries)
     while waiting:
         name, _, function = waiting.pop().partition(":")
-        found.add(name)
-        waiting += _imports(name, function) - found - BOOKKEEPING.keys()
-    return found
+        reached.add(name)
+        waiting += _imports(name, function) - reached - BOOKKEEPING.keys()
+    return reached
 
 
 @cache
@@ -99,14 +99,14 @@ def _imports(name: str, function: str = "") -> frozenset[str]:
     if not function:
         return frozenset(module for statement in _statements(tree) for _, module in _imported(statement))
     parts = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    found, named, waiting = set(), {function}, [function]
+    modules, named, waiting = set(), {function}, [function]
     while waiting:
         part = parts[waiting.pop()]
-        found |= {module for statement in _statements(part) for _, module in _imported(statement)}
+        modules |= {module for statement in _statements(part) for _, module in _imported(statement)}
         names = {node.id for node in ast.walk(part) if isinstance(node, ast.Name)} - named
         waiting += names & parts.keys()
         named |= names
-    return frozenset(found | {module for node in tree.body for bound, module in _imported(node) if bound in named})
+    return frozenset(modules | {module for node in tree.body for bound, module in _imported(node) if bound in named})
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
@@ -125,11 +125,11 @@ def _imported(node: ast.AST) -> list[tuple[str, str]]:
         return [(bound, _module(word)) for bound, word in words if word.split(".")[0] == "discobeta"]
     if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "discobeta":
         return []
-    found = []
+    modules = []
     for alias in node.names:
         inner = f"{node.module}.{alias.name}"
-        found.append((alias.asname or alias.name, _module(inner if _is_module(inner) else node.module)))
-    return found
+        modules.append((alias.asname or alias.name, _module(inner if _is_module(inner) else node.module)))
+    return modules
 
 
 def _module(dotted: str) -> str:

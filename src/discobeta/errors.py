@@ -34,9 +34,9 @@ def telling(what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # of what is written in Rust
-            asked = lack_of_memory(error)
-            said = first_line(error) if asked is None else f"out of memory{asked}"
-            raise UserError(f"{what}: {said}") from error
+            amount = lack_of_memory(error)
+            reason = first_line(error) if amount is None else f"out of memory{amount}"
+            raise UserError(f"{what}: {reason}") from error
         raise
 
 
@@ -56,9 +56,9 @@ def enough_memory(step: str, lower: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (asked := lack_of_memory(error)) is None:
+        if (amount := lack_of_memory(error)) is None:
             raise
-        raise UserError(f"out of memory in {step}{asked}: lower {lower}") from error
+        raise UserError(f"out of memory in {step}{amount}: lower {lower}") from error
 
 
 def lack_of_memory(error: BaseException) -> str | None:
@@ -97,10 +97,13 @@ def shorten(text: str, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A question after the one of `names` that `name` may be a slip of; "" if it merely has some letters in common."""
-    near = difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.8)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def did_you_mean(name: str, names: Iterable[str], what: str = "", likeness: float = 0.8) -> str:
+    """A question after the one of `names` that `name` may be a slip of; "" if it merely has some letters in common.
+
+    what: a name for them, before the one that is meant; likeness: from 0 to 1 (difflib's ratio), the least.
+    """
+    near = difflib.get_close_matches(name[:100], list(names), n=1, cutoff=likeness)
+    return f"; did you mean {what}{near[0]!r}?" if near else ""
 
 
 def say(line: str) -> None:

@@ -163,7 +163,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """sha256 of a file's content, in hexadecimal."""
     check_regular(path)
     try:
         with Path(path).open("rb") as stream:

@@ -164,16 +164,16 @@ def _inputs(config: RunConfig) -> list[tuple[str, Path]]:
     named = {key: getattr(config, key) for key in FOLDERS}
     if isinstance(config.resume_from_checkpoint, str):
         named["resume_from_checkpoint"] = config.resume_from_checkpoint
-    found = [(key, Path(name)) for key, name in named.items() if name and os.path.exists(name)]
+    inputs = [(key, Path(name)) for key, name in named.items() if name and os.path.exists(name)]
     made = {key: getattr(config, key) for key in ("tokenized_path", "reference_path")}  # here, if they are not there
-    found += [(key, Path(name)) for key, name in made.items() if name]
+    inputs += [(key, Path(name)) for key, name in made.items() if name]
     for key, split in (("dataset", config.split), ("eval_dataset", config.eval_split)):
         try:
             sources = resolve(getattr(config, key) or "", config, split)
         except UserError:  # said when the data is read
             continue
-        found += [(key, source.path) for source in sources if source.path]
-    return found
+        inputs += [(key, source.path) for source in sources if source.path]
+    return inputs
 
 
 def begin(config: RunConfig) -> None:

@@ -60,8 +60,8 @@ def check_local(name: str, key: str) -> None:
     if os.path.exists(name):
         raise UserError(f"{key}: {name} is a file, not a directory")
     first, *rest = name.split("/")
-    if found := _in_its_place(Path(name), key):
-        raise UserError(f"{key}: there is no directory {name}; there is {found}")
+    if instead := _in_its_place(Path(name), key):
+        raise UserError(f"{key}: there is no directory {name}; there is {instead}")
     if name.startswith((".", "/", "~")) or len(rest) != bool(rest) or not all([first, *rest]):
         raise UserError(f"{key}: there is no directory {name}")
     if rest and os.path.isdir(first):
@@ -105,15 +105,15 @@ def folders_hash(*folders: Path) -> str:
 
     Raises UserError if one of them is not what a run of ours has written there.
     """
-    found = []
+    hashes = []
     for folder in folders:
         written = _manifest(folder)
         for path in sorted(folder.iterdir()):
             if path.suffix in WEIGHTS or path.name in CONFIGS:
-                found.append((path.name, file_hash(path)))
-                if written and written.get(path.name) != found[-1][1]:
+                hashes.append((path.name, file_hash(path)))
+                if written and written.get(path.name) != hashes[-1][1]:
                     raise UserError(f"{path} is not what was written there when its run finished")
-    return digest_of(found)
+    return digest_of(hashes)
 
 
 def digest_of(hashes) -> str:
@@ -148,7 +148,7 @@ def _manifest(folder: Path) -> dict[str, str]:
         record = directory / "provenance.json"
         if record.is_file() and "seal" in files.read_mapping(record):
             written = files.read_sealed(record).get("files") or {}
-            found = {name.removeprefix(prefix): digest for name, digest in written.items() if name.startswith(prefix)}
-            if found:
-                return found
+            inside = {name.removeprefix(prefix): digest for name, digest in written.items() if name.startswith(prefix)}
+            if inside:
+                return inside
     return {}

@@ -96,8 +96,8 @@ def _run(command: list[str], processes: int, shared: dict[str, str], folder: Pat
         print(f"discobeta: process {rank} of {processes} was killed ({name}); the others were ended", file=sys.stderr)
         return 128 + killed[rank]
     if rank:
-        with (folder / str(rank)).open(encoding="utf-8", errors="replace") as said:
-            shutil.copyfileobj(said, sys.stderr)
+        with (folder / str(rank)).open(encoding="utf-8", errors="replace") as messages:
+            shutil.copyfileobj(messages, sys.stderr)
     return children[rank].returncode
 
 

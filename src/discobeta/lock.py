@@ -107,7 +107,7 @@ def holding(directory: Path) -> Iterator[Hold]:
 
 
 def _acquire(path: Path, me: dict) -> bool:
-    waited = said = False
+    waited = announced = False
     while not _create(path, me):
         path.parent.mkdir(parents=True, exist_ok=True)  # whoever held it may have taken an empty one away
         holder = _read(path)
@@ -118,9 +118,9 @@ def _acquire(path: Path, me: dict) -> bool:
         if _is_dead(holder):
             _take_away(path, holder)
             continue
-        if not said:
+        if not announced:
             print(f"{path.parent} {_said_of(holder)}: waiting", file=sys.stderr, flush=True)
-            said = True
+            announced = True
         if _changes(path):
             waited = True
         else:

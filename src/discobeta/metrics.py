@@ -72,12 +72,12 @@ def classification(nll: ArrayLike | None, margin: ArrayLike) -> dict[str, float]
     nll: None of a model whose loss is no likelihood; then there is the accuracy alone.
     """
     margin = np.asarray(margin, float)
-    found = {"examples": len(margin), "accuracy": float(correctness(margin).mean())}
+    measured = {"examples": len(margin), "accuracy": float(correctness(margin).mean())}
     if nll is None:
-        return found
+        return measured
     nll = np.asarray(nll, float)
     p = np.exp(-nll)
-    return found | {
+    return measured | {
         "nll": float(nll.mean()),
         "brier": float(((1 - p) ** 2).mean()),
         "ece": expected_calibration_error(p, margin),
@@ -96,11 +96,15 @@ def against_oracle(nll: ArrayLike, oracle_probability: ArrayLike) -> dict[str, f
     known, possible = ~np.isnan(q), q > 0
     if not known.any():
         return {"bayes_accuracy": None, "oracle_nll": None, "excess_nll": None}
-    found = {"bayes_accuracy": float(np.maximum(q[known], 1 - q[known]).mean()), "oracle_nll": None, "excess_nll": None}
+    measured = {
+        "bayes_accuracy": float(np.maximum(q[known], 1 - q[known]).mean()),
+        "oracle_nll": None,
+        "excess_nll": None,
+    }
     if possible.any():
         oracle = float(-np.log(q[possible]).mean()) + 0.0  # if all q are 1: 0 and not -0
-        found |= {"oracle_nll": oracle, "excess_nll": float(nll[possible].mean()) - oracle}
-    return found
+        measured |= {"oracle_nll": oracle, "excess_nll": float(nll[possible].mean()) - oracle}
+    return measured
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float | None:
@@ -128,8 +132,8 @@ def partial_correlation(x: ArrayLike, y: ArrayLike, given: ArrayLike) -> float |
     with np.errstate(over="ignore", invalid="ignore"):
         if any(np.linalg.norm(rest) <= CONSTANT * np.linalg.norm(values) for rest, values in ((a, x), (b, y))):
             return None
-        found = a @ b / np.sqrt((a @ a) * (b @ b))
-    return float(found) if np.isfinite(found) else None  # values around 1e154, whose squares are infinite
+        correlation = a @ b / np.sqrt((a @ a) * (b @ b))
+    return float(correlation) if np.isfinite(correlation) else None  # values around 1e154, whose squares are infinite
 
 
 def _where_all_are_known(*columns: ArrayLike) -> Array:

@@ -87,10 +87,10 @@ def is_finished(config: RunConfig) -> bool:
     """Whether `output_dir` holds this very run, made whole by this very code of its stage."""
     directory = Path(config.output_dir)
     try:
-        found = read(directory)
+        run = read(directory)
     except UserError:
         return False
-    return not difference_in(directory, config) and found.facts.get("code") == code_hash(config.stage)
+    return not difference_in(directory, config) and run.facts.get("code") == code_hash(config.stage)
 
 
 # --- is it whole, and what was written
@@ -121,8 +121,8 @@ def write_provenance(
 
 def manifest(directory: Path, parts: Iterable[str] = READ_LATER) -> dict[str, str]:
     """File -> sha256, of what is read later of the run in `directory`."""
-    found = [path for name in parts for path in _files_in(directory / name)]
-    return {path.relative_to(directory).as_posix(): files.sha256(path) for path in found}
+    paths = [path for name in parts for path in _files_in(directory / name)]
+    return {path.relative_to(directory).as_posix(): files.sha256(path) for path in paths}
 
 
 def _files_in(path: Path) -> list[Path]:
@@ -224,14 +224,14 @@ def measurement_fault(directory: Path, wanted: RunConfig | None = None) -> str |
     if not (directory / "metrics.json").is_file():
         return "not evaluated"
     try:
-        found = files.read_sealed(directory / "evaluation.json")
-        if found.get("run") != files.sha256(directory / "provenance.json"):
+        evaluation = files.read_sealed(directory / "evaluation.json")
+        if evaluation.get("run") != files.sha256(directory / "provenance.json"):
             return "evaluated before it was trained again"
-        if wanted and not isinstance(found.get("settings"), dict):
+        if wanted and not isinstance(evaluation.get("settings"), dict):
             return "evaluated by another version of discobeta"
-        if wanted and (different := difference(found["settings"], wanted.settings_of("evaluation"))):
+        if wanted and (different := difference(evaluation["settings"], wanted.settings_of("evaluation"))):
             return f"evaluated with other settings ({different})"
-        for name, digest in dict(found["files"]).items():
+        for name, digest in dict(evaluation["files"]).items():
             if files.sha256(directory / name) != digest:
                 return f"damaged: {name} was changed after the evaluation"
     except (KeyError, TypeError, ValueError):
@@ -253,10 +253,10 @@ def fault(directory: Path, wanted: RunConfig, *, weights: bool = False) -> str |
     try:
         if read_facts(directory, weights=weights).get("settings") == settings_hash(wanted):
             return None  # config.yaml is what it was, by its sha256, and thirty times as slow to read
-        found = read(directory, weights=weights)
+        run = read(directory, weights=weights)
     except UserError as error:
         return f"damaged: {error}"
-    if different := difference(found.config.resolved(), _trained_with(wanted)):
+    if different := difference(run.config.resolved(), _trained_with(wanted)):
         return f"stale: {different}"
     return None
 
@@ -278,10 +278,10 @@ def source_state() -> tuple[str | None, bool | None]:
 
 def _versions() -> dict[str, str]:
     names = ["torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "datasets", "safetensors", "numpy"]
-    found = {}
+    versions = {}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions

@@ -101,7 +101,7 @@ def _encode_chunk(
         if not all(responses):
             yield Unusable(Reason.EMPTY_RESPONSE)
             continue
-        if item.plain and prompt[: len(leading)] != leading:
+        if item.lacks_bos and prompt[: len(leading)] != leading:
             prompt = leading + prompt
         if not item.closed:
             end = tokenizer.eos_token_id
@@ -131,7 +131,7 @@ def _ids_of(items: list[Rendered], tokenizer: Any) -> Iterator[list[list[int]]]:
     starts = _starts(tokenizer, [item.prompt for item in items], prompts)
     begun = [(item.prompt[start:], item.responses) for item, (start, _) in zip(items, starts, strict=True)]
     wholes = iter(bare_ids(tokenizer, [prompt + text for prompt, responses in begun for text in responses]))
-    found: list[list[list[int] | str]] = []
+    rows: list[list[list[int] | str]] = []
     for item, prompt, (_, before) in zip(items, prompts, starts, strict=True):
         parts: list[list[int] | str] = [prompt]
         for text in item.responses:
@@ -139,9 +139,9 @@ def _ids_of(items: list[Rendered], tokenizer: Any) -> Iterator[list[list[int]]]:
             # An unknown token may hide that the prompt's last word has gone on.
             meets = whole[: len(prompt)] == prompt and not (prompt and prompt[-1] == tokenizer.unk_token_id)
             parts.append(whole[len(prompt) :] if meets else text)
-        found.append(parts)
-    apart = iter(_ids_apart(tokenizer, [part for parts in found for part in parts if isinstance(part, str)]))
-    for parts in found:
+        rows.append(parts)
+    apart = iter(_ids_apart(tokenizer, [part for parts in rows for part in parts if isinstance(part, str)]))
+    for parts in rows:
         yield [next(apart) if isinstance(part, str) else part for part in parts]
 
 

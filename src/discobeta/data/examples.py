@@ -61,7 +61,7 @@ class Example:
     source: str = ""
     tools: list[dict[str, Any]] | None = None
     variables: dict[str, Any] = field(default_factory=dict)
-    """Of the chat template, beside messages and tools (chat_template_kwargs)."""
+    """What the chat template is given beside messages and tools (chat_template_kwargs)."""
 
     def texts(self) -> list[str]:
         """Everything that somebody says in it."""

@@ -33,7 +33,7 @@ from discobeta.errors import shown
 KINDS: dict[str, Kind] = {BASE_STAGE: "supervised", **{name: row.rows for name, row in STAGES.items()}}
 """What each stage trains on."""
 FIELDS = ("tool_calls", "tool_call_id", "name", *THOUGHTS)
-"""Of a message, beside role and content: chat templates read these."""
+"""What a message may have beside role and content: chat templates read these."""
 OWN_ARGUMENTS = (
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding",
     "continue_final_message", "sanitize_control_tokens", "truncation", "max_length", "return_tensors", "return_dict",
@@ -228,8 +228,8 @@ def _messages(value: Any, layout: Layout, column: str) -> list[Message]:
     for message in value:
         if not isinstance(message, dict):
             raise Unusable(Reason.WRONG_TYPES, column)
-        plain = message.get("role") is not None
-        role = message.get(layout.role_key or ("role" if plain else "from"))
+        has_role = message.get("role") is not None
+        role = message.get(layout.role_key or ("role" if has_role else "from"))
         if not isinstance(role, str):
             raise Unusable(Reason.WRONG_TYPES, column)
         if role not in roles:
@@ -238,7 +238,7 @@ def _messages(value: Any, layout: Layout, column: str) -> list[Message]:
             if is_given(message.get(name)):
                 raise Unusable(Reason.MEDIA, f"{name} in {column}")
         more = {name: message[name] for name in FIELDS if is_given(_readable(message.get(name)))}
-        content = message.get(layout.content_key or ("content" if plain else "value"))
+        content = message.get(layout.content_key or ("content" if has_role else "value"))
         if not (content is None and roles[role] == "assistant" and more.keys() - {"name"}):
             content = _content(content, column)
         if "tool_calls" in more:
@@ -355,13 +355,13 @@ def _truth(value: Any) -> dict[str, float | str | int]:
         return {}
     if not isinstance(value, dict):
         raise Unusable(Reason.WRONG_TYPES, "truth")
-    known = {name: item for name, item in value.items() if item is not None and item == item}
-    for name, item in known.items():
+    truth = {name: item for name, item in value.items() if item is not None and item == item}
+    for name, item in truth.items():
         if not isinstance(item, float | str | int):
             raise Unusable(Reason.WRONG_TYPES, f"{shown(name)} in truth")
         if not _can_be_kept(item):
             raise Unusable(Reason.TRUTH_TOO_LARGE, shown(name))
-    return known
+    return truth
 
 
 def _can_be_kept(item: float | str | int) -> bool:

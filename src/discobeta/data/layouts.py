@@ -95,34 +95,34 @@ def find_layout(rows: Iterable[dict[str, Any]], entry: dict[str, Any], kind: Kin
         name = column(role, role)
         return name if name in filled or role in named else None
 
-    found: dict[str, Any] = {"chosen": column("chosen", "chosen"), "rejected": column("rejected", "rejected")}
-    found |= _tags(entry.get("tags") or {})
-    found["media"] = tuple(dict.fromkeys(name for name in (*map(named.get, MEDIA), *MEDIA) if name in columns))
+    fields: dict[str, Any] = {"chosen": column("chosen", "chosen"), "rejected": column("rejected", "rejected")}
+    fields |= _tags(entry.get("tags") or {})
+    fields["media"] = tuple(dict.fromkeys(name for name in (*map(named.get, MEDIA), *MEDIA) if name in columns))
     style = entry.get("formatting")
     if style in ("sharegpt", "openai") or "messages" in named or (style is None and "conversations" in columns):
         default = "messages" if style == "openai" and "conversations" not in columns else "conversations"
-        found["conversation"] = column("messages", default)
+        fields["conversation"] = column("messages", default)
     elif "prompt" in named or "instruction" in columns:
-        found |= {"instruction": column("prompt", "instruction"), "query": column("query", "input")}
-        found["ranked" if ranked_output else "completion"] = column("response", "output")
-    elif (found["chosen"] and found["rejected"]) or "prompt" in columns:
-        found |= {"prompt": column("prompt", "prompt"), "completion": column("response", "completion")}
-        if not found["prompt"]:
-            found["conversation"] = column("messages", "messages")
+        fields |= {"instruction": column("prompt", "instruction"), "query": column("query", "input")}
+        fields["ranked" if ranked_output else "completion"] = column("response", "output")
+    elif (fields["chosen"] and fields["rejected"]) or "prompt" in columns:
+        fields |= {"prompt": column("prompt", "prompt"), "completion": column("response", "completion")}
+        if not fields["prompt"]:
+            fields["conversation"] = column("messages", "messages")
     elif "messages" in columns:
-        found["conversation"] = "messages"
+        fields["conversation"] = "messages"
     elif "text" in columns:
-        found["text"] = "text"
-    if not found.get("text"):
+        fields["text"] = "text"
+    if not fields.get("text"):
         # LLaMA-Factory's own defaults for an entry without `columns` name none of these.
-        theirs = entry and not entry.get("columns") and (found.get("instruction") or style)
+        theirs = entry and not entry.get("columns") and (fields.get("instruction") or style)
         if not theirs:
-            found |= {name: shaping(name) for name in ("history", "system", "tools")}
+            fields |= {name: shaping(name) for name in ("history", "system", "tools")}
         if not entry.get("columns") and "chat_template_kwargs" in columns:
-            found["variables"] = "chat_template_kwargs"
-    read = set(filter(None, (found.get(name) for name in ("instruction", "query", "history", "system", "tools",
+            fields["variables"] = "chat_template_kwargs"
+    read = set(filter(None, (fields.get(name) for name in ("instruction", "query", "history", "system", "tools",
                                                            "variables", "prompt", "text"))))  # fmt: skip
-    layout = Layout(**found, not_read=tuple(name for name in SHAPING if name in filled - read))
+    layout = Layout(**fields, not_read=tuple(name for name in SHAPING if name in filled - read))
     if not layout.holds(kind):
         raise UserError(f"{there}, which is no known format of {kind}{_unnamed(entry, columns)}.\nKnown: {KNOWN[kind]}")
     return layout

@@ -28,7 +28,7 @@ class RowReport:
 
     SHOWN = 3
     DETAILS = 8
-    """Of one reason; rows of further ones are counted under the reason alone."""
+    """Most details told apart within one reason; rows of further ones are counted under the reason alone."""
 
     @property
     def usable(self) -> int:
@@ -37,7 +37,7 @@ class RowReport:
     def count_unusable(self, unusable: Unusable, source: str) -> None:
         reason = shorten(str(unusable), 160)
         start = unusable.reason.value
-        if reason not in self.reasons and sum(known.startswith(f"{start}: ") for known in self.reasons) >= self.DETAILS:
+        if reason not in self.reasons and sum(other.startswith(f"{start}: ") for other in self.reasons) >= self.DETAILS:
             reason = start
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
         shown = self.first.setdefault(reason, [])

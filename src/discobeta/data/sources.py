@@ -7,7 +7,6 @@ costs that row and not the file; every unusable row is counted by reason, and to
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -25,7 +24,7 @@ from discobeta.data.local_files import Row, beginning, cells, file_rows
 from discobeta.data.row_report import RowReport
 from discobeta.design.config import RunConfig
 from discobeta.design.yaml_text import read_yaml
-from discobeta.errors import UserError, shorten, shown, telling
+from discobeta.errors import UserError, did_you_mean, shorten, shown, telling
 from discobeta.files import check_regular, read_json, sha256
 
 FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
@@ -151,8 +150,7 @@ def _resolve(name: str, entries: dict[str, Any], config: RunConfig, split: str) 
     for path in places:
         if os.path.isfile(path):
             return Source(name, path=_known_file(path))
-    near = difflib.get_close_matches(name, filter(_is_text, entries), n=1)
-    hint = f"; did you mean the entry {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, filter(_is_text, entries), "the entry ", likeness=0.6)
     for path in places:
         if os.path.isdir(path):
             raise UserError(f"dataset {name!r} is a directory; name a {', '.join(FILES)} file in it{hint}")
@@ -161,7 +159,7 @@ def _resolve(name: str, entries: dict[str, Any], config: RunConfig, split: str) 
         looked = " or ".join(dict.fromkeys(map(str, places)))
         hint = "; patterns are not expanded: name the files, with commas" if re.search(r"[*?\[]", name) else hint
         raise UserError(f"dataset: no such file: {looked}{hint}")
-    if near and "/" not in name:
+    if hint and "/" not in name:
         raise UserError(f"dataset {name!r} is neither an entry of {config.dataset_dir} nor a file{hint}")
     return Source(name, hub=name, split=split)
 
@@ -179,10 +177,10 @@ def _entries(folder: Path) -> dict[str, Any]:
     for path in (folder / name for name in LISTS):
         check_regular(path)
         if os.path.isfile(path):
-            found = read_json(path) if path.suffix == ".json" else read_yaml(path)
-            if not isinstance(found, dict):
-                raise UserError(f"{path} must map names to datasets, not be a {type(found).__name__}")
-            entries |= found
+            listed = read_json(path) if path.suffix == ".json" else read_yaml(path)
+            if not isinstance(listed, dict):
+                raise UserError(f"{path} must map names to datasets, not be a {type(listed).__name__}")
+            entries |= listed
     return entries
 
 
@@ -214,13 +212,13 @@ def _check_entry(entry: Any, where: str) -> None:
         instead = SCRIPTS.get(script)
         hint = f"use dataset: {instead}" if instead else "use the hub id of the data that the script loads"
         raise UserError(f"{where} is a loading script ({shown(script)}), which datasets no longer runs; {hint}")
-    for key, known in ((None, ENTRY), ("columns", COLUMNS), ("tags", TAGS)):
+    for key, allowed in ((None, ENTRY), ("columns", COLUMNS), ("tags", TAGS)):
         part = entry if key is None else entry.get(key) or {}
         if not isinstance(part, dict):
             raise UserError(f"{where}: {key} must be a mapping")
         for word in part:
-            if word not in known and not (key is None and word in ELSEWHERE):
-                raise UserError(f"{where}: {shown(word)} is not supported; known: {', '.join(known)}")
+            if word not in allowed and not (key is None and word in ELSEWHERE):
+                raise UserError(f"{where}: {shown(word)} is not supported; known: {', '.join(allowed)}")
             if key and part[word] is not None and not _is_text(part[word]):
                 raise UserError(f"{where}: {key}: {word}: {shown(part[word])} should be text")
     if entry.get("formatting") not in (None, "alpaca", "sharegpt", "openai"):

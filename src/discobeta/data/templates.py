@@ -30,13 +30,13 @@ day of the run a row would have other tokens tomorrow."""
 class Rendered:
     """An example as the texts that are tokenised.
 
-    plain:  no chat template wrote the special tokens, so the tokenizer's leading ones (BOS) are due.
-    closed: the chat template ends the assistant's turn, so no end-of-sequence token is appended.
+    lacks_bos: no chat template wrote the special tokens, so the tokenizer's leading ones (BOS) are due.
+    closed:    the chat template ends the assistant's turn, so no end-of-sequence token is appended.
     """
 
     prompt: str
     responses: list[str]
-    plain: bool = True
+    lacks_bos: bool = True
     closed: bool = False
 
 
@@ -49,7 +49,7 @@ def render(example: Example, tokenizer: Any) -> Rendered:
     """
     responses = [response for response in (example.chosen, example.rejected) if response is not None]
     if not tokenizer.chat_template or isinstance(example.prompt, str):
-        _check_plain(example, responses)
+        _check_needs_no_template(example, responses)
         texts = [response["content"] if isinstance(response, dict) else response for response in responses]
         if isinstance(example.prompt, str):
             return Rendered(example.prompt, texts)
@@ -74,10 +74,10 @@ def render(example: Example, tokenizer: Any) -> Rendered:
         )
     suffixes = [whole[len(prompt) :].rstrip() for whole in wholes]
     _check_whole(example, messages, prompt, suffixes)
-    said = map(_spoken, messages)
-    closed = all(not (text and suffix.endswith(text)) for suffix, text in zip(suffixes, said, strict=True))
+    contents = map(_spoken, messages)
+    closed = all(not (text and suffix.endswith(text)) for suffix, text in zip(suffixes, contents, strict=True))
     closed = closed and closing_id(tokenizer) is not None
-    return Rendered(prompt, suffixes, plain=False, closed=closed)
+    return Rendered(prompt, suffixes, lacks_bos=False, closed=closed)
 
 
 def _spoken(message: Message) -> str:
@@ -89,7 +89,7 @@ def _is_in(text: str, rendered: str) -> bool:
     return text.strip() in rendered or "".join(text.split()) in "".join(rendered.split())
 
 
-def _check_plain(example: Example, responses: list[Response]) -> None:
+def _check_needs_no_template(example: Example, responses: list[Response]) -> None:
     """Raise Unusable for what has no form in a text or a transcript."""
     turns = [] if isinstance(example.prompt, str) else example.prompt
     for name, is_there in (
@@ -235,8 +235,8 @@ def _closing_id(tokenizer: Any, template: str) -> int | None:
         text = _apply_template(tokenizer, example, [{"role": "assistant", "content": content}], False)
     except Unusable:
         return None
-    _, said, closing = text.rstrip().rpartition(content)
-    ids = bare_ids(tokenizer, [closing])[0] if said and closing.strip() else []
+    _, separator, closing = text.rstrip().rpartition(content)
+    ids = bare_ids(tokenizer, [closing])[0] if separator and closing.strip() else []
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     return next((token for token in ids if token in special), ids[0] if len(ids) == 1 else None)
 

@@ -24,9 +24,9 @@ from discobeta.errors import UserError, telling
 from discobeta.files import check_regular
 
 LAYOUT = 3
-"""Of the folder. Raised when tokenisation or the files change, so that old folders are refused."""
+"""The version of the folder. Raised when tokenisation or the files change, so that old folders are refused."""
 
-AGAIN = "delete the folder and it is made again"
+REMEDY = "delete the folder and it is made again"
 
 
 def tokenise(config: RunConfig, tokenizer: Any, kind: Kind | None = None) -> TokenisedData:
@@ -141,7 +141,7 @@ def load(folder: Path, config: RunConfig, tokenizer: Any, kind: Kind = "pairs") 
         check_regular(folder / "tokens.json")
         saved = files.read_sealed(folder / "tokens.json")
     except UserError as error:
-        raise UserError(f"tokenized_path: {error}; {AGAIN}") from None
+        raise UserError(f"tokenized_path: {error}; {REMEDY}") from None
     try:
         _check_recipe(saved["made_from"], made_from(config, tokenizer, kind), folder)
         report, digests = saved["report"], saved["files"]
@@ -150,7 +150,7 @@ def load(folder: Path, config: RunConfig, tokenizer: Any, kind: Kind = "pairs") 
         rows = {part: _read(folder / f"{part}.parquet", digests[part]) for part in digests}
         return TokenisedData(rows["train"], rows.get("eval"), report)
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise UserError(f"{folder}/tokens.json is incomplete; {AGAIN}") from None
+        raise UserError(f"{folder}/tokens.json is incomplete; {REMEDY}") from None
 
 
 def _check_recipe(saved: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
@@ -216,9 +216,9 @@ def _read(path: Path, digest: str) -> Rows:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {AGAIN}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; {REMEDY}") from None
     if hashlib.sha256(content).hexdigest() != digest:
-        raise UserError(f"{path} was changed after it was written; {AGAIN}")
+        raise UserError(f"{path} was changed after it was written; {REMEDY}")
     with telling(f"cannot read {path}"):
         table = pq.read_table(io.BytesIO(content))
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}

@@ -53,10 +53,10 @@ def train(config: RunConfig) -> None:
 
     finished = f"{config.output_dir} holds this run, finished; overwrite_output_dir: true trains it again"
     if not is_free(config):
-        found = record.read(config.output_dir)
-        found.check_fact("sources", contents_hash(config), config.dataset or config.tokenized_path)
+        run = record.read(config.output_dir)
+        run.check_fact("sources", contents_hash(config), config.dataset or config.tokenized_path)
         if config.model_name_or_path:
-            found.check_fact("base", identity.weights_hash(config), config.model_name_or_path)
+            run.check_fact("base", identity.weights_hash(config), config.model_name_or_path)
         files.sweep(Path(config.output_dir))
         print(finished, file=sys.stderr)
         return
@@ -194,9 +194,9 @@ def build_architecture(model_type: str, overrides: str, tokenizer: PreTrainedTok
             f"model_type: transformers has no causal LM {model_type!r}{did_you_mean(model_type, CAUSAL_LMS)}"
         )
     default = AutoConfig.for_model(model_type)
-    known = {**default.to_dict(), **{alias: getattr(default, alias) for alias in default.attribute_map}}
-    if "rope_parameters" in known:
-        known["rope_theta"] = 10000.0  # transformers takes it as an argument and keeps it in rope_parameters
+    fields = {**default.to_dict(), **{alias: getattr(default, alias) for alias in default.attribute_map}}
+    if "rope_parameters" in fields:
+        fields["rope_theta"] = 10000.0  # transformers takes it as an argument and keeps it in rope_parameters
     sizes = {}
     for word in filter(None, map(str.strip, overrides.split(","))):
         name, sign, text = map(str.strip, word.partition("="))
@@ -204,9 +204,9 @@ def build_architecture(model_type: str, overrides: str, tokenizer: PreTrainedTok
             raise UserError(f"config_overrides: {word!r}: write name=value")
         if name in FROM_TOKENIZER:
             raise UserError(f"config_overrides: {name} comes from the tokenizer; leave it out")
-        if name not in known:
-            raise UserError(f"config_overrides: {model_type} has no {name!r}{did_you_mean(name, known)}")
-        sizes[name] = typed(name, text, known[name])
+        if name not in fields:
+            raise UserError(f"config_overrides: {model_type} has no {name!r}{did_you_mean(name, fields)}")
+        sizes[name] = typed(name, text, fields[name])
     special = {name: getattr(tokenizer, name) for name in FROM_TOKENIZER[1:]}
     try:
         return AutoConfig.for_model(model_type, **sizes, **special, vocab_size=len(tokenizer))

@@ -13,7 +13,7 @@ from discobeta.errors import UserError, telling
 from discobeta.identity import check_local
 
 PARTS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "value_head.bin"]
-"""Of a model's files: weights in one format, and what is needed to load them."""
+"""The files of a model: weights in one format, and what is needed to load them."""
 OLDER = ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"]
 """Weights of the format before, which are taken where there are none in the other."""
 

@@ -118,10 +118,10 @@ def compute(model: torch.nn.Module, pairs: Pairs, config: RunConfig, device: tor
 
 def _record(folder: Path) -> dict[str, dict[str, str]]:
     """reference.json: what the pass was made from, and the sha256 of its files."""
-    found = read_sealed(folder / "reference.json")
-    if not all(isinstance(found.get(name), dict) for name in ("key", "sha256")):
+    record = read_sealed(folder / "reference.json")
+    if not all(isinstance(record.get(name), dict) for name in ("key", "sha256")):
         raise UserError(f"{folder}/reference.json is not that of a reference pass")
-    return found
+    return record
 
 
 def _check(folder: Path, made_from: dict[str, dict[str, str]], key: dict[str, str], parts: Iterable[str]) -> None:

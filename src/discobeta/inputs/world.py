@@ -365,8 +365,8 @@ def _check_ours(output: Path, record: str, parts: Sequence[str], written: dict[s
     for path in (mark, output / record):
         if os.path.lexists(path):
             try:
-                found = _read_record(path, MAKERS[record])
-                ours |= {*found.get("sha256", ()), *found.get("files", {}).values()}
+                contents = _read_record(path, MAKERS[record])
+                ours |= {*contents.get("sha256", ()), *contents.get("files", {}).values()}
             except (UserError, TypeError, AttributeError) as error:
                 raise UserError(f"{error}; {instead}") from None
     for path in _there(output, parts):

@@ -69,8 +69,8 @@ def _folder(source: str, cache_dir: str | None) -> tuple[Path, bool]:
     identity.check_local(source, "reward_model")
     for name in CONFIGS:
         with telling(f"reward_model: cannot load {source}"):
-            found = cached_file(source, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
-        if found is not None:
+            path = cached_file(source, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
             break
     else:
         raise UserError(
@@ -83,7 +83,7 @@ def _folder(source: str, cache_dir: str | None) -> tuple[Path, bool]:
             source, name, cache_dir=cache_dir,
             _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
-    return Path(found).parent, is_adapter
+    return Path(path).parent, is_adapter
 
 
 def has_value_head(folder: Path) -> bool:
@@ -94,7 +94,7 @@ def _head_tensors(folder: Path) -> dict[str, Tensor]:
     """Name -> tensor of the value head that lies beside the weights, or, as TRL saves it, among them."""
     from safetensors import safe_open
 
-    found: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
     paths = [*sorted(folder.glob("pytorch_model*.bin")), *sorted(folder.glob("model*.safetensors"))]
     for path in (*paths, *(folder / name for name in reversed(VALUE_HEADS) if (folder / name).is_file())):
         if path.suffix == ".bin":
@@ -103,8 +103,8 @@ def _head_tensors(folder: Path) -> dict[str, Tensor]:
             with telling(f"cannot read {path}"), safe_open(path, framework="pt") as file:
                 names = [name for name in file.keys() if name.startswith("v_head.")]  # noqa: SIM118
                 tensors = {name: file.get_tensor(name) for name in names}
-        found |= {name: tensor for name, tensor in tensors.items() if name.startswith("v_head.")}
-    return found
+        head |= {name: tensor for name, tensor in tensors.items() if name.startswith("v_head.")}
+    return head
 
 
 def value_head(folder: Path, size: int) -> nn.Linear:

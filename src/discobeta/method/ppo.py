@@ -25,7 +25,7 @@ from discobeta.errors import UserError
 from discobeta.method.heads import WIDTH, Heads, full_precision
 from discobeta.method.optim import Group, head_group, model_group
 from discobeta.method.reward import RewardModel
-from discobeta.method.rm import score
+from discobeta.method.rm import score_layer
 from discobeta.method.signals import scaled
 from discobeta.method.stage import Stage, Work
 from discobeta.model.forward import (
@@ -47,7 +47,7 @@ SCORED_FOR_SCALE = 256
 """Responses of the reference whose scores are standardised to mean 0 and deviation 1 by ppo_score_norm."""
 
 KL_GAIN, KL_LARGEST_ERROR = 0.1, 0.2
-"""Of the proportional controller of Ziegler et al. 2019 (arXiv:1909.08593), section 2.2."""
+"""What ppo_target does: a proportional controller, Ziegler et al. 2019 (arXiv:1909.08593), section 2.2."""
 
 
 @dataclass
@@ -137,7 +137,7 @@ class ProximalPolicy(Stage):
         self.reference = load_reference(config)
         self.reward, self.reward_fingerprint = judge.stage, judge.fingerprint
         self.translation = judge.translation(config, self.reference, self.tokenizer)
-        start = score(judge.model) if self.translation is None else None
+        start = score_layer(judge.model) if self.translation is None else None
         size = width(self.reference) if start is None else start.in_features
         with seeds.global_stream(config.seed, "value head"):
             self.value_head = ValueHead(size, start)
@@ -276,13 +276,13 @@ class ProximalPolicy(Stage):
         )
 
     def scores_of_reference(self, rows: Rows) -> tuple[float, float]:
-        """Mean and standard deviation of the scores of the reference's own responses to a draw of the prompts."""
+        """Mean and standard deviation of the scores of the reference's responses to a random sample of prompts."""
         config = self.config
         order = np.random.default_rng(seeds.derive(config.seed, "score scale")).permutation(len(rows))
         prompts = [rows.prompt_ids[i] for i in np.resize(order, SCORED_FOR_SCALE)]
         uniforms = seeds.uniforms(config.seed, "score scale", "responses", shape=(len(prompts), config.max_new_tokens))
         responses = self.respond(self.reference, prompts, uniforms)
-        scores = self.finite(torch.stack(self.judge(prompts, responses)["scores"]), prompts, responses).double()
+        scores = self.check_finite(torch.stack(self.judge(prompts, responses)["scores"]), prompts, responses).double()
         mean, deviation = scores.mean().item(), scores.std().item()
         if deviation < 1e-6:
             raise UserError(
@@ -291,7 +291,7 @@ class ProximalPolicy(Stage):
             )
         return mean, deviation
 
-    def finite(self, scores: Tensor, prompts: list[np.ndarray], responses: list[np.ndarray]) -> Tensor:
+    def check_finite(self, scores: Tensor, prompts: list[np.ndarray], responses: list[np.ndarray]) -> Tensor:
         if len(bad := (~scores.isfinite()).nonzero().flatten().tolist()):
             prompt, response = (self.tokenizer.decode(ids[bad[0]])[-60:] for ids in (prompts, responses))
             raise UserError(
@@ -305,7 +305,7 @@ class ProximalPolicy(Stage):
     ) -> tuple[Rollouts, dict[str, Tensor]]:
         """The buffer to train on, and what is logged of it: (N,) per response, (M,) per token or a number."""
         config = self.config
-        raw = self.finite(torch.stack(judged["scores"]), prompts, responses)
+        raw = self.check_finite(torch.stack(judged["scores"]), prompts, responses)
         lengths = torch.tensor([len(ids) for ids in responses])
         stops = stop_ids(self.model, self.tokenizer)
         ended = torch.tensor([has_ended(ids, stops) for ids in responses])
@@ -349,23 +349,25 @@ class ProximalPolicy(Stage):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(N,) objective of N responses, whose mean is the mean over tokens, and what is logged of it."""
-        config, then = self.config, batch.columns
+        config, old = self.config, batch.columns
         with self.autocast():
             hidden = hidden_states(self.model, batch)
             logps, _ = token_logps(self.model, hidden, batch, config.temperature)
-        values = self.value_head(then["states"])
-        policy_loss = losses.clipped_policy_loss(logps, then["logps"], then["advantages"], config.cliprange)
-        value_loss = losses.clipped_value_loss(values, then["values"], then["returns"], config.cliprange_value)
-        log_ratio = logps.detach() - then["logps"]
-        of_tokens = {
+        values = self.value_head(old["states"])
+        policy_loss = losses.clipped_policy_loss(logps, old["logps"], old["advantages"], config.cliprange)
+        value_loss = losses.clipped_value_loss(values, old["values"], old["returns"], config.cliprange_value)
+        log_ratio = logps.detach() - old["logps"]
+        per_token = {
             "loss": policy_loss + value_loss,
             "policy_loss": policy_loss,
             "value_loss": value_loss,
             "clip_fraction": ((log_ratio.exp() - 1).abs() > config.cliprange).float(),
             "approximate_kl": log_ratio.exp() - 1 - log_ratio,
         }
-        found = {name: per_sequence(values, batch) / then["tokens_per_response"] for name, values in of_tokens.items()}
-        return found["loss"], {name: values.detach() for name, values in found.items()}
+        per_response = {
+            name: per_sequence(values, batch) / old["tokens_per_response"] for name, values in per_token.items()
+        }
+        return per_response["loss"], {name: values.detach() for name, values in per_response.items()}
 
 
 def _minibatches(

@@ -16,7 +16,7 @@ from discobeta.data.examples import Example
 from discobeta.data.row_report import RowReport
 from discobeta.design.config import RunConfig
 from discobeta.method.heads import SIGMA0
-from discobeta.method.translation import Translation, needed
+from discobeta.method.translation import Translation, is_needed
 from discobeta.model.forward import context_of, name_of, unwrapped
 from discobeta.model.generation import stop_ids
 from discobeta.model.inference import in_batches
@@ -45,7 +45,7 @@ class RewardModel:
         self, config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> Translation | None:
         """How this judge reads what policies of `config` write, which are like `model`; None: as it is."""
-        if not needed(tokenizer, self.tokenizer):
+        if not is_needed(tokenizer, self.tokenizer):
             return None
         context = context_of(unwrapped(self.model).config) or sys.maxsize
         return Translation(config, tokenizer, self.tokenizer, context, stop_ids(model, tokenizer))
@@ -58,9 +58,9 @@ class RewardModel:
         pairs = zip(prompts, responses, strict=True)
         examples = [Example(prompt, response, source=f"text {i}") for i, (prompt, response) in enumerate(pairs)]
         report = RowReport("texts", len(examples))
-        found = encode(examples, self.tokenizer, self.config.cutoff_len, "supervised", report)
+        rows = encode(examples, self.tokenizer, self.config.cutoff_len, "supervised", report)
         report.check(0.0)
-        return self.score_ids(found.prompt_ids, found.chosen_ids, batch_size)
+        return self.score_ids(rows.prompt_ids, rows.chosen_ids, batch_size)
 
     def score_ids(
         self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], batch_size: int = 64

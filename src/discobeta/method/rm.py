@@ -43,7 +43,7 @@ class RewardModelling(Stage):
 
     @classmethod
     def head_starts(cls, model: nn.Module, columns: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"score_weight": score(model).weight.detach()}
+        return {"score_weight": score_layer(model).weight.detach()}
 
     def model_parameters(self) -> list[nn.Parameter]:
         without_score = [
@@ -51,7 +51,7 @@ class RewardModelling(Stage):
             for name, weight in self.model.named_parameters()
             if weight.requires_grad and ".score." not in f".{name}"
         ]
-        return [*without_score, *self.signals.reward_map(score(self.model)).parameters()]
+        return [*without_score, *self.signals.reward_map(score_layer(self.model)).parameters()]
 
     def rewards(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """(N,) mean rewards and (N,) log(sigma/sigma0), or None where a reward is a number."""
@@ -65,30 +65,30 @@ class RewardModelling(Stage):
     def rewards_of(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """`rewards`, from `hidden` states."""
         batch = self.ending_at_score(batch)
-        return self.means(hidden, batch), self.signals.log_sigma(hidden, batch)
+        return self.mean_rewards(hidden, batch), self.signals.log_sigma(hidden, batch)
 
     def ending_at_score(self, batch: Batch) -> Batch:
         """The batch with the place where a reward is read as the end of its response."""
         return replace(batch, response_end=score_position(self.model, batch))
 
-    def means(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def mean_rewards(self, hidden: Tensor, batch: Batch) -> Tensor:
         """(N,) float32 mean rewards of responses that are `ending_at_score`."""
         with full_precision(hidden):
-            return self.signals.reward_map(score(self.model))(state_at(hidden, batch.response_end)).squeeze(-1)
+            return self.signals.reward_map(score_layer(self.model))(state_at(hidden, batch.response_end)).squeeze(-1)
 
     def compare(self, batch: Batch) -> Comparison:
         hidden, batch = self.hidden(batch), self.ending_at_score(batch)
-        return self.signals.compare(Evidence(self.means(hidden, batch).view(2, -1), batch, hidden))
+        return self.signals.compare(Evidence(self.mean_rewards(hidden, batch).view(2, -1), batch, hidden))
 
     @torch.no_grad()
     def save(self, directory: Path) -> None:
         """The score is saved as the map that is used, so that plain PEFT reads mu from a Disco run."""
-        scalar = score(self.model)
+        scalar = score_layer(self.model)
         scalar.weight.copy_(self.signals.reward_map(scalar).weight)
         super().save(directory)
 
 
-def score(model: nn.Module) -> nn.Linear:
+def score_layer(model: nn.Module) -> nn.Linear:
     """The scalar score; with an adapter, the copy of it that is trained and saved."""
-    found = unwrapped(model).score
-    return found.modules_to_save["default"] if hasattr(found, "modules_to_save") else found
+    layer = unwrapped(model).score
+    return layer.modules_to_save["default"] if hasattr(layer, "modules_to_save") else layer

@@ -22,7 +22,7 @@ from discobeta.errors import UserError
 from discobeta.model.generation import has_ended
 
 
-def needed(policy: Any, judge: Any) -> bool:
+def is_needed(policy: Any, judge: Any) -> bool:
     """Whether the judge's tokenizer gives other ids; tokens that only it has are no difference."""
     return not policy.get_vocab().items() <= judge.get_vocab().items()
 
@@ -48,14 +48,14 @@ class Translation:
                 self._read(config, names, split)
 
     def _read(self, config: RunConfig, names: str, split: str) -> None:
-        read, report = read_examples(names, config, split=split, kind="prompts")
-        examples = [replace(example, source=str(i)) for i, example in enumerate(read)]
-        ours = encode(examples, self.policy, config.cutoff_len, "prompts", report)
-        asked = [examples[int(number)] for number in ours.source]
+        rows, report = read_examples(names, config, split=split, kind="prompts")
+        examples = [replace(example, source=str(i)) for i, example in enumerate(rows)]
+        policy_rows = encode(examples, self.policy, config.cutoff_len, "prompts", report)
+        asked = [examples[int(number)] for number in policy_rows.source]
         report = RowReport(f"{names} for reward_model {config.reward_model}", len(asked))
-        theirs = encode(asked, self.judge, self.context, "prompts", report)
+        judge_rows = encode(asked, self.judge, self.context, "prompts", report)
         report.check(0.0)
-        for ids, translated, example in zip(ours.prompt_ids, theirs.prompt_ids, asked, strict=True):
+        for ids, translated, example in zip(policy_rows.prompt_ids, judge_rows.prompt_ids, asked, strict=True):
             self.examples.setdefault(ids.tobytes(), example)
             self.prompts.setdefault(ids.tobytes(), translated)
 
@@ -69,16 +69,16 @@ class Translation:
             self.policy.decode(ids[:-1] if end else ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             for ids, end in zip(responses, ended, strict=True)
         ]
-        behind = self._as_trained(keys, texts)
-        found = []
+        as_trained = self._as_trained(keys, texts)
+        translated = []
         for i, (key, end) in enumerate(zip(keys, ended, strict=True)):
-            ids, room = behind.get(i), self.context - len(self.prompts[key])
+            ids, room = as_trained.get(i), self.context - len(self.prompts[key])
             if ids is None:  # an empty text, or one that the template does not leave as it is
                 ids = [*self.judge(texts[i], add_special_tokens=False)["input_ids"], self._end()]
             if not end and len(ids) > 1 and ids[-1] in (self.judge.eos_token_id, self._end()):
                 ids = ids[:-1]
-            found.append(np.asarray(ids[:room], np.int32))
-        return [self.prompts[key] for key in keys], found
+            translated.append(np.asarray(ids[:room], np.int32))
+        return [self.prompts[key] for key in keys], translated
 
     def _end(self) -> int:
         closing = closing_id(self.judge)

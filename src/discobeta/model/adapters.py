@@ -50,7 +50,7 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
                 f"{model.config.name_or_path} as they are: LoRA is for linear layers, and experts are stacked"
             )
     else:
-        targets = words(config.lora_target)
+        targets = layer_names(config.lora_target)
     lora = LoraConfig(
         task_type=task,
         r=config.lora_rank,
@@ -90,7 +90,7 @@ def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn
     from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
     folder = start_adapter(config)
-    found = adapter_weights(folder)
+    weights = adapter_weights(folder)
     layers = linear_layers(model)
     with telling(f"cannot load adapter {folder}"):
         settings = PeftConfig.from_pretrained(str(folder))
@@ -100,7 +100,7 @@ def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn
             peft_model = adapted(model, settings)
         fresh = get_peft_model_state_dict(peft_model)
     may_be_fresh = {name for name in fresh if name.endswith(".score.weight")}
-    _check_adapter(folder, found, fresh, may_be_fresh)
+    _check_adapter(folder, weights, fresh, may_be_fresh)
     reached = set(peft_model.base_model.targeted_module_names)
     check_settings(config, folder, settings, reached, lora_layers(layers, config.lora_target or "all", model))
     if trained_on and Path(trained_on).name != Path(config.model_name_or_path).name:
@@ -108,7 +108,7 @@ def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn
             f"adapter {folder} was trained on {trained_on}, by its own word, and goes on on {config.model_name_or_path}"
         )
     with telling(f"cannot load adapter {folder}"):
-        set_peft_model_state_dict(peft_model, fresh | found)
+        set_peft_model_state_dict(peft_model, fresh | weights)
     return peft_model
 
 
@@ -119,7 +119,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trunk_only: bool = Fal
     """
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
-    found = adapter_weights(folder)
+    weights = adapter_weights(folder)
     with telling(f"cannot load adapter {folder}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they are about is checked here
         settings = PeftConfig.from_pretrained(str(folder))
@@ -127,7 +127,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trunk_only: bool = Fal
             settings.task_type = None
         peft_model = PeftModel.from_pretrained(model, str(folder), config=settings, ignore_mismatched_sizes=True)
         places = get_peft_model_state_dict(peft_model)
-    _check_adapter(folder, found, places)
+    _check_adapter(folder, weights, places)
     return peft_model
 
 
@@ -180,7 +180,7 @@ LORA_VALUES = {
 """What an adapter's config may hold: PEFT asks for some of it only when it computes."""
 
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
-"""Of init_lora_weights: others (PiSSA, OLoRA, LoftQ, CorDA) change the base's own weights too."""
+"""Values of init_lora_weights that do: others (PiSSA, OLoRA, LoftQ, CorDA) change the base's own weights too."""
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -193,12 +193,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with telling(f"cannot read {path}"):
             return load_file(path)
     try:
-        found = torch.load(path, "cpu", weights_only=True)
+        tensors = torch.load(path, "cpu", weights_only=True)
     except Exception:  # torch's message advises to let it run what stands in the file
-        found = None
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        tensors = None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{path} is damaged, or holds more than a model's weights by name")
-    return found
+    return tensors
 
 
 def adapter_weights(folder: Path) -> dict[str, Tensor]:
@@ -221,24 +221,24 @@ def adapter_weights(folder: Path) -> dict[str, Tensor]:
         others = [other.name for other in sorted(folder.glob("adapter_model*")) if other.is_file()]
         others = f", only {', '.join(others)}" if others else ""
         raise UserError(f"adapter {folder} has no {' and no '.join(ADAPTER_WEIGHTS)}{others}")
-    found = read_tensors(path)
-    for name, tensor in found.items():
+    weights = read_tensors(path)
+    for name, tensor in weights.items():
         if not tensor.is_floating_point():
             raise UserError(f"adapter {folder}: {name} holds integers: quantised adapters are not supported")
         if not tensor.isfinite().all():
             raise UserError(f"adapter {folder}: {name} holds numbers that are not finite (NaN or infinity)")
-    return found
+    return weights
 
 
 def _check_adapter(
-    folder: Path, found: dict[str, Tensor], places: dict[str, Tensor], may_be_fresh: Set[str] = frozenset()
+    folder: Path, weights: dict[str, Tensor], places: dict[str, Tensor], may_be_fresh: Set[str] = frozenset()
 ) -> None:
     """Refuse an adapter that does not fill its places in the model, one for one."""
-    if missing := sorted(places.keys() - found.keys() - may_be_fresh):
+    if missing := sorted(places.keys() - weights.keys() - may_be_fresh):
         raise UserError(f"adapter {folder} lacks {missing[0]}{and_more(missing)}: its weights are not whole")
-    if unknown := sorted(found.keys() - places.keys()):
+    if unknown := sorted(weights.keys() - places.keys()):
         raise UserError(f"adapter {folder} does not fit this model, which has no {unknown[0]}{and_more(unknown)}")
-    for name, tensor in sorted(found.items()):
+    for name, tensor in sorted(weights.items()):
         if tensor.shape != places[name].shape:
             raise UserError(
                 f"adapter {folder}: {name} is {tuple(tensor.shape)} in its files, and {tuple(places[name].shape)} by "
@@ -274,10 +274,10 @@ def lora_layers(layers: dict[str, nn.Module], lora_target: str, model: PreTraine
     """
     if lora_target in ALL_LINEAR:
         return set(layers)
-    if not words(lora_target):
+    if not layer_names(lora_target):
         raise UserError("lora_target names no layer: write `all`, or names with commas between them")
-    found = set()
-    for word in sorted(words(lora_target)):
+    meant = set()
+    for word in sorted(layer_names(lora_target)):
         named = {name for name in layers if f".{name}".endswith(f".{word}")}
         if not named:
             last_names = sorted({name.rpartition(".")[2] for name in layers})
@@ -285,11 +285,11 @@ def lora_layers(layers: dict[str, nn.Module], lora_target: str, model: PreTraine
             raise UserError(
                 f"lora_target: the model has no linear layer called {word}{what}; it has {', '.join(last_names)}"
             )
-        found |= named
-    return found
+        meant |= named
+    return meant
 
 
-def words(lora_target: str) -> set[str]:
+def layer_names(lora_target: str) -> set[str]:
     return {word for name in lora_target.split(",") if (word := name.strip())}
 
 

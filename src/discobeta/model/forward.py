@@ -202,8 +202,8 @@ def context_of(config: PreTrainedConfig) -> int | None:
     config = config.get_text_config()
     if getattr(config, "alibi", False):
         return None
-    said = (getattr(config, name, None) for name in CONTEXTS)
-    context = next((value for value in said if isinstance(value, int) and value > 0), None)
+    sizes = (getattr(config, name, None) for name in CONTEXTS)
+    context = next((value for value in sizes if isinstance(value, int) and value > 0), None)
     if context is None:
         return None
     scalings = [getattr(config, name, None) or {} for name in ("rope_parameters", "rope_scaling")]

@@ -179,9 +179,9 @@ def _until_stop(ids: np.ndarray, stops: list[int]) -> np.ndarray:
 
 def _padding_id(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
     """Some token of the model, and of no matter which: nothing attends to padding, and a response is cut before it."""
-    known = model.get_input_embeddings().num_embeddings  # some tokenizers have a <pad> that their model lacks
+    size = model.get_input_embeddings().num_embeddings  # some tokenizers have a <pad> that their model lacks
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in (*ids, *stops) if token is not None and token < known), 0)
+    return next((token for token in (*ids, *stops) if token is not None and token < size), 0)
 
 
 def has_ended(response_ids: np.ndarray, stops: list[int]) -> bool:

@@ -8,7 +8,7 @@ as an index that is out of range, on a GPU after everything else has stopped too
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from discobeta.errors import UserError, telling
 from discobeta.model.forward import check_context, context_of, hidden_states, name_of, unwrapped, vocabulary
 from discobeta.model.generation import stop_ids
 from discobeta.model.pretrained import load_tokenizer
-
-if TYPE_CHECKING:
-    pass
 
 TRIED = 8
 """Tokens of the pass that is tried, the last ones of the longest row at their own positions: a position table that no

@@ -56,38 +56,38 @@ def evaluate(
     record.read(directory, weights=False)  # before anything is made there
     with lock.holding(directory):
         reader = {"trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
-        found = runs.read_of(directory, *STAGES, **reader)
-        return _evaluate(replace(found, config=_with(found.config, settings or {})))
+        run = runs.read_run(directory, *STAGES, **reader)
+        return _evaluate(replace(run, config=_with_settings(run.config, settings or {})))
 
 
-def _with(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
+def _with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
     """The run's config with other settings of its evaluation."""
-    known = keys_of("evaluation", config.stage)
+    keys = keys_of("evaluation", config.stage)
     for name in settings:
-        if name not in known:
-            hint = did_you_mean(name, known) or f"; of a run of {config.stage} it may be {', '.join(known)}"
+        if name not in keys:
+            hint = did_you_mean(name, keys) or f"; of a run of {config.stage} it may be {', '.join(keys)}"
             raise UserError(f"--set {shown(name)}: this is no setting of an evaluation{hint}")
     return RunConfig.from_mapping(config.resolved() | settings, "--set")[0]
 
 
-def _evaluate(found: record.Record) -> dict[str, Any]:
-    directory, config = found.directory, found.config
+def _evaluate(run: record.Record) -> dict[str, Any]:
+    directory, config = run.directory, run.config
     row = STAGES[config.stage]
     started = time.monotonic()
     use_deterministic_kernels(config)
     tokenizer = load_tokenizer(config)
     data = load_or_tokenise(config, tokenizer, write=False)
     for key, now in data.keys().items():
-        found.check_fact(key, now, config.dataset or config.tokenized_path)
+        run.check_fact(key, now, config.dataset or config.tokenized_path)
     for key, now in stage_class(config.stage).hashes_of_inputs(config).items():
-        found.check_fact(key, now, getattr(config, key))
+        run.check_fact(key, now, getattr(config, key))
     if data.held_out is None and row.has_pairs:
         raise UserError(f"{directory} has no held-out rows: its config needs eval_dataset or val_size")
     if not (row.has_pairs or config.num_eval_generations):
         raise UserError(
             f"{directory}: a {row.name} run is measured by sampled responses, and num_eval_generations is 0"
         )
-    stage = runs.load_stage(found)
+    stage = runs.load_stage(run)
     preflight.check(stage.model, data, config, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage.to(device)
@@ -98,7 +98,7 @@ def _evaluate(found: record.Record) -> dict[str, Any]:
         examples = compare_all(stage, Pairs(data.held_out, columns["eval"]), config.per_device_eval_batch_size)
         measured |= preference_metrics(examples)
     if row.is_policy and config.num_eval_generations:
-        answers = answer_prompts(stage, data, found, tokenizer)
+        answers = answer_prompts(stage, data, run, tokenizer)
         measured |= policy_metrics(answers)
         lines = (json.dumps(row, ensure_ascii=False) for row in answers.to_dict("records"))
         write_text(directory / "generations.jsonl", "".join(f"{line}\n" for line in lines))
@@ -143,34 +143,34 @@ def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
 
     What the truth leaves undefined is said and left out.
     """
-    found: dict[str, Any] = metrics.classification(examples.get("nll"), examples["mean_margin"])
+    measured: dict[str, Any] = metrics.classification(examples.get("nll"), examples["mean_margin"])
     if {"oracle_probability", "nll"} <= set(examples):
-        q = known_numbers(examples, "oracle_probability", "probability in [0, 1]", lambda q: (q >= 0) & (q <= 1))
+        q = truth_numbers(examples, "oracle_probability", "probability in [0, 1]", lambda q: (q >= 0) & (q <= 1))
         if count := int((q == 0).sum()):
             say(
                 f"truth column probability: {count} of {len(q)} rows came out against a probability of 0, whose "
                 "-log is infinite; oracle_nll and excess_nll are without them"
             )
-        found |= metrics.against_oracle(examples["nll"], q)
+        measured |= metrics.against_oracle(examples["nll"], q)
     if "variance_sum" in examples:
         log_sigma = np.log(np.concatenate([examples["sigma_chosen"], examples["sigma_rejected"]]) / SIGMA0)
-        found |= {"mean_log_sigma": float(log_sigma.mean()), "sd_log_sigma": float(log_sigma.std())}
+        measured |= {"mean_log_sigma": float(log_sigma.mean()), "sd_log_sigma": float(log_sigma.std())}
         if {"chosen_sigma", "rejected_sigma"} & set(examples):
-            truth = np.concatenate([known_numbers(examples, f"{side}_sigma") for side in ("chosen", "rejected")])
-            found["sigma_spearman"] = metrics.spearman(log_sigma, truth)
-    found |= scale_metrics(examples)
+            truth = np.concatenate([truth_numbers(examples, f"{side}_sigma") for side in ("chosen", "rejected")])
+            measured["sigma_spearman"] = metrics.spearman(log_sigma, truth)
+    measured |= scale_metrics(examples)
     if "topic" in examples:
         topics = examples["topic"].map(_topic_name)
-        found["by_topic"] = {
+        measured["by_topic"] = {
             topic: metrics.classification(part.get("nll"), part["mean_margin"])
             for topic, part in examples.groupby(topics, sort=True)
         } or None
         if gaps := int(topics.isna().sum()):
             say(f"truth column topic: {gaps} of {len(topics)} rows hold none; by_topic is without them")
-    return defined(found)
+    return without_gaps(measured)
 
 
-def known_numbers(
+def truth_numbers(
     examples: pd.DataFrame,
     name: str,
     wanted: str = "number",
@@ -195,15 +195,15 @@ def _topic_name(topic: Any) -> str | None:
     return str(int(topic)) if isinstance(topic, float) and topic.is_integer() else str(topic)
 
 
-def defined(found: dict[str, Any]) -> dict[str, Any]:
+def without_gaps(measured: dict[str, Any]) -> dict[str, Any]:
     """Without what has no value, which is said."""
-    infinite = [name for name, value in found.items() if isinstance(value, float) and not math.isfinite(value)]
-    unknown = [name for name, value in found.items() if value is None]
-    if unknown:
-        say(f"not in metrics.json: {', '.join(unknown)} (too few rows that say enough, or nothing in them varies)")
+    infinite = [name for name, value in measured.items() if isinstance(value, float) and not math.isfinite(value)]
+    undefined = [name for name, value in measured.items() if value is None]
+    if undefined:
+        say(f"not in metrics.json: {', '.join(undefined)} (too few rows that say enough, or nothing in them varies)")
     if infinite:
         say(f"not in metrics.json: {', '.join(infinite)} (no finite number)")
-    return {name: value for name, value in found.items() if name not in (*unknown, *infinite)}
+    return {name: value for name, value in measured.items() if name not in (*undefined, *infinite)}
 
 
 def scale_metrics(examples: pd.DataFrame) -> dict[str, float | None]:
@@ -211,37 +211,37 @@ def scale_metrics(examples: pd.DataFrame) -> dict[str, float | None]:
     if "log_s" not in examples:
         return {}
     log_s = examples["log_s"]
-    found = {"mean_log_s": float(log_s.mean()), "sd_log_s": float(log_s.std(ddof=0))}
+    measured = {"mean_log_s": float(log_s.mean()), "sd_log_s": float(log_s.std(ddof=0))}
     if {"noise", "familiarity"} & set(examples):
-        noise = np.log(known_numbers(examples, "noise", "number above 0", lambda noise: noise > 0))
-        familiarity = known_numbers(examples, "familiarity")
-        found["log_s_noise"] = metrics.partial_correlation(log_s, noise, given=familiarity)
-        found["log_s_familiarity"] = metrics.partial_correlation(log_s, familiarity, given=noise)
-    return found
+        noise = np.log(truth_numbers(examples, "noise", "number above 0", lambda noise: noise > 0))
+        familiarity = truth_numbers(examples, "familiarity")
+        measured["log_s_noise"] = metrics.partial_correlation(log_s, noise, given=familiarity)
+        measured["log_s_familiarity"] = metrics.partial_correlation(log_s, familiarity, given=noise)
+    return measured
 
 
-def answer_prompts(stage: Stage, data: TokenisedData, found: record.Record, tokenizer: Any) -> pd.DataFrame:
+def answer_prompts(stage: Stage, data: TokenisedData, run: record.Record, tokenizer: Any) -> pd.DataFrame:
     """The policy's and the reference's sampled responses to prompts, with what is known of them.
 
     One row per prompt. Policy and reference draw from streams of their own, the same ones in every
     arm, so arms are compared with the same samples of the reference and with common random numbers.
     A ppo run's responses have the scores of its reward model, in its own unit.
     """
-    config = found.config
+    config = run.config
     rows, asked = data.to_answer(config.num_eval_generations)
     prompts = [rows.prompt_ids[i] for i in asked]
     reference = load_reference(config).to(stage.device)
     sampled = {}
     for name, model in (("policy", stage.model), ("reference", reference)):
-        draws = uniforms(config.seed, "sampling", name, shape=(len(prompts), config.max_new_tokens))
+        numbers = uniforms(config.seed, "sampling", name, shape=(len(prompts), config.max_new_tokens))
         with stage.autocast():
             sampled[name] = generate(
-                model, tokenizer, prompts, draws,
+                model, tokenizer, prompts, numbers,
                 temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
                 batch_size=8 * config.per_device_eval_batch_size, description=f"{name} samples",
             )  # fmt: skip
-    both = Rows(prompts, sampled["policy"], sampled["reference"], source=["sampled"] * len(prompts), truth={})
-    policy_logps, reference_logps = (_logps(model, Pairs(both), config) for model in (stage.model, reference))
+    rows_of_both = Rows(prompts, sampled["policy"], sampled["reference"], source=["sampled"] * len(prompts), truth={})
+    policy_logps, reference_logps = (_logps(model, Pairs(rows_of_both), config) for model in (stage.model, reference))
     answers = pd.DataFrame(
         {
             "prompt": [tokenizer.decode(ids) for ids in prompts],
@@ -253,8 +253,8 @@ def answer_prompts(stage: Stage, data: TokenisedData, found: record.Record, toke
         }
     )
     if STAGES[config.stage].judge:
-        judge = runs.load_reward_model(config.reward_model, **runs.loading(config))
-        found.check_fact("reward_model", judge.fingerprint, config.reward_model)
+        judge = runs.load_reward_model(config.reward_model, **runs.judge_settings(config))
+        run.check_fact("reward_model", judge.fingerprint, config.reward_model)
         judge.stage.to(stage.device)
         translation = judge.translation(config, reference, tokenizer)
         for side, name in (("", "policy"), ("reference_", "reference")):
@@ -266,8 +266,8 @@ def answer_prompts(stage: Stage, data: TokenisedData, found: record.Record, toke
     if config.ground_truth == "world":
         from discobeta.inputs import world
 
-        known = {name: rows.truth[name][asked] for name in ("topic", "noise", "familiarity") if name in rows.truth}
-        answers = answers.assign(**known)
+        truth = {name: rows.truth[name][asked] for name in ("topic", "noise", "familiarity") if name in rows.truth}
+        answers = answers.assign(**truth)
         for side in ("", "reference_"):
             texts = list(zip(answers["prompt"], answers[f"{side}response"], strict=True))
             answers[f"{side}true_reward"] = [world.true_reward(*text) for text in texts]
@@ -296,31 +296,31 @@ def policy_metrics(answers: pd.DataFrame) -> dict[str, Any]:
     units of the standard deviation of the reference's rewards. Says what cannot be: a negative divergence,
     responses of which none ends.
     """
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "generations": len(answers),
         "kl_per_sequence": float(answers["log_ratio"].mean()),
         "response_length": float(answers["length"].mean()),
         "eos_rate": float(answers["ended"].mean()),
     }
-    if found["kl_per_sequence"] < -1e-4:  # nearer to 0 it may be the rounding of long responses' log-probabilities
+    if measured["kl_per_sequence"] < -1e-4:  # nearer to 0 it may be the rounding of long responses' log-probabilities
         say(
-            f"kl_per_sequence is {found['kl_per_sequence']:.4g}, and a divergence is never negative: {len(answers)} "
+            f"kl_per_sequence is {measured['kl_per_sequence']:.4g}, and a divergence is never negative: {len(answers)} "
             "sampled responses are too few, or not drawn at temperature 1 without top_p and top_k, which biases it"
         )
-    if found["eos_rate"] == 0:
+    if measured["eos_rate"] == 0:
         say(
             f"eos_rate is 0: none of {len(answers)} sampled responses ends within {answers['length'].max()} tokens; "
             "max_new_tokens is too small, or the policy never stops"
         )
     if "reward" in answers:
         before, after = answers["reference_reward"], answers["reward"]
-        found |= {"reward": float(after.mean()), "reference_reward": float(before.mean())}
+        measured |= {"reward": float(after.mean()), "reference_reward": float(before.mean())}
         if (deviation := before.std()) > 0:
-            found["reward_gain"] = float((after - before).mean() / deviation)
-        found |= scale_metrics(answers)
+            measured["reward_gain"] = float((after - before).mean() / deviation)
+        measured |= scale_metrics(answers)
     if "true_reward" in answers:
         difference = answers["true_reward"] - answers["reference_true_reward"]
-        found |= {
+        measured |= {
             "true_reward": float(answers["true_reward"].mean()),
             "reference_true_reward": float(answers["reference_true_reward"].mean()),
             "win_rate": float(((difference > 0) + 0.5 * (difference == 0)).mean()),
@@ -328,5 +328,5 @@ def policy_metrics(answers: pd.DataFrame) -> dict[str, Any]:
         }
         if "topic" in answers:
             topics = answers["topic"].map(_topic_name)
-            found["true_reward_by_topic"] = answers.groupby(topics)["true_reward"].mean().to_dict() or None
-    return defined(found)
+            measured["true_reward_by_topic"] = answers.groupby(topics)["true_reward"].mean().to_dict() or None
+    return without_gaps(measured)

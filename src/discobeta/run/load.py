@@ -40,24 +40,24 @@ def load_policy(directory: str | Path, *, trust_remote_code: bool = False, cache
     from discobeta.model.pretrained import load_tokenizer
 
     policies = [row.name for row in STAGES.values() if row.is_policy]
-    stage = load_stage(read_of(directory, *policies, trust_remote_code=trust_remote_code, cache_dir=cache_dir))
+    stage = load_stage(read_run(directory, *policies, trust_remote_code=trust_remote_code, cache_dir=cache_dir))
     return Policy(stage.model, load_tokenizer(stage.config), stage.heads, stage.config)
 
 
-def read_of(directory: str | Path, *kinds: str, **reader: Any) -> Record:
+def read_run(directory: str | Path, *stages: str, **reader: Any) -> Record:
     """`record.read` of a run that must be of one of these stages, on the base that it was trained on."""
-    found = record.read(directory, **reader)
-    if found.config.stage not in kinds:
-        raise UserError(f"{directory} is a run of stage {found.config.stage}, not {' or '.join(kinds)}")
-    found.check_base()
-    return found
+    run = record.read(directory, **reader)
+    if run.config.stage not in stages:
+        raise UserError(f"{directory} is a run of stage {run.config.stage}, not {' or '.join(stages)}")
+    run.check_base()
+    return run
 
 
-def load_stage(found: Record) -> Stage:
+def load_stage(run: Record) -> Stage:
     """The trained stage of a run, in evaluation mode, on the CPU."""
     from discobeta.method.stage import stage_class
 
-    return stage_class(found.config.stage).trained(found.config, found.directory)
+    return stage_class(run.config.stage).trained(run.config, run.directory)
 
 
 def load_reward_model(source: str | Path, **settings) -> RewardModel:
@@ -82,7 +82,7 @@ def load_reward_model(source: str | Path, **settings) -> RewardModel:
     folder = Path(source)
     if (folder / "config.yaml").exists():
         reader = {key: settings[key] for key in ("trust_remote_code", "cache_dir") if key in settings}
-        stage = load_stage(read_of(folder, REWARD_STAGE, **reader))
+        stage = load_stage(read_run(folder, REWARD_STAGE, **reader))
         weights = [part for part in (folder / "adapter", folder / "model") if part.exists()]
     else:
         config, model, weights = judges.load(str(source), settings)
@@ -92,7 +92,7 @@ def load_reward_model(source: str | Path, **settings) -> RewardModel:
     return RewardModel(stage.model, tokenizer, stage.heads, stage.config, stage, identity.folders_hash(*weights))
 
 
-def loading(config: RunConfig) -> dict:
+def judge_settings(config: RunConfig) -> dict:
     """The settings of a run that a reward model of another make is loaded with."""
     return {
         name: getattr(config, name) for name in ("bf16", "flash_attn", "cache_dir", "trust_remote_code", "cutoff_len")
@@ -103,10 +103,10 @@ def given(config: RunConfig) -> dict[str, Any]:
     """Run key -> what a run of `config` is given by runs of earlier stages: a `RewardModel`, or their `Heads`."""
     from discobeta.method import heads
 
-    found: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     for reading in STAGES[config.stage].reads:
         if reading.idea is None:
-            found[reading.key] = load_reward_model(getattr(config, reading.key), **loading(config))
+            inputs[reading.key] = load_reward_model(getattr(config, reading.key), **judge_settings(config))
         elif getattr(config, reading.key) and config.arm.has(reading.idea):
-            found[reading.key] = heads.load(Path(getattr(config, reading.key)))
-    return found
+            inputs[reading.key] = heads.load(Path(getattr(config, reading.key)))
+    return inputs

@@ -150,14 +150,14 @@ def _leave_finished(config: RunConfig) -> None:
     from discobeta.data.sources import contents_hash
     from discobeta.method.stage import stage_class
 
-    found = record.read(config.output_dir, trust_remote_code=config.trust_remote_code)
-    found.check_base()
-    found.check_fact("sources", contents_hash(config), config.dataset or config.tokenized_path)
+    run = record.read(config.output_dir, trust_remote_code=config.trust_remote_code)
+    run.check_base()
+    run.check_fact("sources", contents_hash(config), config.dataset or config.tokenized_path)
     for key, now in stage_class(config.stage).hashes_of_inputs(config).items():
-        found.check_fact(key, now, getattr(config, key))
-    if folders.has_leftovers(found.directory):
-        with lock.holding(found.directory):
-            folders.remove_checkpoints(found.directory)
+        run.check_fact(key, now, getattr(config, key))
+    if folders.has_leftovers(run.directory):
+        with lock.holding(run.directory):
+            folders.remove_checkpoints(run.directory)
     print(_finished(config), file=sys.stderr)
 
 
