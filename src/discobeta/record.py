@@ -200,6 +200,29 @@ def read_facts(directory: Path, *, weights: bool) -> dict[str, Any]:
     return facts
 
 
+def cost(seconds: float, startup_seconds: float, counts: dict[str, int], device: str, processes: int) -> dict[str, Any]:
+    """cost.json: what training took, over all attempts: time, throughput of what was counted, memory.
+
+    startup_seconds: from the start of the last attempt to its first step; device: cpu or cuda.
+    """
+    import resource
+
+    import torch
+
+    on_gpu = device == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "seconds": seconds,
+        "startup_seconds": startup_seconds,
+        **counts,
+        **{f"{name}_per_second": count / seconds for name, count in counts.items()},
+        "peak_memory_bytes": peak,
+        "gpu_seconds": seconds * processes if on_gpu else 0.0,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "processes": processes,
+    }
+
+
 def write_evaluation(directory: Path, config: RunConfig, measured: dict[str, Any], facts: dict[str, str]) -> None:
     """evaluation.json, which says what of which run was measured and how, and then metrics.json, whose presence says
     that it was measured whole.

@@ -238,6 +238,3 @@ def _truth_columns(truths: list[dict[str, float | str | int]], where: str) -> di
                 )
             columns[name] = np.array([np.nan if value is None else value for value in values], np.float64)
     return columns
-
-
-# --- the folder of tokenised rows

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -346,22 +345,9 @@ def collect_log(stop_after_steps: int | None) -> Any:
 
 def cost(trainer: SFTTrainer, seconds: float, startup_seconds: float) -> dict[str, Any]:
     """What the run took; tokens are those of prompts and completions, padding not counted."""
-    import torch
-
-    processes, device = trainer.accelerator.num_processes, trainer.accelerator.device
-    on_gpu = device.type == "cuda"
-    tokens = int(trainer._total_train_tokens)
-    examples = round(trainer.state.epoch * len(trainer.train_dataset))
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "seconds": seconds,
-        "startup_seconds": startup_seconds,
-        "examples": examples,
-        "tokens": tokens,
-        "examples_per_second": examples / seconds,
-        "tokens_per_second": tokens / seconds,
-        "peak_memory_bytes": peak,
-        "gpu_seconds": seconds * processes if on_gpu else 0.0,
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "processes": processes,
+    accelerator = trainer.accelerator
+    counts = {
+        "examples": round(trainer.state.epoch * len(trainer.train_dataset)),
+        "tokens": int(trainer._total_train_tokens),
     }
+    return record.cost(seconds, startup_seconds, counts, accelerator.device.type, accelerator.num_processes)

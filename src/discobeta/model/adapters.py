@@ -61,7 +61,7 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
     )
     named = f"lora_target: {', '.join(sorted(targets))}"
     with telling(named), global_stream(config.seed, "adapter"):
-        peft_model = adapted(model, lora)
+        peft_model = with_fresh_adapter(model, lora)
         if lora.target_parameters:  # of some families PEFT takes a name for that of the experts, whatever it names
             raise UserError(
                 f"PEFT puts LoRA on the stacked experts ({', '.join(sorted(lora.target_parameters))}) where asked "
@@ -70,7 +70,7 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
         return peft_model
 
 
-def adapted(model: PreTrainedModel, settings: PeftConfig) -> PeftModel:
+def with_fresh_adapter(model: PreTrainedModel, settings: PeftConfig) -> PeftModel:
     """The model with a fresh adapter."""
     from peft import get_peft_model
 
@@ -97,7 +97,7 @@ def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn
         settings.task_type, settings.inference_mode = task, False
         trained_on = settings.base_model_name_or_path
         with global_stream(config.seed, "adapter"):
-            peft_model = adapted(model, settings)
+            peft_model = with_fresh_adapter(model, settings)
         fresh = get_peft_model_state_dict(peft_model)
     may_be_fresh = {name for name in fresh if name.endswith(".score.weight")}
     _check_adapter(folder, weights, fresh, may_be_fresh)

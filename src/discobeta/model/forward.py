@@ -183,7 +183,7 @@ CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "m
 """What configs call the number of positions. BLOOM's `seq_length` is none: it says how long training's texts were."""
 
 
-def vocabulary(model: nn.Module) -> int:
+def vocabulary_size(model: nn.Module) -> int:
     """How many token ids the model has an embedding for."""
     return unwrapped(model).get_input_embeddings().weight.shape[0]
 

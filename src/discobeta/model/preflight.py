@@ -19,7 +19,7 @@ from discobeta.data.rows import Rows, TokenisedData
 from discobeta.design.config import RunConfig
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, telling
-from discobeta.model.forward import check_context, context_of, hidden_states, name_of, unwrapped, vocabulary
+from discobeta.model.forward import check_context, context_of, hidden_states, name_of, unwrapped, vocabulary_size
 from discobeta.model.generation import stop_ids
 from discobeta.model.pretrained import load_tokenizer
 
@@ -47,7 +47,7 @@ def check_answers(model: nn.Module, data: TokenisedData, config: RunConfig, toke
         answered.append(rows.prompt_ids.select(asked))
     if answered:
         check_context(model, max(int(ids.lengths.max()) for ids in answered), config.max_new_tokens)
-        stops, size = stop_ids(model, tokenizer), vocabulary(model)
+        stops, size = stop_ids(model, tokenizer), vocabulary_size(model)
         if stops[0] >= size:
             raise UserError(
                 f"no response could end: it does with {_unknown(stops[0], size, name_of(model), tokenizer)}"
@@ -61,7 +61,7 @@ def check_rows(
 
     name: what the model is called. tokenizer: that of the rows, if it is at hand.
     """
-    size, context, name = vocabulary(model), context_of(unwrapped(model).config), name or name_of(model)
+    size, context, name = vocabulary_size(model), context_of(unwrapped(model).config), name or name_of(model)
     longest: tuple[int, Rows, int] | None = None
     for rows in parts.values():
         for ids in rows.parts().values():
@@ -81,12 +81,12 @@ def check_rows(
         )
     attention = getattr(unwrapped(model).config, "_attn_implementation", None) or ""
     if "flash" not in attention:  # of which there are no CPU kernels
-        _try(model, rows, row, config, name)
+        _try_a_pass(model, rows, row, config, name)
 
 
 def check_ids(model: nn.Module, sequences: Sequence[np.ndarray], what: str) -> None:
     """Refuse token ids that the model does not know; `what` it is that reads them ("reward_model: X")."""
-    size = vocabulary(model)
+    size = vocabulary_size(model)
     if (largest := max((int(np.max(ids, initial=0)) for ids in sequences), default=0)) >= size:
         raise UserError(f"{what} knows {size} tokens (ids 0 to {size - 1}), and was given the token id {largest}")
 
@@ -117,7 +117,7 @@ def _source(rows: Rows, row: int) -> str:
 
 
 @torch.no_grad()
-def _try(model: nn.Module, rows: Rows, row: int, config: RunConfig, name: str) -> None:
+def _try_a_pass(model: nn.Module, rows: Rows, row: int, config: RunConfig, name: str) -> None:
     """Read the end of a row, where it stands: what a model cannot do shows here."""
     columns = list(rows.parts().values())
     prompt, response = columns[0][row], max((ids[row] for ids in columns[1:]), key=len, default=columns[0][row][:0])

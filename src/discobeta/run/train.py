@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 from contextlib import nullcontext
@@ -113,32 +112,12 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
     if hold:
         hold.confirm()
         stage.save(directory)
-        write_json(directory / "cost.json", _cost(spent, startup, accelerator))
+        seconds, device, processes = spent.pop("seconds"), accelerator.device.type, accelerator.num_processes
+        write_json(directory / "cost.json", record.cost(seconds, startup, spent, device, processes))
         more = {"sources": contents_hash(config), KINDS[config.stage]: len(material), "rows": data.report}
         record.write_provenance(directory, config, facts | more)
         folders.remove_checkpoints(directory)
     accelerator.end_training()
-
-
-def _cost(spent: dict[str, float], startup: float, accelerator: Any) -> dict[str, Any]:
-    """What the run took: seconds of optimisation over all attempts, throughput, memory."""
-    import torch
-
-    on_gpu = accelerator.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds, processes = spent["seconds"], accelerator.num_processes
-    return {
-        "seconds": seconds,
-        "startup_seconds": startup,
-        "rows": spent["rows"],
-        "tokens": spent["tokens"],
-        "rows_per_second": spent["rows"] / seconds,
-        "tokens_per_second": spent["tokens"] / seconds,
-        "peak_memory_bytes": peak,
-        "gpu_seconds": seconds * processes if on_gpu else 0.0,
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "processes": processes,
-    }
 
 
 def _finished(config: RunConfig) -> str:
