@@ -61,8 +61,8 @@ def _say(error: Exception) -> None:
         text = str(error)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         text = f"no space left on the device ({error.filename or 'while writing'})"
-    elif (asked := lack_of_memory(error)) is not None:
-        text = f"out of memory{asked}"
+    elif (amount := lack_of_memory(error)) is not None:
+        text = f"out of memory{amount}"
     elif isinstance(error, OSError) and error.errno:
         text = first_line(error)
     else:

@@ -91,8 +91,8 @@ def sweep_all(folder: Path) -> None:
 
 def _leftovers(folder: Path, stem: str, suffix: str) -> list[tuple[Path, str]]:
     name = re.compile(rf"\.{stem}\.(partial|before)-([0-9a-f]{{8}}-\d+)-[0-9a-f]{{8}}{suffix}")
-    found = [(path, name.fullmatch(path.name)) for path in folder.iterdir()]
-    return [(path, match[1]) for path, match in found if match and processes.tag_is_dead(match[2])]
+    matches = [(path, name.fullmatch(path.name)) for path in folder.iterdir()]
+    return [(path, match[1]) for path, match in matches if match and processes.tag_is_dead(match[2])]
 
 
 def remove(path: Path) -> None:

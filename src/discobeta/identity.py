@@ -47,10 +47,10 @@ def folder_of(name: str, member: str, config: RunConfig, key: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        found = hf_hub_download(name, member, cache_dir=config.cache_dir, revision=config.model_revision)
+        path = hf_hub_download(name, member, cache_dir=config.cache_dir, revision=config.model_revision)
     except Exception as error:  # the hub's client has dozens of classes
         raise UserError(f"{key}: there is no directory {name}, and the hub says: {first_line(error)}") from None
-    return Path(found).parent
+    return Path(path).parent
 
 
 def check_local(name: str, key: str) -> None:

@@ -176,8 +176,8 @@ def _check_weights(model: PreTrainedModel, config: RunConfig, info: dict, *, fre
     if missing:
         raise UserError(f"{name} lacks the weight {missing[0]}{and_more(missing)}: its files are not whole")
     for key, *shapes in sorted(info["mismatched_keys"], key=str):
-        found, wanted = (tuple(shape) for shape in shapes)
-        raise UserError(f"{name}: the weight {key} is {found} in its files, and {wanted} by its config.json")
+        shape, wanted = (tuple(shape) for shape in shapes)
+        raise UserError(f"{name}: the weight {key} is {shape} in its files, and {wanted} by its config.json")
     prefix, body = model.base_model_prefix, {child for child, _ in trunk(model).named_children()}
     extra = sorted(
         key for key in info["unexpected_keys"] if key.startswith(f"{prefix}.") or key.partition(".")[0] in body
