@@ -63,13 +63,21 @@ def open_run(config: RunConfig) -> bool:
     if finished and not different and not config.overwrite_output_dir:
         return False
     if different and (finished or _checkpoints(directory)) and not config.overwrite_output_dir:
-        raise UserError(
-            f"output_dir: {directory} holds another run ({different}); "
-            "give another output_dir, or overwrite_output_dir: true"
-        )
+        raise another_run(directory, different)
     goes_on = not different and not finished
     check_inputs(config, [directory / name for name in _there(directory) if not (goes_on and name == "checkpoints")])
     return True
+
+
+def another_run(directory: Path, different: str) -> UserError:
+    return UserError(
+        f"output_dir: {directory} holds another run ({different}); "
+        "give another output_dir, or overwrite_output_dir: true"
+    )
+
+
+def finished_line(config: RunConfig) -> str:
+    return f"{config.output_dir} holds this run, finished; overwrite_output_dir: true trains it again"
 
 
 def writable(config: RunConfig) -> Path:

@@ -24,7 +24,7 @@ from discobeta.data.rows import Rows, TokenisedData
 from discobeta.data.sources import contents_hash, read_examples
 from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.config import RunConfig
-from discobeta.design.yaml_text import read_yaml, write_yaml
+from discobeta.design.yaml_text import write_yaml
 from discobeta.errors import TRAINING_MEMORY, UserError, did_you_mean, enough_memory, first_line
 from discobeta.model import preflight
 from discobeta.model.pretrained import ATTENTION, load_causal_lm, load_tokenizer
@@ -50,7 +50,7 @@ def train(config: RunConfig) -> None:
     """
     from accelerate import PartialState
 
-    finished = f"{config.output_dir} holds this run, finished; overwrite_output_dir: true trains it again"
+    finished = folders.finished_line(config)
     if not is_free(config):
         run = record.read(config.output_dir)
         run.check_fact("sources", contents_hash(config), config.dataset or config.tokenized_path)
@@ -119,11 +119,8 @@ def is_free(config: RunConfig) -> bool:
     folders.check_inputs(config, [output])
     if config.overwrite_output_dir or not (output / "config.yaml").exists():
         return True
-    if different := record.difference(read_yaml(output / "config.yaml"), config.settings_of(*record.THE_RUN)):
-        raise UserError(
-            f"output_dir: {output} holds another run ({different}); "
-            "give another output_dir, or overwrite_output_dir: true"
-        )
+    if different := record.difference_in(output, config):
+        raise folders.another_run(output, different)
     return not (output / "provenance.json").exists()
 
 

@@ -50,11 +50,11 @@ def train(config: RunConfig) -> None:
     with holding as hold:
         waited = broadcast_object_list([hold is not None and hold.waited])[0]
         if waited and record.is_finished(config):  # whoever held it has done our work
-            accelerator.print(_finished(config), file=sys.stderr)
+            accelerator.print(folders.finished_line(config), file=sys.stderr)
         elif _is_free(config, accelerator):  # asked again: it may have changed before the directory was ours
             _train(config, accelerator, hold)
         else:
-            accelerator.print(_finished(config), file=sys.stderr)
+            accelerator.print(folders.finished_line(config), file=sys.stderr)
 
 
 def _is_free(config: RunConfig, accelerator: Accelerator) -> bool:
@@ -120,10 +120,6 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
     accelerator.end_training()
 
 
-def _finished(config: RunConfig) -> str:
-    return f"{config.output_dir} holds this run, finished; overwrite_output_dir: true trains it again"
-
-
 def _leave_finished(config: RunConfig) -> None:
     """Say that the run is there, if it still is what would be trained, and clear away what a kill has left in it."""
     from discobeta.data.sources import contents_hash
@@ -137,7 +133,7 @@ def _leave_finished(config: RunConfig) -> None:
     if folders.has_leftovers(run.directory):
         with lock.holding(run.directory):
             folders.remove_checkpoints(run.directory)
-    print(_finished(config), file=sys.stderr)
+    print(folders.finished_line(config), file=sys.stderr)
 
 
 def _say_same_as(config: RunConfig, say: Any) -> None:
