@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 IDLE = {"color": "black", "linewidth": 0.7, "linestyle": (0, (1.5, 4)), "zorder": 4}
 
 
-def learning_curves(results: Results, stage: str) -> Figure:
-    """How the runs of a stage went: `loss_curves`, or `rollout_curves` of ppo."""
-    return loss_curves(results, stage) if STAGES[stage].has_pairs else rollout_curves(results, stage)
-
-
 def loss_curves(results: Results, stage: str) -> Figure:
     """Loss, loss minus the baseline's of the same seed, and accuracy over steps.
 

@@ -1,4 +1,4 @@
-"""The figures of a study: learning curves, reliability, interaction, reward by noise, as PDF, SVG and PNG."""
+"""The files of a study's figures, and what they draw of finished runs; how runs went is in `curves`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from discobeta.design.stages import STAGES
 from discobeta.files import replacing
 from discobeta.folders import claim
 from discobeta.metrics import reliability
-from discobeta.report.curves import learning_curves
-from discobeta.report.measures import METRICS, TESTED
+from discobeta.report import outputs
+from discobeta.report.measures import GAINED, METRICS, PREDICTED, TESTED
 from discobeta.report.results import Found, Results
 from discobeta.report.statistics import wilson
 from discobeta.report.style import COLUMN, FAINT, STYLE, drawn_arms, footer, look, say_missing, seeds_mark
@@ -24,35 +24,28 @@ from discobeta.report.style import COLUMN, FAINT, STYLE, drawn_arms, footer, loo
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMATS = ("pdf", "svg", "png")
-
 
 def write(results: Results) -> None:
-    """The figures of every stage (`study.figures_of`), into `study.directory`/figures."""
+    """The figures that `outputs` names, into `study.directory`/figures."""
     study = results.study
-    draw = {
-        "learning-curves": learning_curves,
-        "reliability": reliability_diagram,
-        "interaction": interaction,
-        "reward-by-noise": reward_by_noise,
-    }
     directory = study.directory / "figures"
-    figures = {f"{name}-{stage}": (draw[name], stage) for stage in study.stages for name in study.figures_of(stage)}
-    claim(directory, "discobeta figures", [f"{stem}.{ending}" for stem in figures for ending in FORMATS])
-    for stem, (draw_figure, stage) in figures.items():
-        save(draw_figure(results, stage), directory / stem)
+    figures = outputs.figures(study)
+    claim(directory, "discobeta figures", [name for output in figures for name in output.files])
+    for output in figures:
+        save(output.make(results), [directory / name for name in output.files])
 
 
-def save(figure: Figure, stem: Path) -> None:
-    """`stem`.pdf, .svg and .png; equal figures give equal bytes."""
+def save(figure: Figure, paths: list[Path]) -> None:
+    """In the format that each path's ending says; equal figures give equal bytes."""
     dateless = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     with matplotlib.rc_context(STYLE):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         for axes in figure.axes:  # the layout's solver differs in the last bit between processes
             axes.set_position(np.round(axes.get_position().bounds, 5))
-        for ending in FORMATS:
-            with replacing(stem.with_name(f"{stem.name}.{ending}")) as temporary:
+        for path in paths:
+            ending = path.suffix.removeprefix(".")
+            with replacing(path) as temporary:
                 figure.savefig(temporary, format=ending, bbox_inches="tight", metadata=dateless.get(ending))
 
 
@@ -71,7 +64,7 @@ def reliability_diagram(results: Results, stage: str) -> Figure:
             label, colour = look(arm)
             upper.set_title(label)
             upper.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
-            there = [results[run] for run in runs if run.arm == arm and _has(results[run], *PAIRS)]
+            there = [results[run] for run in runs if run.arm == arm and _has(results[run], *PREDICTED)]
             if there:
                 mark = seeds_mark(len(there), sum(run.arm == arm for run in runs))
                 draw_bins(upper, lower, there, colour, mark)
@@ -89,16 +82,13 @@ def reliability_diagram(results: Results, stage: str) -> Figure:
     return figure
 
 
-PAIRS = ("probability", "mean_margin")
-
-
 def _has(found: Found, *columns: str) -> bool:
     """Whether this was measured of each example."""
     return found.examples is not None and len(found.examples) > 0 and set(columns) <= set(found.examples)
 
 
 def draw_bins(upper: Axes, lower: Axes, measured: list[Found], colour: str, mark: str) -> None:
-    pairs = pd.concat([found.examples[list(PAIRS)] for found in measured])
+    pairs = pd.concat([found.examples[list(PREDICTED)] for found in measured])
     bins = pd.DataFrame(reliability(pairs["probability"], pairs["mean_margin"])).query("count > 0")
     low, high = np.transpose([wilson(p * n, n) for p, n in zip(bins["accuracy"], bins["count"], strict=True)])
     upper.errorbar(
@@ -184,7 +174,7 @@ def reward_by_noise(results: Results, stage: str) -> Figure:
     """
     study = results.study
     runs = [run for run in study.runs() if run.stage == stage and not run.proof]
-    gains = {run: gain_by_noise(results[run].examples) for run in runs if _has(results[run], *GAIN)}
+    gains = {run: gain_by_noise(results[run].examples) for run in runs if _has(results[run], *GAINED)}
     drawn = drawn_arms(study, stage)
     levels = sorted({level for gain in gains.values() for level in gain.index})
     with matplotlib.rc_context(STYLE):
@@ -211,9 +201,6 @@ def reward_by_noise(results: Results, stage: str) -> Figure:
         figure.legend(loc="outside upper center", ncols=2, handlelength=1.8, columnspacing=1.2)
         footer(figure, results, runs)
     return figure
-
-
-GAIN = ("true_reward", "reference_true_reward", "noise")
 
 
 def gain_by_noise(examples: pd.DataFrame) -> pd.Series:
