@@ -51,7 +51,9 @@ MADE_OF = {
     "inputs/world": {"world_corpus", "world_pairs"} | EVALUATION,
     "run/evaluate": EVALUATION,
     "metrics": EVALUATION | {"figures"},
-    **dict.fromkeys([f"report/{name}" for name in ("tables", "cells", "effects", "idle", "costs")], {"tables"}),
+    **dict.fromkeys(
+        [f"report/{name}" for name in ("tables", "cells", "effects", "neutrality", "compare", "costs")], {"tables"}
+    ),
     **dict.fromkeys(["report/figures", "report/curves", "report/style"], {"figures"}),
     **dict.fromkeys(["report/results", "report/collect"], {"tables", "figures"}),
     "record": {"tables", "figures"},

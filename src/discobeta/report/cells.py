@@ -16,9 +16,9 @@ from discobeta.design.arms import FLAGS, Cell, grid
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Run, Study
 from discobeta.report.collect import collect, provenance, provenance_line
-from discobeta.report.idle import neutrality_frame
+from discobeta.report.compare import EQUAL
 from discobeta.report.measures import LANDMARKS, METRICS, PANELS, Metric
-from discobeta.report.neutrality import EQUAL
+from discobeta.report.neutrality import neutrality_frame
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number, yes_no
 from discobeta.report.results import Results
 from discobeta.report.statistics import mean_ci
@@ -39,7 +39,7 @@ MEASURED = [*METRICS, *LANDMARKS]
 def stage_table(results: Results, stage: str) -> Table:
     """All 16 cells; those that are not run say why, those that are show mean +- CI over seeds."""
     study = results.study
-    runs = [run for run in study.runs() if run.stage == stage and not run.proof]
+    runs = results.whole_runs(stage)
     metrics, proofs = (frame[frame.stage == stage] for frame in (collect(results), neutrality_frame(results)))
     frame = pd.DataFrame([_cell_row(results, cell, runs, metrics, proofs) for cell in grid((stage,))])
     measured = set(metrics.metric)

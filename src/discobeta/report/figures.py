@@ -19,7 +19,18 @@ from discobeta.report import outputs
 from discobeta.report.measures import GAINED, METRICS, PREDICTED, TESTED
 from discobeta.report.results import Found, Results
 from discobeta.report.statistics import wilson
-from discobeta.report.style import COLUMN, FAINT, STYLE, drawn_arms, footer, look, say_missing, seeds_mark
+from discobeta.report.style import (
+    COLUMN,
+    FAINT,
+    STYLE,
+    colour_of,
+    drawn_arms,
+    footer,
+    label_of,
+    say_missing,
+    seeds_mark,
+    seeds_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,20 +65,16 @@ def save(figure: Figure, paths: list[Path]) -> None:
 
 def reliability_diagram(results: Results, stage: str) -> Figure:
     """Accuracy against confidence of the predicted winner, per arm, over the pairs of all seeds."""
-    study = results.study
-    runs = [run for run in study.runs() if run.stage == stage and not run.proof]
-    arms = drawn_arms(study, stage)
+    runs, arms = results.whole_runs(stage), drawn_arms(results.study, stage)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(COLUMN, 0.2 + 1.65 * len(arms)), 2.75), layout="constrained")
         grid = figure.subplots(2, len(arms), sharex=True, sharey="row", squeeze=False, height_ratios=(3.2, 1))
         for (upper, lower), arm in zip(grid.T, arms, strict=True):
-            label, colour = look(arm)
-            upper.set_title(label)
+            upper.set_title(label_of(arm))
             upper.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
             there = [results[run] for run in runs if run.arm == arm and _has(results[run], *PREDICTED)]
             if there:
-                mark = seeds_mark(len(there), sum(run.arm == arm for run in runs))
-                draw_bins(upper, lower, there, colour, mark)
+                draw_bins(upper, lower, there, colour_of(arm), seeds_mark(len(there), seeds_of(arm, runs)))
             else:
                 say_missing(upper)
         first = grid[0, 0]
@@ -115,7 +122,7 @@ def interaction(results: Results, stage: str) -> Figure:
     have all four arms, thick ones their means; the open diamond is where both together would be if the two added up.
     """
     study = results.study
-    runs = [run for run in study.runs() if run.stage == stage and run.arm in CORNERS and not run.proof]
+    runs = [run for run in results.whole_runs(stage) if run.arm in CORNERS]
     measured = {run: results[run].metrics for run in runs}
     tested = [name for name in STAGES[stage].compared if name in TESTED]
     names = [name for name in tested if any(name in values for values in measured.values())] or tested[:1]
@@ -145,14 +152,14 @@ def draw_interaction(axes: Axes, points: pd.DataFrame, n_seeds: int) -> None:
         (f"Without {first.label}", baseline, second),
         (f"With {first.label}{mark}", first, both),
     ):
-        colour = look(fixed)[1]
+        colour = colour_of(fixed)
         for _, seed in values.iterrows():
             axes.plot([0, 1], [seed[fixed], seed[dynamic]], color=colour, linewidth=0.5, alpha=0.5)
         mean = values[[fixed, dynamic]].mean()
         axes.plot([0, 1], mean, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
     added_up = values[first].mean() + values[second].mean()
     diamond = {"marker": "D", "markersize": 5, "markerfacecolor": "white", "zorder": 5}
-    axes.plot(1, added_up, color=look(first)[1], linestyle="none", label="if they added up", **diamond)
+    axes.plot(1, added_up, color=colour_of(first), linestyle="none", label="if they added up", **diamond)
     if values.empty:
         say_missing(axes)
 
@@ -172,25 +179,23 @@ def reward_by_noise(results: Results, stage: str) -> Figure:
     A point is the mean over seeds of the means over prompts, its bar the span from the least to the
     greatest seed. The arms stand side by side at each noise level. Only the world knows both.
     """
-    study = results.study
-    runs = [run for run in study.runs() if run.stage == stage and not run.proof]
+    runs = results.whole_runs(stage)
     gains = {run: gain_by_noise(results[run].examples) for run in runs if _has(results[run], *GAINED)}
-    drawn = drawn_arms(study, stage)
+    drawn = drawn_arms(results.study, stage)
     levels = sorted({level for gain in gains.values() for level in gain.index})
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(COLUMN, 2.8), layout="constrained")
         axes = figure.subplots()
         axes.axhline(0, color=FAINT, linewidth=0.6)
-        for number, arm in enumerate(drawn):
-            label, colour = look(arm)
-            there, expected = (sum(run.arm == arm for run in of) for of in (gains, runs))
+        for rank, arm in enumerate(drawn):
+            mark = seeds_mark(seeds_of(arm, gains), seeds_of(arm, runs))
             seeds = pd.DataFrame({run.seed: gain for run, gain in gains.items() if run.arm == arm}, index=levels)
-            place = np.arange(len(levels)) + 0.14 * (number - (len(drawn) - 1) / 2)
+            place = np.arange(len(levels)) + 0.14 * (rank - (len(drawn) - 1) / 2)
             mean = seeds.mean(axis=1)
             axes.errorbar(
                 place, mean, np.stack([mean - seeds.min(axis=1), seeds.max(axis=1) - mean]),
-                color=colour, marker="o", markersize=3, linestyle="none", elinewidth=1,
-                label=label + seeds_mark(there, expected),
+                color=colour_of(arm), marker="o", markersize=3, linestyle="none", elinewidth=1,
+                label=label_of(arm) + mark,
             )  # fmt: skip
         axes.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
         axes.grid(axis="x", visible=False)

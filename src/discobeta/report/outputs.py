@@ -24,6 +24,10 @@ FIGURE = ("svg", "pdf", "png")
 """Endings of the files; the HTML report shows the first."""
 
 
+def always(study: Study, stage: str) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Row:
     """A table or figure: one of the whole study, or, with `{stage}` in its name, one of each stage that has it."""
@@ -33,7 +37,7 @@ class Row:
     caption: str  # workflow/report/<caption>.rst stands beside it in the HTML report
     title: str  # what it is called there
     endings: tuple[str, ...]
-    stages: Callable[[Study, str], bool] | None = None  # whether a stage has it; None: it is of the whole study
+    stages: Callable[[Study, str], bool] = always  # whether a stage has it
 
 
 @dataclass(frozen=True)
@@ -70,17 +74,15 @@ def figures(study: Study) -> list[Output]:
 
 
 def _of(study: Study, rows: tuple[Row, ...]) -> list[Output]:
-    of_stages = [
-        Output(row, stage) for row in rows for stage in study.stages if row.stages and row.stages(study, stage)
-    ]
-    return of_stages + [Output(row, None) for row in rows if not row.stages]
+    found = []
+    for row in rows:
+        of_each = "{stage}" in row.name
+        stages = [stage for stage in study.stages if row.stages(study, stage)] if of_each else [None]
+        found += [Output(row, stage) for stage in stages]
+    return found
 
 
 # --- which stages have it
-
-
-def always(study: Study, stage: str) -> bool:
-    return True
 
 
 def predicts(study: Study, stage: str) -> bool:
@@ -107,10 +109,10 @@ def shows_an_interaction(study: Study, stage: str) -> bool:
 # --- what there is
 
 TABLES = (
-    Row("{stage}", "discobeta.report.cells:stage_table", "stage", "{stage}", TABLE, always),
+    Row("{stage}", "discobeta.report.cells:stage_table", "stage", "{stage}", TABLE),
     Row("effects", "discobeta.report.effects:effects_table", "effects", "effects", TABLE),
     Row("comparisons", "discobeta.report.effects:comparisons_table", "comparisons", "comparisons", TABLE),
-    Row("neutrality", "discobeta.report.idle:neutrality_table", "neutrality", "neutrality", TABLE),
+    Row("neutrality", "discobeta.report.neutrality:neutrality_table", "neutrality", "neutrality", TABLE),
     Row("cost", "discobeta.report.costs:cost_table", "cost", "cost", TABLE),
     Row("metrics", "discobeta.report.collect:metrics_table", "metrics", "every number", TABLE[:1]),
 )

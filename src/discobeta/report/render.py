@@ -52,7 +52,7 @@ class Table:
     printed: pd.DataFrame | None = None  # what Markdown and LaTeX print, where that is not the frame itself
 
     def text(self, ending: str, name: str) -> str:
-        """Of the file with this ending. name: stem of the files, and of the LaTeX labels."""
+        """What stands in the file with this ending. name: stem of the files, and of the LaTeX labels."""
         return {"csv": self.csv, "md": self.markdown, "tex": lambda: self.latex(name)}[ending]()
 
     @property

@@ -80,6 +80,10 @@ class Results:
         """Why the run is in no mean; None if it is in them."""
         return self.found[run].absence
 
+    def whole_runs(self, stage: str) -> list[Run]:
+        """The study's runs of a stage that are no proofs."""
+        return [run for run in self.study.runs() if run.stage == stage and not run.proof]
+
     def describe_missing(self, runs: Iterable[Run]) -> str:
         """The runs that do not count, e.g. `baseline: seeds 2, 3 (not trained)`; empty if all do."""
         seeds: dict[tuple[str, str], list[int]] = {}
