@@ -467,7 +467,7 @@ REFUSALS = {
         settings(seeds=[True]),
         "x.yaml: seeds: [True] should be a list of different whole numbers",
     ),
-    "no such stage": (settings(stages=["rm", "sft"]), "x.yaml: stages: 'sft' should be one of rm, dpo, ppo"),
+    "no such stage": (settings(stages=["rm", "sft"]), "x.yaml: stages: 'sft' should be rm or dpo or ppo"),
     "idle arms": (settings(idle_arms="proof"), "x.yaml: idle_arms: 'proof' should be run or prove"),
     "prove steps": (settings(prove_steps=0), "x.yaml: prove_steps: 0 should be a whole number, at least 1"),
     "world size": (
