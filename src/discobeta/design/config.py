@@ -183,7 +183,7 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), fro
         "none", "the true reward of a sampled response, if known", of="evaluation", stages="policy"
     )
 
-    # --- ppo
+    # --- PPO
     ppo_epochs: int = option(4, "passes over the buffer", least=1, stages="prompts")
     ppo_buffer_size: int = option(1, "optimiser steps' worth of responses in the buffer", least=1, stages="prompts")
     ppo_target: float | None = option(None, "KL per sequence to steer the coefficient to", least=1e-6, stages="prompts")

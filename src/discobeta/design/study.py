@@ -23,7 +23,7 @@ from discobeta.design.yaml_text import parse_overrides, read_yaml
 from discobeta.errors import UserError
 
 WORLD_STEPS = {"corpus": ("seed", "sft_examples", "noise"), "pairs": ("train", "evaluation")}
-"""Which keys of `data: world:` each step of the world reads; what pairs read of the corpus, they read from its record."""
+"""Keys of `data: world:` that each step reads; what the pairs read of the corpus, they read from its record."""
 
 CORPUS_KEYS = ["dataset", "dataset_dir", "split", "cutoff_len", "max_samples", "max_unusable_rows"]
 """What the base is trained on unless `base: sft:` says otherwise: the study's own training data."""
