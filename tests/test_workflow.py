@@ -308,5 +308,3 @@ def test_a_rule_reads_what_it_is_told_to_whatever_the_paths_are_called(tmp_path:
     assert done.returncode == 0, done.stdout + done.stderr
     tokens = json.loads((tmp_path / "results/odd/shared/data/all/tokens/tokens.json").read_text())
     assert tokens["counts"] == {"train": 40, "eval": 12}
-
-

@@ -379,9 +379,9 @@ def read_by(name: str) -> tuple[str, ...]:
 
 
 def who_reads(name: str) -> str:
-    """E.g. "ppo does"."""
-    stages = read_by(name)
-    return f"{' and '.join(stages)} {'does' if len(stages) == 1 else 'do'}"
+    """E.g. "ppo does", "rm, dpo and ppo do"."""
+    *others, last = read_by(name)
+    return f"{', '.join(others)} and {last} do" if others else f"{last} does"
 
 
 def default_of(name: str, stage: str) -> Any:

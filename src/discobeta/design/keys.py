@@ -17,7 +17,7 @@ from typing import Any
 
 from discobeta.design import config, config_names
 from discobeta.design.stages import BASE_STAGE, STAGES
-from discobeta.design.values import as_schema, in_words
+from discobeta.design.values import NUMBER, as_schema, in_words
 
 STEPS = {
     "data": "the rows",
@@ -125,7 +125,7 @@ def run_schema() -> dict[str, Any]:
 SPELLED_OTHERWISE = {
     "optim": {"enum": config_names.SAME_ADAMW},
     "report_to": {"type": ["null", "array"], "items": {"type": "string"}, "maxItems": 1},
-    "warmup_steps": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+    "warmup_steps": {"type": ["number", "string"], "pattern": NUMBER, "exclusiveMinimum": 0, "exclusiveMaximum": 1},
     "output_dir": {"type": "null"},
     "gradient_checkpointing": {"type": "null"},
 }
