@@ -15,7 +15,7 @@ import test_layout
 import yaml
 
 from discobeta import cli, record
-from discobeta.design import keys, study_file
+from discobeta.design import keys, study_sections
 from discobeta.design.config import FIELDS, RunConfig
 from discobeta.design.study import Study
 from discobeta.errors import UserError
@@ -394,7 +394,7 @@ def test_what_is_common_is_given_to_the_stages_that_read_it():
 
 
 def test_the_keys_of_data_are_the_run_keys_that_say_which_rows():
-    assert study_file.DATA_KEYS == (
+    assert study_sections.DATA_KEYS == (
         "dataset", "eval_dataset", "dataset_dir", "split", "eval_split", "cutoff_len", "max_samples", "val_size",
         "max_unusable_rows",
     )  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any
 
 from discobeta.design import config, config_names
 from discobeta.design.stages import BASE_STAGE, STAGES
+from discobeta.design.study_sections import may_stand_in
 from discobeta.design.values import NUMBER, as_schema, in_words
 
 STEPS = {
@@ -189,7 +190,7 @@ def study_schema() -> dict[str, Any]:
             "type": ["object", "null"],
             "properties": {
                 key: {"$ref": RUN_KEY + key} | (own.get(key, {}) if not _default(runs[key]) else {})
-                for key in study_file.may_stand_in(stage)
+                for key in may_stand_in(stage)
             },
             "additionalProperties": False,
         }
@@ -268,8 +269,6 @@ def _run_page() -> str:
 
 
 def _study_page() -> str:
-    from discobeta.design import study_file
-
     parts = [
         f"\n## {f'`{place}:`' if place else 'The study'}\n\n"
         + _table(
@@ -278,7 +277,7 @@ def _study_page() -> str:
         )
         for place, keys in groupby(study_keys(), key=lambda key: key.group)
     ]
-    held = {name: study_file.may_stand_in(name) for name in ("common", *STAGES, BASE_STAGE)}
+    held = {name: may_stand_in(name) for name in ("common", *STAGES, BASE_STAGE)}
     rows = [["`common:`", _code(held["common"])]]
     for stage in STAGES:
         rows.append(

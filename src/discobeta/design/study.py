@@ -18,7 +18,8 @@ from discobeta.design import study_file
 from discobeta.design.arms import CORNERS, Arm, State
 from discobeta.design.config import FIELDS, RunConfig, default_of, read_by
 from discobeta.design.stages import BASE_STAGE, STAGES
-from discobeta.design.study_file import DATA_KEYS, HOW_ROWS_ARE_READ, MODEL_KEYS, StudyFile
+from discobeta.design.study_file import StudyFile
+from discobeta.design.study_sections import DATA_KEYS, HOW_ROWS_ARE_READ, MODEL_KEYS
 from discobeta.design.yaml_text import parse_overrides, read_yaml
 from discobeta.errors import UserError
 
@@ -63,11 +64,11 @@ class Study:
         self.gpus_per_run = said.gpus_per_run
         self.arms = [Arm.from_name(name) for name in said.arms]
         self.world = said.data.world and said.data.world.model_dump()
-        self._data = {} if self.world else said.data.given()
+        self._data = said.data.given()
         self._prompts = said.prompts.given() if said.prompts else {}
         if self._prompts:
             self._prompts = {key: self._data[key] for key in HOW_ROWS_ARE_READ if key in self._data} | self._prompts
-        self.sft, self._model = said.base.sft, said.base.model_keys()
+        self.sft, self._model = said.base.sft, said.base.given()
         self._sections = {name: self._section(said, name) for name in STAGES}
         self._first_configs: dict[tuple[str, Arm, bool], tuple[dict[str, Any], RunConfig]] = {}
         self._configs: dict[Run, RunConfig] = {}

@@ -27,8 +27,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from discobeta.design import config
-from discobeta.design.arms import ARMS, FLAGS, Arm
-from discobeta.design.stages import BASE_STAGE, READ_KEYS, STAGES
+from discobeta.design.arms import ARMS, Arm
+from discobeta.design.stages import BASE_STAGE, STAGES
+from discobeta.design.study_sections import DATA_KEYS, MODEL_KEYS, path_fault, place_of
 from discobeta.design.values import LARGEST, in_words, typed
 from discobeta.errors import UserError, did_you_mean, shown
 
@@ -38,41 +39,6 @@ LONGEST_NAME = 100
 MOST_SEEDS = 1000
 
 # --- run keys in a study
-
-PATH_KEYS = (
-    "stage",
-    "seed",
-    "output_dir",
-    "tokenized_path",
-    "reference_path",
-    "overwrite_output_dir",
-    "stop_after_steps",
-    *READ_KEYS,
-)
-DATA_KEYS = tuple(
-    name for name, entry in config.FIELDS.items() if entry.metadata["of"] == "data" and name not in PATH_KEYS
-)
-HOW_ROWS_ARE_READ = ("dataset_dir", "cutoff_len", "max_unusable_rows")
-"""Of DATA_KEYS, those that say nothing about which rows: `prompts:` has them from `data:` unless it has its own."""
-
-MODEL_KEYS = ("model_name_or_path", "model_revision", "adapter_name_or_path", "trust_remote_code", "cache_dir")
-
-BELONGS = (
-    dict.fromkeys(FLAGS, "it comes from the grid (choose arms with `arms:`)")
-    | dict.fromkeys(DATA_KEYS, "it belongs in `data:` (all runs see the same rows)")
-    | dict.fromkeys(MODEL_KEYS, "it belongs in `base:` (all runs start from the same model)")
-    | dict.fromkeys(PATH_KEYS, "the study sets it")
-)
-"""Run keys that `common:` and the stages' sections may not hold, and where they belong."""
-
-SET_OF_BASE = ("stage", "output_dir", "overwrite_output_dir")
-"""Run keys that `base: sft:` may not hold: the study sets them."""
-
-
-def may_stand_in(section: str) -> list[str]:
-    """The run keys that `common:`, the section of a stage or `base: sft:` (of BASE_STAGE) may hold."""
-    known = [name for name in config.FIELDS if not _place_of(name, section)]
-    return [name for name in known if section != "common" or set(STAGES) & set(config.read_by(name))]
 
 
 def _run_keys(settings: Any, info: ValidationInfo) -> Any:
@@ -85,34 +51,14 @@ def _run_keys(settings: Any, info: ValidationInfo) -> Any:
             raise ValueError(f"the key {shown(key)} should be text (write it in quotes)")
         if len(key) > LONGEST_NAME:
             raise ValueError(f"unknown key {shown(key)}")
-        if place := _place_of(key, section):
+        if place := place_of(key, section):
             raise ValueError(f"{key} may not stand here: {place}")
-        if fault := _path_fault(key, settings[key]):
+        if fault := path_fault(key, settings[key]):
             raise ValueError(f"{key}: {fault}")
     return {} if settings is None else settings
 
 
-def _place_of(key: str, section: str) -> str | None:
-    """Where a run key belongs that may not stand in a section; None where it may, or is none."""
-    if section in STAGES and not STAGES[section].has_pairs and key in DATA_KEYS:
-        return "it belongs in `prompts:`"
-    if key in BELONGS and (section != BASE_STAGE or key in SET_OF_BASE):
-        return BELONGS[key]
-    if section != "common" and key in config.FIELDS and section not in config.read_by(key):
-        return f"{section} does not read it ({config.who_reads(key)})"
-    return None
-
-
 RunKeys = Annotated[dict[str, Any], BeforeValidator(_run_keys)]
-
-PATHS = ("dataset", "eval_dataset", "model_name_or_path", "adapter_name_or_path")
-"""Run keys that name what a rule of the workflow has as its input."""
-
-
-def _path_fault(key: str, value: Any) -> str | None:
-    if key in PATHS and isinstance(value, str) and (set("{}") & set(value) or not value.isprintable()):
-        return f"{shown(value)}: Snakemake takes braces for wildcards: rename it"
-    return None
 
 
 def _of_a_run(name: str) -> tuple[Any, Any]:
@@ -126,7 +72,7 @@ def _of_a_run(name: str) -> tuple[Any, Any]:
             value = None if value is None else typed(name, value, config.hint_of(name), config.FIELDS[name], "")
         except UserError as error:
             raise ValueError(str(error).removeprefix(f": {name}: ")) from None
-        if fault := _path_fault(name, value):
+        if fault := path_fault(name, value):
             raise ValueError(fault)
         return value
 
@@ -153,8 +99,8 @@ class Section(BaseModel):
         return settings
 
     def given(self) -> dict[str, Any]:
-        """What is said of it, without what is not."""
-        return self.model_dump(exclude_unset=True)
+        """The run keys that are said."""
+        return self.model_dump(exclude_unset=True, exclude_none=True, exclude={"world", "sft"})
 
 
 Whole = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -221,13 +167,9 @@ class Base(Model):
     def _either_model_or_sft(self) -> Self:
         if bool(self.sft) == (self.model_name_or_path is not None):
             raise ValueError("give either model_name_or_path or sft (a base trained here)")
-        if self.sft and (beside := next(iter(self.model_keys()), None)):
+        if self.sft and (beside := next(iter(self.given()), None)):
             raise ValueError(f"{beside} may not stand next to sft: it belongs in it")
         return self
-
-    def model_keys(self) -> dict[str, Any]:
-        """The run keys of the model, where it is none that is trained here."""
-        return self.model_dump(exclude_unset=True, exclude_none=True, exclude={"sft"})
 
 
 # --- the study
