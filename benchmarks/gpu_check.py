@@ -26,7 +26,7 @@ from discobeta.design.arms import Arm
 from discobeta.design.study import Run, Study
 from discobeta.files import write_json, write_text
 from discobeta.record import source_state
-from discobeta.report.neutrality import EQUAL, compare
+from discobeta.report.compare import EQUAL, compare
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {

@@ -15,6 +15,7 @@ import pytest
 from discobeta import cli, closure
 from discobeta.design import config
 from discobeta.design.config import RunConfig
+from discobeta.report import outputs
 
 PREFERENCES = ("rm", "dpo", "ppo")
 TRAINING = {f"train {stage}" for stage in PREFERENCES}
@@ -22,6 +23,7 @@ EVALUATION = {f"evaluate {stage}" for stage in PREFERENCES}
 SHARED = {"sft", "prepare", "reference", "world_pairs"}
 STEPS = [("train", stage) for stage in PREFERENCES] + [("evaluate", stage) for stage in PREFERENCES]
 STEPS += [(step, None) for step in closure.ENTRIES if step not in ("train", "evaluate")]
+MAKERS = {"tables": outputs.TABLES, "figures": outputs.FIGURES}
 
 MADE_OF = {
     "losses": TRAINING | EVALUATION,
@@ -49,8 +51,9 @@ MADE_OF = {
     "inputs/world": {"world_corpus", "world_pairs"} | EVALUATION,
     "run/evaluate": EVALUATION,
     "metrics": EVALUATION | {"figures"},
-    "report/tables": {"tables"},
-    "report/effects": {"tables"},
+    **dict.fromkeys(
+        [f"report/{name}" for name in ("tables", "cells", "effects", "neutrality", "compare", "costs")], {"tables"}
+    ),
     **dict.fromkeys(["report/figures", "report/curves", "report/style"], {"figures"}),
     **dict.fromkeys(["report/results", "report/collect"], {"tables", "figures"}),
     "record": {"tables", "figures"},
@@ -73,6 +76,7 @@ MADE_OF = {
             "launch",
             "lock",
             "processes",
+            "report/outputs",  # what it names is given to the rules
         ],
         set(),
     ),
@@ -83,7 +87,12 @@ MADE_OF = {
 @pytest.mark.parametrize("module, expected", MADE_OF.items(), ids=MADE_OF.keys())
 def test_an_edited_module_changes_the_steps_that_are_made_of_it(module: str, expected: set[str]):
     assert (closure.ROOT / f"{module}.py").is_file()
-    found = {" ".join(filter(None, step)) for step in STEPS if module in closure.files_of(*step)}
+    makers = {step: tuple(row.maker for row in rows) for step, rows in MAKERS.items()}
+    found = {
+        " ".join(filter(None, (step, stage)))
+        for step, stage in STEPS
+        if module in closure.files_of(step, stage, makers.get(step, ()))
+    }
     assert found == expected
 
 

@@ -13,7 +13,7 @@ from discobeta import cli, files, identity, report
 from discobeta.data.sources import contents_hash
 from discobeta.design.config import RunConfig
 from discobeta.design.study import Study
-from discobeta.report import curves, figures, tables
+from discobeta.report import curves, figures, neutrality, tables
 from discobeta.report.collect import provenance
 from discobeta.report.render import escape, markdown
 
@@ -63,7 +63,7 @@ def written(made: Study) -> str:
 
 def drawn(made: Study) -> list[float]:
     """Heights of all lines and bars of the figures."""
-    draw = (curves.learning_curves, figures.reliability_diagram, figures.interaction)
+    draw = (curves.loss_curves, figures.reliability_diagram, figures.interaction)
     axes = [axes for figure in (each(results(made), "dpo") for each in draw) for axes in figure.axes]
     heights = [height for each in axes for line in each.lines for height in line.get_ydata()]
     return [float(height) for height in heights]
@@ -489,7 +489,7 @@ def test_weights_that_were_changed_are_compared_with_nothing():
         finish(made, run, measured(run))
     for arm, seed in (("baseline", 1), ("disco-idle_beta-absent", 2)):
         (made.run("dpo", arm, seed).directory / "adapter" / "adapter_model.safetensors").write_bytes(b"weighty")
-    frame = tables.neutrality_frame(results(made)).set_index("seed")
+    frame = neutrality.neutrality_frame(results(made)).set_index("seed")
     assert frame.weights.to_dict() == {1: "twin damaged", 2: "damaged", 3: "equal"}
     assert frame.result[1] == frame.result[2] == "damaged"
 
@@ -500,7 +500,7 @@ def test_stale_runs_are_called_that_where_they_would_be_compared():
     before = Study(SETTINGS | {"common": {"learning_rate": 1e-3}, "arms": arms, "seeds": [1, 2]})
     for run in made.runs():
         finish(before if (run.arm.name, run.seed) in ((arms[0], 1), (arms[1], 2)) else made, run, measured(run))
-    frame = tables.neutrality_frame(results(made)).set_index("seed")
+    frame = neutrality.neutrality_frame(results(made)).set_index("seed")
     assert frame.weights.to_dict() == {1: "twin stale", 2: "stale"}
     assert set(frame.result) == {"stale"}
     tables.write(results(made))

@@ -38,7 +38,7 @@ def test_learning_curves_are_means_over_seeds_and_paired_differences_to_the_base
     made = study(arms=["baseline", "disco-used_beta-absent"], **FAST)
     for run in made.runs():
         finish(made, run, None, log=log_of(run.seed, worse=-0.02 * run.seed if run.arm.name != "baseline" else 0))
-    figure = curves.learning_curves(results(made), "dpo")
+    figure = curves.loss_curves(results(made), "dpo")
     top, middle, bottom = figure.axes
     baseline = next(line for line in lines(top) if line.get_color() == "#4d4d4d" and line.get_linewidth() > 1)
     assert baseline.get_ydata() == pytest.approx([0.65, 0.45])
@@ -54,7 +54,7 @@ def test_a_missing_seed_is_marked_and_not_compared_with_another_seed():
     for run in made.runs():
         if (run.arm.name, run.seed) != ("baseline", 2):
             finish(made, run, None, log=log_of(run.seed))
-    figure = curves.learning_curves(results(made), "dpo")
+    figure = curves.loss_curves(results(made), "dpo")
     assert "Baseline (1 of 2 seeds)" in labels(figure)
     (difference,) = lines(figure.axes[1])
     assert difference.get_ydata() == pytest.approx([0, 0])  # seed 1 only; over both it would be 0.05
@@ -65,7 +65,7 @@ def test_idle_arms_are_thin_dashes_on_their_twins():
     made = study(arms=["baseline", "disco-idle_beta-absent"], **FAST)
     for run in made.runs():
         finish(made, run, None, log=log_of(run.seed))
-    figure = curves.learning_curves(results(made), "dpo")
+    figure = curves.loss_curves(results(made), "dpo")
     (dashes,) = [line for line in lines(figure.axes[0]) if line.get_color() == "black"]
     assert dashes.get_linewidth() < 1
     assert dashes.get_ydata() == pytest.approx([0.65, 0.45])
@@ -78,7 +78,7 @@ def test_runs_without_held_out_rows_in_their_log_show_training():
         finish(
             made, run, None, log=({"step": 1, "loss": 0.7, "accuracy": 0.5}, {"step": 2, "loss": 0.5, "accuracy": 0.7})
         )
-    figure = curves.learning_curves(results(made), "dpo")
+    figure = curves.loss_curves(results(made), "dpo")
     assert figure.axes[0].get_ylabel().startswith("Training loss")
     assert lines(figure.axes[0])[0].get_ydata() == pytest.approx([0.7, 0.5])
 
@@ -129,7 +129,7 @@ def test_learning_curves_of_ppo_are_reward_kl_and_length_over_updates():
     made = study(arms=["baseline", "disco-idle_beta-absent", "disco-used_beta-absent"], stages=PPO)
     for run in made.runs():
         finish(made, run, None, log=rollouts_of(run.seed, better=1 if run.arm.name == "disco-used_beta-absent" else 0))
-    figure = curves.learning_curves(results(made), "ppo")
+    figure = curves.rollout_curves(results(made), "ppo")
     reward, disco_reward, kl, length = figure.axes  # the two reward models score in different units
     assert [line.get_color() for line in lines(reward)] == ["#4d4d4d", "black"]
     assert [line.get_color() for line in lines(kl)] == ["#4d4d4d", "#0072B2", "black"]
@@ -154,7 +154,7 @@ def test_learning_curves_of_ppo_are_reward_kl_and_length_over_updates():
 )
 def test_arms_of_one_kind_of_reward_model_share_one_panel(arms):
     made = study(arms=arms, stages=PPO)
-    figure = curves.learning_curves(results(made), "ppo")
+    figure = curves.rollout_curves(results(made), "ppo")
     assert [axes.get_ylabel().split()[0] for axes in figure.axes] == ["Score", "KL", "Tokens"]
     assert figure.axes[0].texts[0].get_text() == "missing"
 

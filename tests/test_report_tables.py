@@ -18,7 +18,7 @@ from report_study import evaluate, finish, reseal, results, study
 from discobeta import report
 from discobeta.design.arms import FLAGS
 from discobeta.files import write_sealed
-from discobeta.report import tables
+from discobeta.report import neutrality, tables
 from discobeta.report.collect import collect, provenance
 from discobeta.report.render import Column, Panel, Table, escape, number
 
@@ -338,7 +338,7 @@ def test_unfinished_runs_are_missing_and_neither_equal_nor_different(unfinished,
     made = study(stages=["dpo"], seeds=[1], arms=["baseline", "disco-idle_beta-absent"])
     finish_all(made)
     (made.run("dpo", unfinished, 1).directory / "provenance.json").unlink()
-    row = tables.neutrality_frame(results(made)).iloc[0]
+    row = neutrality.neutrality_frame(results(made)).iloc[0]
     assert (row.weights, row.log, row.result) == (verdict, verdict, "missing")
 
 
@@ -346,21 +346,21 @@ def test_proofs_are_compared_with_proofs_and_not_with_whole_runs():
     made = proving_study()
     for run in made.runs():
         finish(made, run, None if run.proof else {"accuracy": 0.7}, weights=b"proof" if run.proof else b"whole")
-    assert set(tables.neutrality_frame(results(made)).weights) == {"equal"}
+    assert set(neutrality.neutrality_frame(results(made)).weights) == {"equal"}
 
 
 def test_runs_that_are_not_evaluated_do_not_count_as_equal():
     made = study(stages=["dpo"], seeds=[1], arms=["baseline", "disco-idle_beta-absent"])
     for run in made.runs():
         finish(made, run, None)
-    row = tables.neutrality_frame(results(made)).iloc[0]
+    row = neutrality.neutrality_frame(results(made)).iloc[0]
     assert (row.weights, row.metrics, row.result) == ("equal", "missing", "missing")
 
 
 def test_an_idle_arm_whose_twin_is_not_trained_cannot_be_compared():
     made = study(stages=["dpo"], seeds=[1], arms=["disco-idle_beta-absent"])
     finish_all(made)
-    row = tables.neutrality_frame(results(made)).iloc[0]
+    row = neutrality.neutrality_frame(results(made)).iloc[0]
     assert (row.weights, row.result) == ("twin not in this study", "missing")
 
 
@@ -441,10 +441,10 @@ def test_one_frame_gives_three_formats():
         Column("Arm", lambda row: row["arm"], is_number=False),
         Column("Of\n100 %", lambda row: number(row["x"], 2)),
     ]
-    table = Table("t", frame, [Panel("A & B", columns)], ["Note_1"], {"study": "s"})
+    table = Table(frame, [Panel("A & B", columns)], ["Note_1"], {"study": "s"})
     assert table.csv() == "arm,x,g,study\na_b,0.123456,1,s\n"
     assert table.markdown() == ("**A & B**\n\n| Arm | Of 100 % |\n| --- | -------: |\n| a_b | 0.12     |\n\n- Note_1\n")
-    latex = table.latex()
+    latex = table.latex("t")
     assert r"\caption{A \& B}" in latex
     assert r"Arm & \shortstack{Of\\100 \%} \\" in latex
     assert "a\\_b & 0.12 \\\\" in latex

@@ -141,6 +141,9 @@ def test_a_changed_study_reruns_what_reads_it(finished: Path, changes: dict, exp
 
 CODE = {
     "report/figures": {"figures": 1},
+    "report/curves": {"figures": 1},
+    "report/cells": {"tables": 1},
+    "report/outputs": {},
     "design/cost": {},
     "lock": {},
     "metrics": MEASURED,
@@ -154,6 +157,21 @@ CODE = {
 def test_edited_code_reruns_what_is_made_of_it(copy: Path, name: str, expected: dict):
     edit(copy, name)
     assert planned(copy) == expected
+
+
+ROW = 'Row("cost", "discobeta.report.costs:cost_table", "cost", "cost", TABLE),'
+ROWS = {
+    "a table more": (ROW, ROW + ROW.replace('"cost", "disco', '"again", "disco'), {"tables": 1}),
+    "another maker": ("figures:reliability_diagram", "figures:interaction", {"figures": 1}),
+    "another title": ('"reward by noise"', '"rewards"', {}),
+}
+
+
+@pytest.mark.parametrize("old, new, expected", ROWS.values(), ids=ROWS.keys())
+def test_a_row_reruns_what_it_is_a_row_of(copy: Path, old: str, new: str, expected: dict):
+    edit(copy, "report/outputs", old, new)
+    assert planned(copy) == expected
+    assert ("tables/again.tex" in snakemake(copy, "--dry-run")) == ("again" in new)
 
 
 def test_what_an_edit_has_taken_back_is_done(copy: Path):

@@ -252,16 +252,6 @@ def test_pairs_are_tokenised_as_pairs_in_whatever_order_the_stages_stand():
     assert (study.prepare_settings("seed-3")["stage"], study.prompt_settings("seed-3")["stage"]) == ("dpo", "ppo")
 
 
-def test_figures_of_each_stage():
-    figures = {stage: Study(settings()).figures_of(stage) for stage in ("rm", "dpo", "ppo")}
-    assert figures == {
-        "rm": ["learning-curves", "reliability"],
-        "dpo": ["learning-curves", "reliability", "interaction"],
-        "ppo": ["learning-curves", "reward-by-noise", "interaction"],  # no pairs, so no calibration
-    }
-    assert Study(fixed()).figures_of("ppo") == ["learning-curves"]  # nobody knows the noise
-
-
 @pytest.mark.parametrize(
     "config, draws",
     [

@@ -19,6 +19,7 @@ import yaml
 
 from discobeta.design.config import RunConfig
 from discobeta.design.study import Study
+from discobeta.report import outputs
 
 pytest.importorskip("snakemake")
 
@@ -137,12 +138,19 @@ def test_the_figures_that_are_expected_are_those_that_are_drawn(tmp_path: Path):
     assert set(files.split(", ")) == expected
 
 
-def test_every_table_and_figure_of_the_report_has_a_caption():
-    captions = {path.stem for path in (ROOT / "workflow" / "report").glob("*.rst")}
-    assert captions == {
-        "workflow", "stage", "effects", "comparisons", "neutrality", "cost", "metrics",
-        "learning-curves", "learning-curves-rollouts", "reliability", "interaction", "reward-by-noise",
-    }  # fmt: skip
+def test_the_tables_that_are_expected_are_those_that_are_written(tmp_path: Path):
+    done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"])
+    (files,) = re.findall(r"^(?:local)?rule tables:\n    input: .*\n    output: (.*)$", done.stdout, re.MULTILINE)
+    names = ("rm", "dpo", "ppo", "effects", "comparisons", "neutrality", "cost")
+    expected = {f"results/smoke/tables/{name}.{ending}" for name in names for ending in ("csv", "md", "tex")}
+    assert set(files.split(", ")) == expected | {
+        f"results/smoke/tables/{name}" for name in ("metrics.csv", "config.yaml")
+    }
+
+
+def test_every_table_and_figure_has_a_text_in_the_report_and_no_text_is_left_over():
+    texts = {path.stem for path in (ROOT / "workflow" / "report").glob("*.rst")}
+    assert texts == {"workflow"} | {row.caption for row in (*outputs.TABLES, *outputs.FIGURES)}
 
 
 @pytest.mark.parametrize("profile", ["slurm/config.yaml", "workflow/profiles/gpu/config.yaml"])

@@ -264,9 +264,9 @@ def _measure(directory: Path, settings: dict[str, Any], trust_remote_code: bool,
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    from discobeta.report import neutrality
+    from discobeta.report.compare import main
 
-    return neutrality.main(*arguments.directories)
+    return main(*arguments.directories)
 
 
 def world_corpus(arguments: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 A step starts in its entry modules (`ENTRIES`); what they import, at the top or inside a function, belongs to it, and
 what that imports. Left out is `BOOKKEEPING`, and what only a type checker imports. An entry `module:function` counts
 the file, and of its imports those that the function reaches by name. A stage is chosen by name when a run starts, which
-is no import: the module of the step's own stage is an entry too.
+is no import: the module of the step's own stage is an entry too. So is what makes a table or figure (`report/outputs`).
 
 The files are read with `ast` and never imported: no torch here, and a plan of thousands of jobs asks once a step.
 """
@@ -21,7 +21,7 @@ from discobeta.design.stages import BASE_STAGE, STAGES
 ROOT = Path(__file__).parent
 
 REPORT = ("report/results", "record", "identity", "design/study")
-"""Of tables and figures too: which runs count."""
+"""What says which runs count, for tables and figures alike."""
 
 ENTRIES = {
     "world_corpus": ("inputs/world:write_corpus",),
@@ -59,21 +59,26 @@ BOOKKEEPING = {
     "model/preflight": "refuses a model or rows before anything is computed",
     "processes": "ends what was started here",
     "record": "what stands in a run's directory",
+    "report/outputs": "which tables and figures there are; what makes each is compared itself",
     "run/load": "gives a finished run back; how is said by its stage, and a judge is of the stage that reads it",
 }
 """Module -> why no result depends on it. Nothing is followed through it."""
 
 
-def files_of(step: str, stage: str | None = None) -> dict[str, str]:
-    """Module -> sha256 of its file, of `step` as it is for a run of `stage`; sorted."""
-    of_stage = [] if stage is None else [_module(STAGES[stage].implementation.partition(":")[0])]
-    return {name: _digest(name) for name in sorted(_reached([*ENTRIES[step], *of_stage]))}
+def files_of(step: str, stage: str | None = None, makers: tuple[str, ...] = ()) -> dict[str, str]:
+    """Module -> sha256 of its file, of `step` as it is for a run of `stage`, or with these makers; sorted.
+
+    makers: `module:function` of what tables or figures load by name.
+    """
+    loaded = [*makers, *([] if stage is None else [STAGES[stage].implementation])]
+    entries = [*ENTRIES[step], *(_module(name.partition(":")[0]) for name in loaded)]
+    return {name: _digest(name) for name in sorted(_reached(entries))}
 
 
 @cache
-def code(step: str, stage: str | None = None) -> str:
+def code(step: str, stage: str | None = None, makers: tuple[str, ...] = ()) -> str:
     """`files_of` as one line, the digests cut to eight digits: two of them side by side show which file differs."""
-    return " ".join(f"{name}:{digest[:8]}" for name, digest in files_of(step, stage).items())
+    return " ".join(f"{name}:{digest[:8]}" for name, digest in files_of(step, stage, makers).items())
 
 
 @cache

@@ -19,6 +19,7 @@ from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.errors import UserError
 from discobeta.identity import CONFIGS, TOKENIZER, WEIGHTS
 from discobeta.design.study import Study, as_text
+from discobeta.report import outputs
 
 if set("{}") & set(f"{SOURCE} {SOURCE.resolve()} {sys.executable}"):
     raise WorkflowError(f"{SOURCE.resolve()}: Snakemake takes braces in paths for wildcards: move the clone")
@@ -47,8 +48,6 @@ if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
 shell.prefix(f"export {EXPORTS}; ")
 
 ENVIRONMENT = f"../../envs/{study.environment}.yaml"
-TABLE_NAMES = [*study.stages, "effects", "comparisons", "neutrality", "cost"]
-FIGURE_NAMES = [(name, stage) for stage in study.stages for name in study.figures_of(stage)]
 LOGS = study.directory / "logs"
 RUN = study.directory / "runs"
 PROCESSES = f" --processes {study.gpus_per_run}" if study.gpus_per_run > 1 else ""
@@ -166,8 +165,12 @@ def results():
     return [run.directory / ("provenance.json" if run.proof else "metrics.json") for run in study.runs()]
 
 
-def caption(name, stage=None):
-    """The text beside a table or figure in the HTML report; the stages share one, save the curves of rollouts."""
-    if name == "learning-curves" and not STAGES[stage].has_pairs:
-        return "../report/learning-curves-rollouts.rst"
-    return f"../report/{'stage' if name in study.stages else name}.rst"
+def in_report(path, output, category, labels):
+    """The file of a table or figure that the HTML report shows, with the text beside it."""
+    return report(path, category=category, labels=labels, caption=f"../report/{output.row.caption}.rst")
+
+
+def made_by(step, made):
+    """What the outcome of `tables` or `figures` depends on, but for the study: what there is, and what makes it."""
+    makers = {output.name: output.row.maker for output in made}
+    return {"code": code(step, makers=tuple(makers.values())), "makers": makers}

@@ -1,4 +1,4 @@
-# From all runs to what is read: small, so they are made where snakemake runs.
+# From all runs to what is read: small, so they are made where snakemake runs. What there is: discobeta.report.outputs.
 localrules:
     all,
     tables,
@@ -14,18 +14,17 @@ rule tables:
         results(),
     output:
         [
-            report(TABLES / f"{name}.csv", category="Tables", labels={"table": name}, caption=caption(name))
-            for name in TABLE_NAMES
+            in_report(TABLES / table.files[0], table, category="Tables", labels={"table": table.title})
+            for table in outputs.tables(study)
         ],
-        [TABLES / f"{name}.{kind}" for name in TABLE_NAMES for kind in ("md", "tex")],
-        report(TABLES / "metrics.csv", category="Tables", labels={"table": "every number"}, caption=caption("metrics")),
+        [TABLES / name for table in outputs.tables(study) for name in table.files[1:]],
         TABLES / "config.yaml",
     log:
         LOGS / "tables.log",
     conda:
         ENVIRONMENT
     params:
-        code=code("tables"),
+        made_by=made_by("tables", outputs.tables(study)),
         study=study_text,
     shell:
         "printf %s {params.study:q} | python -m discobeta tables --strict --configfile - &> {log}"
@@ -36,21 +35,21 @@ rule figures:
         results(),
     output:
         [
-            report(
-                FIGURES / f"{name}-{stage}.svg",
+            in_report(
+                FIGURES / figure.files[0],
+                figure,
                 category="Figures",
-                labels={"figure": name.replace("-", " "), "stage": stage},
-                caption=caption(name, stage),
+                labels={"figure": figure.title, "stage": figure.stage},
             )
-            for name, stage in FIGURE_NAMES
+            for figure in outputs.figures(study)
         ],
-        [FIGURES / f"{name}-{stage}.{kind}" for name, stage in FIGURE_NAMES for kind in ("pdf", "png")],
+        [FIGURES / name for figure in outputs.figures(study) for name in figure.files[1:]],
     log:
         LOGS / "figures.log",
     conda:
         ENVIRONMENT
     params:
-        code=code("figures"),
+        made_by=made_by("figures", outputs.figures(study)),
         study=study_text,
     shell:
         "printf %s {params.study:q} | python -m discobeta figures --strict --configfile - &> {log}"

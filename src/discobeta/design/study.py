@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from discobeta.design import study_file
-from discobeta.design.arms import CORNERS, Arm, State
+from discobeta.design.arms import Arm, State
 from discobeta.design.config import FIELDS, RunConfig, default_of, read_by
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.design.study_file import StudyFile
@@ -209,17 +209,6 @@ class Study:
         """E.g. `first 20 steps`, or `first 3 updates` in ppo."""
         length, noun = self.proof_length(stage), STAGES[stage].step
         return f"first {length} {noun}s" if length > 1 else f"first {noun}"
-
-    def figures_of(self, stage: str) -> list[str]:
-        """The figures that the report makes of a stage, without the `-<stage>` that their files end in."""
-        names, has_pairs = ["learning-curves"], STAGES[stage].has_pairs
-        if has_pairs:
-            names.append("reliability")
-        elif self.world:
-            names.append("reward-by-noise")
-        if set(CORNERS) <= set(self.arms_of(stage)) and (has_pairs or self.world):
-            names.append("interaction")
-        return names
 
     # --- what the runs share
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import lru_cache
 from typing import Any
 
 import pandas as pd
 import yaml
 
 from discobeta.design.study import Study
+from discobeta.report.render import Table
 from discobeta.report.results import Results, enumerate_seeds
 
 UNKNOWN = "unknown"
@@ -18,6 +20,7 @@ VERSION = re.compile(r"\d[0-9A-Za-z.+!-]{0,30}")
 KERNELS = re.compile(r"[0-9A-Za-z_-]{1,30}")
 
 
+@lru_cache(maxsize=1)  # most tables begin with it
 def collect(results: Results) -> pd.DataFrame:
     """Every number of every run that counts, long: one row per (stage, arm, seed, metric).
 
@@ -34,6 +37,11 @@ def collect(results: Results) -> pd.DataFrame:
         for name, value in values.items()
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=["stage", "arm", "seed", "metric", "value"])
+
+
+def metrics_table(results: Results) -> Table:
+    """`collect`, as a file."""
+    return Table(collect(results), [], [], {})
 
 
 # --- what made the numbers

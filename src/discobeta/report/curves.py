@@ -19,17 +19,23 @@ from discobeta.design.stages import STAGES
 from discobeta.design.study import Run
 from discobeta.files import replacing
 from discobeta.report.results import Results, read_log
-from discobeta.report.style import COLUMN, FAINT, STYLE, drawn_arms, footer, look, say_missing, seeds_mark
+from discobeta.report.style import (
+    COLUMN,
+    FAINT,
+    STYLE,
+    colour_of,
+    drawn_arms,
+    footer,
+    label_of,
+    say_missing,
+    seeds_mark,
+    seeds_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 IDLE = {"color": "black", "linewidth": 0.7, "linestyle": (0, (1.5, 4)), "zorder": 4}
-
-
-def learning_curves(results: Results, stage: str) -> Figure:
-    """How the runs of a stage went: `loss_curves`, or `rollout_curves` of ppo."""
-    return loss_curves(results, stage) if STAGES[stage].has_pairs else rollout_curves(results, stage)
 
 
 def loss_curves(results: Results, stage: str) -> Figure:
@@ -121,21 +127,20 @@ def label_updates(axes: Axes) -> None:
 
 def runs_and_logs(results: Results, stage: str) -> tuple[list[Run], dict[Run, pd.DataFrame]]:
     """The whole runs of a stage, and the logs of those that count."""
-    runs = [run for run in results.study.runs() if run.stage == stage and not run.proof]
+    runs = results.whole_runs(stage)
     return runs, {run: results[run].log for run in runs if results.counts(run)}
 
 
 def line_look(arm: Arm, drawn: list[Arm]) -> tuple[str, dict]:
     """Colour and style of an arm's curve: an idle arm that lies on its twin has no colour and band of its own."""
-    return look(arm)[1], {"band": True} if arm in drawn else {"band": False, **IDLE}
+    return colour_of(arm), {"band": True} if arm in drawn else {"band": False, **IDLE}
 
 
 def name_arms(axes: Axes, drawn: list[Arm], logs: dict[Run, pd.DataFrame], runs: list[Run], *, with_idle: bool) -> None:
     """Entries of the legend: the arms, with the number of their seeds where some are missing."""
     for arm in drawn:
-        label, colour = look(arm)
-        there, expected = (sum(run.arm == arm for run in of) for of in (logs, runs))
-        axes.plot([], [], color=colour, label=label + seeds_mark(there, expected))
+        mark = seeds_mark(seeds_of(arm, logs), seeds_of(arm, runs))
+        axes.plot([], [], color=colour_of(arm), label=label_of(arm) + mark)
     if with_idle:
         axes.plot([], [], label="with an idle head", **IDLE)
 
@@ -192,6 +197,6 @@ def _draw_loss(figure: Figure, log: pd.DataFrame) -> None:
         figure.legend(loc="outside upper right", ncols=2)
 
 
-def _draw_column(axes: Axes, log: pd.DataFrame, name: str, **look) -> None:
+def _draw_column(axes: Axes, log: pd.DataFrame, name: str, **style) -> None:
     values = log[["step", name]].dropna()
-    axes.plot(values["step"], values[name], marker="o" if len(values) < 20 else None, markersize=3, **look)
+    axes.plot(values["step"], values[name], marker="o" if len(values) < 20 else None, markersize=3, **style)

@@ -24,7 +24,7 @@ import pandas as pd
 from discobeta.design.arms import CORNERS, IDEAS, Arm, Idea
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Study
-from discobeta.report.collect import provenance, provenance_line
+from discobeta.report.collect import collect, provenance, provenance_line
 from discobeta.report.measures import METRICS, TESTED
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number
 from discobeta.report.results import Results
@@ -134,9 +134,9 @@ def per_seed(values: pd.DataFrame, contrast: Contrast) -> pd.Series:
     return difference.where(difference.abs() > rounding, 0.0)
 
 
-def effects_table(results: Results, metrics: pd.DataFrame) -> Table:
+def effects_table(results: Results) -> Table:
     """The factorial effects, tested by sign flips; Holm's correction is over the tests of a stage."""
-    frame = effects_frame(results.study, metrics, factorial())
+    frame = effects_frame(results.study, collect(results), factorial())
     tested = frame.metric.isin(TESTED)
     frame["p"] = [
         sign_flip_p(values) if test else math.nan for values, test in zip(frame.differences, tested, strict=True)
@@ -157,12 +157,12 @@ def effects_table(results: Results, metrics: pd.DataFrame) -> Table:
         f"p: two-sided sign-flip test of the differences per seed{least}. Tested is what the hypotheses are about, NLL "
         "and true reward; Holm's correction is over the tests of a stage.",
     ]
-    return _table("effects", results, frame.drop(columns="differences"), caption, columns, notes)
+    return _table(results, frame.drop(columns="differences"), caption, columns, notes)
 
 
-def comparisons_table(results: Results, metrics: pd.DataFrame) -> Table:
+def comparisons_table(results: Results) -> Table:
     """One arm against another; sums of the factorial effects, so with intervals and without tests of their own."""
-    frame = effects_frame(results.study, metrics, comparisons()).drop(columns="differences")
+    frame = effects_frame(results.study, collect(results), comparisons()).drop(columns="differences")
     caption = "One arm against another, paired over seeds."
     notes = [
         "These are sums of the effects in the table of effects and therefore not tested once more; of twenty such "
@@ -170,7 +170,7 @@ def comparisons_table(results: Results, metrics: pd.DataFrame) -> Table:
     ]
     if "reward_gain" in set(frame.metric):
         notes.append("Reward gains are compared where both arms have the same kind of reward model, with Disco or not.")
-    return _table("comparisons", results, frame, caption, _columns("Difference"), notes)
+    return _table(results, frame, caption, _columns("Difference"), notes)
 
 
 def _columns(header: str) -> list[Column]:
@@ -184,9 +184,7 @@ def _columns(header: str) -> list[Column]:
     ]
 
 
-def _table(
-    name: str, results: Results, frame: pd.DataFrame, caption: str, columns: list[Column], notes: list[str]
-) -> Table:
+def _table(results: Results, frame: pd.DataFrame, caption: str, columns: list[Column], notes: list[str]) -> Table:
     if frame.empty:
         notes = ["No two arms of this study differ in what they use and have been measured."]
     else:
@@ -204,7 +202,7 @@ def _table(
             f"Not there: {_reasons(results, lacking.index)}."
         )
     notes, made_by = [*notes, provenance_line(results)], provenance(results)
-    return Table(name, frame, [Panel(caption, columns)], notes, made_by, ["stage", "metric"])
+    return Table(frame, [Panel(caption, columns)], notes, made_by, ["stage", "metric"])
 
 
 def _missing(lacking: pd.Series) -> str:

@@ -1,4 +1,4 @@
-"""The figures of a study: learning curves, reliability, interaction, reward by noise, as PDF, SVG and PNG."""
+"""The files of a study's figures, and what they draw of finished runs; how runs went is in `curves`."""
 
 from __future__ import annotations
 
@@ -15,44 +15,48 @@ from discobeta.design.stages import STAGES
 from discobeta.files import replacing
 from discobeta.folders import claim
 from discobeta.metrics import reliability
-from discobeta.report.curves import learning_curves
-from discobeta.report.measures import METRICS, TESTED
+from discobeta.report import outputs
+from discobeta.report.measures import GAINED, METRICS, PREDICTED, TESTED
 from discobeta.report.results import Found, Results
 from discobeta.report.statistics import wilson
-from discobeta.report.style import COLUMN, FAINT, STYLE, drawn_arms, footer, look, say_missing, seeds_mark
+from discobeta.report.style import (
+    COLUMN,
+    FAINT,
+    STYLE,
+    colour_of,
+    drawn_arms,
+    footer,
+    label_of,
+    say_missing,
+    seeds_mark,
+    seeds_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMATS = ("pdf", "svg", "png")
-
 
 def write(results: Results) -> None:
-    """The figures of every stage (`study.figures_of`), into `study.directory`/figures."""
+    """The figures that `outputs` names, into `study.directory`/figures."""
     study = results.study
-    draw = {
-        "learning-curves": learning_curves,
-        "reliability": reliability_diagram,
-        "interaction": interaction,
-        "reward-by-noise": reward_by_noise,
-    }
     directory = study.directory / "figures"
-    figures = {f"{name}-{stage}": (draw[name], stage) for stage in study.stages for name in study.figures_of(stage)}
-    claim(directory, "discobeta figures", [f"{stem}.{ending}" for stem in figures for ending in FORMATS])
-    for stem, (draw_figure, stage) in figures.items():
-        save(draw_figure(results, stage), directory / stem)
+    figures = outputs.figures(study)
+    claim(directory, "discobeta figures", [name for output in figures for name in output.files])
+    for output in figures:
+        save(output.make(results), [directory / name for name in output.files])
 
 
-def save(figure: Figure, stem: Path) -> None:
-    """`stem`.pdf, .svg and .png; equal figures give equal bytes."""
+def save(figure: Figure, paths: list[Path]) -> None:
+    """In the format that each path's ending says; equal figures give equal bytes."""
     dateless = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     with matplotlib.rc_context(STYLE):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         for axes in figure.axes:  # the layout's solver differs in the last bit between processes
             axes.set_position(np.round(axes.get_position().bounds, 5))
-        for ending in FORMATS:
-            with replacing(stem.with_name(f"{stem.name}.{ending}")) as temporary:
+        for path in paths:
+            ending = path.suffix.removeprefix(".")
+            with replacing(path) as temporary:
                 figure.savefig(temporary, format=ending, bbox_inches="tight", metadata=dateless.get(ending))
 
 
@@ -61,20 +65,16 @@ def save(figure: Figure, stem: Path) -> None:
 
 def reliability_diagram(results: Results, stage: str) -> Figure:
     """Accuracy against confidence of the predicted winner, per arm, over the pairs of all seeds."""
-    study = results.study
-    runs = [run for run in study.runs() if run.stage == stage and not run.proof]
-    arms = drawn_arms(study, stage)
+    runs, arms = results.whole_runs(stage), drawn_arms(results.study, stage)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(COLUMN, 0.2 + 1.65 * len(arms)), 2.75), layout="constrained")
         grid = figure.subplots(2, len(arms), sharex=True, sharey="row", squeeze=False, height_ratios=(3.2, 1))
         for (upper, lower), arm in zip(grid.T, arms, strict=True):
-            label, colour = look(arm)
-            upper.set_title(label)
+            upper.set_title(label_of(arm))
             upper.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
-            there = [results[run] for run in runs if run.arm == arm and _has(results[run], *PAIRS)]
+            there = [results[run] for run in runs if run.arm == arm and _has(results[run], *PREDICTED)]
             if there:
-                mark = seeds_mark(len(there), sum(run.arm == arm for run in runs))
-                draw_bins(upper, lower, there, colour, mark)
+                draw_bins(upper, lower, there, colour_of(arm), seeds_mark(len(there), seeds_of(arm, runs)))
             else:
                 say_missing(upper)
         first = grid[0, 0]
@@ -89,16 +89,13 @@ def reliability_diagram(results: Results, stage: str) -> Figure:
     return figure
 
 
-PAIRS = ("probability", "mean_margin")
-
-
 def _has(found: Found, *columns: str) -> bool:
     """Whether this was measured of each example."""
     return found.examples is not None and len(found.examples) > 0 and set(columns) <= set(found.examples)
 
 
 def draw_bins(upper: Axes, lower: Axes, measured: list[Found], colour: str, mark: str) -> None:
-    pairs = pd.concat([found.examples[list(PAIRS)] for found in measured])
+    pairs = pd.concat([found.examples[list(PREDICTED)] for found in measured])
     bins = pd.DataFrame(reliability(pairs["probability"], pairs["mean_margin"])).query("count > 0")
     low, high = np.transpose([wilson(p * n, n) for p, n in zip(bins["accuracy"], bins["count"], strict=True)])
     upper.errorbar(
@@ -125,7 +122,7 @@ def interaction(results: Results, stage: str) -> Figure:
     have all four arms, thick ones their means; the open diamond is where both together would be if the two added up.
     """
     study = results.study
-    runs = [run for run in study.runs() if run.stage == stage and run.arm in CORNERS and not run.proof]
+    runs = [run for run in results.whole_runs(stage) if run.arm in CORNERS]
     measured = {run: results[run].metrics for run in runs}
     tested = [name for name in STAGES[stage].compared if name in TESTED]
     names = [name for name in tested if any(name in values for values in measured.values())] or tested[:1]
@@ -155,14 +152,14 @@ def draw_interaction(axes: Axes, points: pd.DataFrame, n_seeds: int) -> None:
         (f"Without {first.label}", baseline, second),
         (f"With {first.label}{mark}", first, both),
     ):
-        colour = look(fixed)[1]
+        colour = colour_of(fixed)
         for _, seed in values.iterrows():
             axes.plot([0, 1], [seed[fixed], seed[dynamic]], color=colour, linewidth=0.5, alpha=0.5)
         mean = values[[fixed, dynamic]].mean()
         axes.plot([0, 1], mean, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
     added_up = values[first].mean() + values[second].mean()
     diamond = {"marker": "D", "markersize": 5, "markerfacecolor": "white", "zorder": 5}
-    axes.plot(1, added_up, color=look(first)[1], linestyle="none", label="if they added up", **diamond)
+    axes.plot(1, added_up, color=colour_of(first), linestyle="none", label="if they added up", **diamond)
     if values.empty:
         say_missing(axes)
 
@@ -182,25 +179,23 @@ def reward_by_noise(results: Results, stage: str) -> Figure:
     A point is the mean over seeds of the means over prompts, its bar the span from the least to the
     greatest seed. The arms stand side by side at each noise level. Only the world knows both.
     """
-    study = results.study
-    runs = [run for run in study.runs() if run.stage == stage and not run.proof]
-    gains = {run: gain_by_noise(results[run].examples) for run in runs if _has(results[run], *GAIN)}
-    drawn = drawn_arms(study, stage)
+    runs = results.whole_runs(stage)
+    gains = {run: gain_by_noise(results[run].examples) for run in runs if _has(results[run], *GAINED)}
+    drawn = drawn_arms(results.study, stage)
     levels = sorted({level for gain in gains.values() for level in gain.index})
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(COLUMN, 2.8), layout="constrained")
         axes = figure.subplots()
         axes.axhline(0, color=FAINT, linewidth=0.6)
-        for number, arm in enumerate(drawn):
-            label, colour = look(arm)
-            there, expected = (sum(run.arm == arm for run in of) for of in (gains, runs))
+        for rank, arm in enumerate(drawn):
+            mark = seeds_mark(seeds_of(arm, gains), seeds_of(arm, runs))
             seeds = pd.DataFrame({run.seed: gain for run, gain in gains.items() if run.arm == arm}, index=levels)
-            place = np.arange(len(levels)) + 0.14 * (number - (len(drawn) - 1) / 2)
+            place = np.arange(len(levels)) + 0.14 * (rank - (len(drawn) - 1) / 2)
             mean = seeds.mean(axis=1)
             axes.errorbar(
                 place, mean, np.stack([mean - seeds.min(axis=1), seeds.max(axis=1) - mean]),
-                color=colour, marker="o", markersize=3, linestyle="none", elinewidth=1,
-                label=label + seeds_mark(there, expected),
+                color=colour_of(arm), marker="o", markersize=3, linestyle="none", elinewidth=1,
+                label=label_of(arm) + mark,
             )  # fmt: skip
         axes.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
         axes.grid(axis="x", visible=False)
@@ -211,9 +206,6 @@ def reward_by_noise(results: Results, stage: str) -> Figure:
         figure.legend(loc="outside upper center", ncols=2, handlelength=1.8, columnspacing=1.2)
         footer(figure, results, runs)
     return figure
-
-
-GAIN = ("true_reward", "reference_true_reward", "noise")
 
 
 def gain_by_noise(examples: pd.DataFrame) -> pd.Series:

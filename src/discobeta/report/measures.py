@@ -61,6 +61,10 @@ LANDMARKS = {
 }
 """Properties of the held-out rows and of the reference, the same in every arm."""
 
+PREDICTED = ("probability", "mean_margin")
+GAINED = ("true_reward", "reference_true_reward", "noise")
+"""What figures draw of examples.parquet: of pairs, and of the world's prompts."""
+
 DRAWN = ("loss", "accuracy", "eval_loss", "eval_accuracy", "reward", "kl_per_sequence", "response_length")
 """What figures draw of log.jsonl."""
 

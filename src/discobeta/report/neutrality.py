@@ -1,84 +1,131 @@
-"""Idle = absent, byte for byte: the comparison of two runs.
-
-Compared is what a run computed: weights, log, metrics and per-example predictions. Not compared is
-what names the arm or the hour: config.yaml, heads.*, provenance.json and the costs.
-"""
+"""The table of neutrality: what each run with an idle head computed, against its twin's, byte for byte."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from functools import lru_cache
 
-from discobeta.errors import UserError
+import pandas as pd
 
-OUTCOMES = {
-    "weights": ("adapter/*.safetensors", "model/*.safetensors"),
-    "log": ("log.jsonl",),
-    "metrics": ("metrics.json",),
-    "examples": ("examples.parquet",),
-}
-"""What is compared, and the files (as patterns in a run directory) that hold it."""
-
-EQUAL = "equal"
+from discobeta.design.study import Run
+from discobeta.identity import WEIGHTS, file_hash
+from discobeta.report.collect import provenance, provenance_line
+from discobeta.report.compare import EQUAL, OUTCOMES, files_of, verdict
+from discobeta.report.render import NOTHING, Column, Panel, Table
+from discobeta.report.results import Results, kind_of
 
 
-def compare(a: Path, b: Path) -> dict[str, str]:
-    """File -> verdict, for every file of OUTCOMES that either run directory holds.
+@lru_cache(maxsize=1)  # the tables of the stages read it too
+def neutrality_frame(results: Results) -> pd.DataFrame:
+    """One row per run with an idle head: what of it equals its twin, the run without that head.
 
-    A verdict is "equal", "differs at byte N (of m, of n bytes)" with N counted from 0, or
-    "missing in <directory>".
+    In a study that proves its idle arms, the proofs of both are compared. `result` is equal, differs, stale, damaged
+    or missing.
     """
-    a, b = Path(a), Path(b)
-    names = dict.fromkeys(name for outcome in OUTCOMES for name in files_of(outcome, a, b))
-    return {name: verdict(a / name, b / name) for name in names}
+    study = results.study
+    by_place = {(run.stage, run.arm, run.seed, run.proof): run for run in study.runs()}
+    rows = []
+    for run in study.runs():
+        if run.arm.is_idle:
+            twin = by_place.get((run.stage, run.arm.twin, run.seed, run.proof))
+            verdicts = _verdicts(results, run, twin)
+            row = {"stage": run.stage, "arm": run.arm.name, "twin": run.arm.twin.name, "seed": run.seed}
+            rows.append(row | {"proof": run.proof, "result": _result(verdicts, run.proof)} | verdicts)
+    return pd.DataFrame(rows, columns=["stage", "arm", "twin", "seed", "proof", "result", *OUTCOMES])
 
 
-def files_of(outcome: str, *directories: Path) -> list[str]:
-    """The files of one outcome that at least one of the run directories holds, as relative paths."""
-    found = {
-        path.relative_to(directory).as_posix()
-        for directory in directories
-        for pattern in OUTCOMES[outcome]
-        for path in directory.glob(pattern)
-    }
-    return sorted(found)
+def _verdicts(results: Results, run: Run, twin: Run | None) -> dict[str, str]:
+    if twin is None:
+        return dict.fromkeys(OUTCOMES, "twin not in this study")
+    if not (results.counts(run) and results.counts(twin)):
+        return dict.fromkeys(OUTCOMES, _absent(results, twin if results.counts(run) else run, twin))
+    verdicts = {}
+    for outcome in OUTCOMES:
+        ours, theirs = files_of(outcome, run.directory), files_of(outcome, twin.directory)
+        if outcome in MEASURED_ALONE:
+            if run.proof and not (ours or theirs):
+                verdicts[outcome] = NOTHING
+                continue
+            lacking = [one for one in (run, twin) if not (run.proof or results.is_measured(one))]
+            if lacking:
+                verdicts[outcome] = _absent(results, lacking[0], twin)
+                continue
+        if ours and theirs:
+            pairs = [_verdict(results, run, twin, name) for name in dict.fromkeys(ours + theirs)]
+            verdicts[outcome] = next((text for text in pairs if text != EQUAL), EQUAL)
+        else:
+            verdicts[outcome] = "twin missing" if ours else "missing" if theirs or not run.proof else NOTHING
+    return verdicts
 
 
-def verdict(a: Path, b: Path) -> str:
-    for path in (a, b):
-        if not path.is_file():
-            return f"missing in {path.parent}"
-    position = first_difference(a, b)
-    return EQUAL if position is None else f"differs at byte {position} (of {_size(a)}, of {_size(b)} bytes)"
+MEASURED_ALONE = ("metrics", "examples")
+"""Outcomes that `discobeta evaluate` leaves; the others are training's."""
 
 
-def first_difference(a: Path, b: Path, chunk: int = 1 << 20) -> int | None:
-    """Offset from 0 of the first byte that differs, or at which the shorter file ends; None if equal."""
-    offset = 0
-    try:
-        with a.open("rb") as left, b.open("rb") as right:
-            while True:
-                x, y = left.read(chunk), right.read(chunk)
-                if x != y:
-                    return offset + len(os.path.commonprefix([x, y]))
-                if not x:
-                    return None
-                offset += len(x)
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+def _absent(results: Results, run: Run, twin: Run) -> str:
+    kind = kind_of(results.absence(run))
+    return f"twin {kind}" if run is twin else kind
 
 
-def main(a: str | Path, b: str | Path) -> int:
-    """Print the verdicts of two run directories; 0 if all their files are equal, else 1."""
-    a, b = Path(a), Path(b)
-    for directory in (a, b):
-        if not any(files_of(outcome, directory) for outcome in OUTCOMES):
-            raise UserError(f"{directory} holds no run (no adapter/, model/, log.jsonl, metrics.json)")
-    verdicts = compare(a, b)
-    for name, text in verdicts.items():
-        print(f"{name}: {text}")
-    return int(any(text != EQUAL for text in verdicts.values()))
+def _verdict(results: Results, run: Run, twin: Run, name: str) -> str:
+    """`compare.verdict` of two files, after a look at whether they are those that the runs have left.
+
+    Everything but weights has been looked at when the records were read.
+    """
+    if name.endswith(WEIGHTS):
+        written = [results[one].facts["files"].get(name) for one in (run, twin)]
+        there = [file_hash(one.directory / name) if (one.directory / name).exists() else None for one in (run, twin)]
+        for text, was, now in zip(("damaged", "twin damaged"), written, there, strict=True):
+            if was != now:
+                return text
+        if there[0] == there[1]:
+            return EQUAL
+    if name == "log.jsonl" and results[run].facts.get("log") != results[twin].facts.get("log"):
+        return "of other steps"
+    return verdict(run.directory / name, twin.directory / name)
 
 
-def _size(path: Path) -> str:
-    return f"{path.stat().st_size:,}"
+def _result(verdicts: dict[str, str], proof: bool) -> str:
+    """A proof is trained and not evaluated, so its weights and log decide."""
+    texts = [text.removeprefix("twin ") for text in verdicts.values()]
+    for result in ("damaged", "stale"):
+        if result in texts:
+            return result
+    if any(text.startswith("differs") for text in texts):
+        return "differs"
+    needed = ("weights", "log") if proof else tuple(OUTCOMES)
+    return EQUAL if all(verdicts[outcome] == EQUAL for outcome in needed) else "missing"
+
+
+def neutrality_table(results: Results) -> Table:
+    """Printed with the seeds of an arm that have the same verdicts in one row; the CSV has a row for each."""
+    study, frame = results.study, neutrality_frame(results)
+    columns = [
+        Column("Stage", lambda row: row["stage"], is_number=False),
+        Column("Idle arm", lambda row: row["arm"], is_number=False),
+        Column("Twin", lambda row: row["twin"], is_number=False),
+        Column("Seeds", lambda row: row["seed"], is_number=False),
+        Column(
+            "Compared", lambda row: study.proof_text(row["stage"]) if row["proof"] else "whole run", is_number=False
+        ),
+        *(Column(name.capitalize(), lambda row, name=name: row[name], is_number=False) for name in OUTCOMES),
+    ]
+    caption = "Runs with an idle head against their twin, the run without that head: what each computed, byte for byte."
+    alike = [name for name in frame if name != "seed"]
+    printed = frame.groupby(alike, sort=False).seed.agg(lambda seeds: ", ".join(map(str, seeds))).reset_index()
+    counts = frame.result.value_counts()
+    summary = (
+        "This study trains no arm with an idle head"
+        if frame.empty
+        else f"{counts.get(EQUAL, 0)} of {len(frame)} idle runs equal their twin byte for byte"
+    )
+    summary += "".join(f"; {words}: {counts[result]}" for result, words in OTHERWISE.items() if result in counts) + "."
+    notes = [f"{summary} Offsets of bytes are counted from 0.", provenance_line(results)]
+    return Table(frame, [Panel(caption, columns)], notes, provenance(results), ["stage"], printed)
+
+
+OTHERWISE = {
+    "differs": "different",
+    "missing": "not comparable, because something is missing",
+    "stale": "stale",
+    "damaged": "damaged",
+}

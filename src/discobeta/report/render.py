@@ -6,12 +6,9 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-
-from discobeta.files import write_text
 
 Row = Mapping[str, Any]
 
@@ -47,7 +44,6 @@ class Panel:
 class Table:
     """A dataframe and how it is printed."""
 
-    name: str  # stem of the files, and of the LaTeX labels
     frame: pd.DataFrame  # what the CSV holds, unrounded
     panels: list[Panel]
     notes: list[str]  # printed under the table
@@ -55,10 +51,9 @@ class Table:
     group: list[str] = field(default_factory=list)  # columns at whose change LaTeX leaves a gap
     printed: pd.DataFrame | None = None  # what Markdown and LaTeX print, where that is not the frame itself
 
-    def write(self, directory: Path) -> None:
-        write_text(directory / f"{self.name}.csv", self.csv())
-        write_text(directory / f"{self.name}.md", self.markdown())
-        write_text(directory / f"{self.name}.tex", self.latex())
+    def text(self, ending: str, name: str) -> str:
+        """What stands in the file with this ending. name: stem of the files, and of the LaTeX labels."""
+        return {"csv": self.csv, "md": self.markdown, "tex": lambda: self.latex(name)}[ending]()
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -67,7 +62,7 @@ class Table:
     def csv(self) -> str:
         """Provenance stands in columns and not in a comment, which most readers of CSV stumble over."""
         clash = self.frame.columns.intersection(list(self.provenance))
-        assert clash.empty, f"{self.name}: {list(clash)} both data and provenance"
+        assert clash.empty, f"{list(clash)} both data and provenance"
         return self.frame.assign(**self.provenance).to_csv(index=False)
 
     def markdown(self) -> str:
@@ -83,10 +78,11 @@ class Table:
             parts.append(f"**{markdown(panel.caption)}**\n\n" + "\n".join(lines) + "\n")
         return "\n".join([*parts, *(f"- {markdown(note)}" for note in self.notes)]) + "\n"
 
-    def latex(self) -> str:
-        return "% needs \\usepackage{booktabs,graphicx}\n" + "\n".join(map(self._latex_panel, self.panels))
+    def latex(self, name: str) -> str:
+        panels = (self._latex_panel(panel, name) for panel in self.panels)
+        return "% needs \\usepackage{booktabs,graphicx}\n" + "\n".join(panels)
 
-    def _latex_panel(self, panel: Panel) -> str:
+    def _latex_panel(self, panel: Panel, name: str) -> str:
         header = " & ".join(_stacked(column.header) for column in panel.columns)
         alignment = "".join("r" if column.is_number else "l" for column in panel.columns)
         lines, last = [], None
@@ -96,7 +92,7 @@ class Table:
                 lines.append(r"\addlinespace")
             last = group
             lines.append(" & ".join(_cell(column.text(row)) for column in panel.columns) + r" \\")
-        label, first = self._label(panel), self._label(self.panels[0])
+        label, first = _label(name, panel), _label(name, self.panels[0])
         notes = " ".join(map(escape, self.notes)) if label == first else rf"See the notes of Table~\ref{{{first}}}."
         return "\n".join(
             [
@@ -118,8 +114,9 @@ class Table:
             ]
         )
 
-    def _label(self, panel: Panel) -> str:
-        return f"tab:{self.name}-{panel.label}" if panel.label else f"tab:{self.name}"
+
+def _label(name: str, panel: Panel) -> str:
+    return f"tab:{name}-{panel.label}" if panel.label else f"tab:{name}"
 
 
 def printable(text: str) -> str:

@@ -22,7 +22,7 @@ from discobeta.data.sources import contents_hash
 from discobeta.design.config import RunConfig
 from discobeta.design.study import Run, Study
 from discobeta.errors import UserError, shorten, shown, telling
-from discobeta.report.measures import DRAWN, LANDMARKS, METRICS
+from discobeta.report.measures import DRAWN, GAINED, LANDMARKS, METRICS, PREDICTED
 
 LONGEST_REASON = 200
 
@@ -80,6 +80,10 @@ class Results:
         """Why the run is in no mean; None if it is in them."""
         return self.found[run].absence
 
+    def whole_runs(self, stage: str) -> list[Run]:
+        """The study's runs of a stage that are no proofs."""
+        return [run for run in self.study.runs() if run.stage == stage and not run.proof]
+
     def describe_missing(self, runs: Iterable[Run]) -> str:
         """The runs that do not count, e.g. `baseline: seeds 2, 3 (not trained)`; empty if all do."""
         seeds: dict[tuple[str, str], list[int]] = {}
@@ -112,7 +116,7 @@ class Results:
         study = self.study
         if not study.world:
             return
-        corpus, pairs = ({key: study.world[key] for key in keys} for keys in (WORLD, PAIRS))
+        corpus, pairs = study.decides_world("corpus"), study.decides_world("pairs")
         record_of_world = study.world_directory / "world.json"
         self._refuse(study.runs(), _other(record_of_world, corpus))
         if record_of_world.exists():
@@ -208,6 +212,12 @@ class Results:
             return {}
 
 
+def kind_of(absence: str | None) -> str:
+    """stale, damaged or missing."""
+    kind = (absence or "").partition(" (")[0]
+    return kind if kind in ("stale", "damaged") else "missing"
+
+
 def enumerate_seeds(seeds: list[int]) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
@@ -299,15 +309,11 @@ def _check_log(log: pd.DataFrame, path: Path) -> None:
             raise UserError(f"{path}: {name} is there twice for one step")
 
 
-EXAMPLES = ("probability", "mean_margin", "true_reward", "reference_true_reward", "noise")
-"""Columns of examples.parquet that figures draw."""
-
-
 def _examples(path: Path) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    examples = table.select([name for name in EXAMPLES if name in table.column_names]).to_pandas()
+    examples = table.select([name for name in (*PREDICTED, *GAINED) if name in table.column_names]).to_pandas()
     for name in examples:
         if not pd.api.types.is_numeric_dtype(examples[name]) or pd.api.types.is_bool_dtype(examples[name]):
             raise UserError(f"{path}: {name} should be numbers")
@@ -319,10 +325,6 @@ def _examples(path: Path) -> pd.DataFrame:
 
 
 # --- what is there now
-
-WORLD = ("seed", "sft_examples", "noise")
-PAIRS = ("train", "evaluation")
-"""Of the study's `data: world:`, what world.json and pairs.json say that they were made with."""
 
 
 def _other(path: Path, wanted: dict[str, Any]) -> str | None:

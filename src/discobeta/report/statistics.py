@@ -99,6 +99,6 @@ def bootstrap(values: Sequence[float], level: float = 0.95) -> tuple[float, floa
     if len(values) < BOOTSTRAP_FROM:
         return math.nan, math.nan
     values = np.asarray(values)
-    draws = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
-    low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    resamples = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
+    low, high = np.quantile(values[resamples].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

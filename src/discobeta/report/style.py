@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from discobeta.design.arms import CORNERS, Arm
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#4d4d4d", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-"""Of the arms without idle heads (Okabe and Ito's, told apart by colour-blind readers)."""
+"""Colours of the arms without idle heads: Okabe and Ito's, which colour-blind readers tell apart."""
 
 COLUMN = 3.4  # inches, one column of a two-column paper
 FAINT = "#8c8c8c"
@@ -51,15 +52,24 @@ def drawn_arms(study: Study, stage: str) -> list[Arm]:
     return [arm for arm in arms if not arm.is_idle or arm.twin not in arms]
 
 
-def look(arm: Arm) -> tuple[str, str]:
-    colour = COLOURS[CORNERS.index(arm.twin) % len(COLOURS)]
+def label_of(arm: Arm) -> str:
     label = arm.label[0].upper() + arm.label[1:]
-    return (f"{label}, idle head" if arm.is_idle else label), colour
+    return f"{label}, idle head" if arm.is_idle else label
+
+
+def colour_of(arm: Arm) -> str:
+    """That of its twin, which computes the same."""
+    return COLOURS[CORNERS.index(arm.twin) % len(COLOURS)]
 
 
 def say_missing(axes: Axes) -> None:
     box = {"facecolor": "white", "edgecolor": "none"}
     axes.text(0.5, 0.5, "missing", transform=axes.transAxes, ha="center", va="center", color=FAINT, bbox=box)
+
+
+def seeds_of(arm: Arm, runs: Iterable[Run]) -> int:
+    """How many runs of the arm are among these."""
+    return sum(run.arm == arm for run in runs)
 
 
 def seeds_mark(there: int, expected: int) -> str:

@@ -4,7 +4,7 @@ import pytest
 from report_study import write_run
 
 from discobeta.errors import UserError
-from discobeta.report.neutrality import compare, first_difference, main
+from discobeta.report.compare import compare, first_difference, main
 
 FILES = ["adapter/adapter_model.safetensors", "log.jsonl", "metrics.json", "examples.parquet"]
 

@@ -1,0 +1,141 @@
+"""The tables and figures of a study, a row each: what there is, of which stages, and what makes it.
+
+The workflow takes its outputs from here, and `tables.write` and `figures.write` what they write; neither lists any.
+What makes an output is named and not imported, so that a plan of thousands of jobs loads neither pandas nor matplotlib.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from discobeta.design.arms import CORNERS
+from discobeta.design.stages import STAGES
+from discobeta.design.study import Study
+from discobeta.report.measures import TESTED
+
+if TYPE_CHECKING:
+    from discobeta.report.results import Results
+
+TABLE = ("csv", "md", "tex")
+FIGURE = ("svg", "pdf", "png")
+"""Endings of the files; the HTML report shows the first."""
+
+
+def always(study: Study, stage: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Row:
+    """A table or figure: one of the whole study, or, with `{stage}` in its name, one of each stage that has it."""
+
+    name: str  # stem of its files
+    maker: str  # module:function of (results), or of (results, stage); returns a Table or a Figure
+    caption: str  # workflow/report/<caption>.rst stands beside it in the HTML report
+    title: str  # what it is called there
+    endings: tuple[str, ...]
+    stages: Callable[[Study, str], bool] = always  # whether a stage has it
+
+
+@dataclass(frozen=True)
+class Output:
+    """A row as one study has it: of one of its stages, or (None) of all."""
+
+    row: Row
+    stage: str | None
+
+    @property
+    def name(self) -> str:
+        return self.row.name.format(stage=self.stage)
+
+    @property
+    def title(self) -> str:
+        return self.row.title.format(stage=self.stage)
+
+    @property
+    def files(self) -> list[str]:
+        return [f"{self.name}.{ending}" for ending in self.row.endings]
+
+    def make(self, results: Results) -> Any:
+        module, _, function = self.row.maker.partition(":")
+        maker = getattr(importlib.import_module(module), function)
+        return maker(results) if self.stage is None else maker(results, self.stage)
+
+
+def tables(study: Study) -> list[Output]:
+    return _of(study, TABLES)
+
+
+def figures(study: Study) -> list[Output]:
+    return _of(study, FIGURES)
+
+
+def _of(study: Study, rows: tuple[Row, ...]) -> list[Output]:
+    found = []
+    for row in rows:
+        of_each = "{stage}" in row.name
+        stages = [stage for stage in study.stages if row.stages(study, stage)] if of_each else [None]
+        found += [Output(row, stage) for stage in stages]
+    return found
+
+
+# --- which stages have it
+
+
+def predicts(study: Study, stage: str) -> bool:
+    """Whether its runs are measured on held-out pairs."""
+    return STAGES[stage].has_pairs
+
+
+def answers(study: Study, stage: str) -> bool:
+    """Whether its runs are trained on what they answer to prompts."""
+    return not STAGES[stage].has_pairs
+
+
+def answers_in_the_world(study: Study, stage: str) -> bool:
+    """Whether, besides, the answers' true reward is known, and the noise of each prompt."""
+    return answers(study, stage) and bool(study.world)
+
+
+def shows_an_interaction(study: Study, stage: str) -> bool:
+    """Whether it has all arms without idle heads, and measures something that the hypotheses are about."""
+    measured = set(TESTED) if study.world else set(TESTED) - {"true_reward"}
+    return set(CORNERS) <= set(study.arms_of(stage)) and bool(measured & set(STAGES[stage].compared))
+
+
+# --- what there is
+
+TABLES = (
+    Row("{stage}", "discobeta.report.cells:stage_table", "stage", "{stage}", TABLE),
+    Row("effects", "discobeta.report.effects:effects_table", "effects", "effects", TABLE),
+    Row("comparisons", "discobeta.report.effects:comparisons_table", "comparisons", "comparisons", TABLE),
+    Row("neutrality", "discobeta.report.neutrality:neutrality_table", "neutrality", "neutrality", TABLE),
+    Row("cost", "discobeta.report.costs:cost_table", "cost", "cost", TABLE),
+    Row("metrics", "discobeta.report.collect:metrics_table", "metrics", "every number", TABLE[:1]),
+)
+
+FIGURES = (
+    Row(
+        "learning-curves-{stage}", "discobeta.report.curves:loss_curves",
+        "learning-curves", "learning curves", FIGURE, predicts,
+    ),
+    Row(
+        "learning-curves-{stage}", "discobeta.report.curves:rollout_curves",
+        "learning-curves-rollouts", "learning curves", FIGURE, answers,
+    ),
+    Row(
+        "reliability-{stage}", "discobeta.report.figures:reliability_diagram",
+        "reliability", "reliability", FIGURE, predicts,
+    ),
+    Row(
+        "reward-by-noise-{stage}", "discobeta.report.figures:reward_by_noise",
+        "reward-by-noise", "reward by noise", FIGURE, answers_in_the_world,
+    ),
+    Row(
+        "interaction-{stage}", "discobeta.report.figures:interaction",
+        "interaction", "interaction", FIGURE, shows_an_interaction,
+    ),
+)  # fmt: skip
