@@ -311,9 +311,10 @@ def test_a_wrong_value_is_one_also_where_nobody_reads_it():
 def test_what_is_not_read_is_in_no_identity():
     facts = {"data": "d", "base": "b"}
     for stage, differ in (("rm", False), ("dpo", False), ("ppo", True)):
-        one, other = run(stage=stage)[0], run(stage=stage, lam=0.5)[0]
-        assert (record.identity_of(one, facts) != record.identity_of(other, facts)) == differ
-        assert (record.settings_hash(one) != record.settings_hash(other)) == differ
+        one = run(stage=stage)[0]
+        for other in (run(stage=stage, lam=0.5)[0], one.replace(lam=0.5)):
+            assert (record.identity_of(one, facts) != record.identity_of(other, facts)) == differ
+            assert (record.settings_hash(one) != record.settings_hash(other)) == differ
 
 
 def test_the_command_says_which_key_is_unused(tmp_path: Path, capsys: pytest.CaptureFixture):
