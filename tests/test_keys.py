@@ -407,3 +407,17 @@ def test_a_world_has_its_defaults_and_what_is_said_of_it():
         "sft_examples": 6000, "train": 64, "evaluation": 1600, "noise": "heteroscedastic", "seed": 1,
     }  # fmt: skip
     assert study(data={"world": None}, base={"sft": {"model_type": "qwen3"}}).world["train"] == 9600
+
+
+def test_the_world_of_the_command_line_is_that_of_a_study(monkeypatch: pytest.MonkeyPatch):
+    from discobeta.inputs import world
+
+    made = []
+    monkeypatch.setattr(world, "write_corpus", lambda output, **settings: made.append(settings))
+    monkeypatch.setattr(world, "write_pairs", lambda folder, base, output, **settings: made.append(settings))
+    assert cli.main(["world", "corpus", "--output", "w", "--sft-examples", "9"]) == 0
+    assert cli.main(["world", "pairs", "--world", "w", "--base", "b", "--output", "p", "--eval", "8"]) == 0
+    assert made == [
+        {"seed": 1, "sft_examples": 9, "noise": "heteroscedastic"},
+        {"seed": 1, "train": 9600, "evaluation": 8},
+    ]

@@ -38,7 +38,7 @@ class Key:
     name: str
     group: str  # the heading that it stands under
     type: str
-    default: dict[str, Any]  # by stage, of a study's key under ""; nothing where it must be said
+    default: dict[str, Any]  # by stage, or under "study"; nothing where it must be said
     stages: tuple[str, ...]  # that read it
     decides: str
     meaning: str
@@ -167,9 +167,8 @@ def study_keys() -> list[Key]:
             is_run_key = properties[name].get("$ref", "").startswith(RUN_KEY)
             words = in_words(value_schema(name) if is_run_key else properties[name])
             default = config.FIELDS[name].default if is_run_key else field.get_default(call_default_factory=True)
-            found.append(
-                Key(name, place, words, {} if field.is_required() else {"": default}, (), "", field.description, ())
-            )
+            default = {} if field.is_required() else {"study": default}
+            found.append(Key(name, place, words, default, (), "", field.description, ()))
     return found
 
 
@@ -200,8 +199,7 @@ def study_schema() -> dict[str, Any]:
     return {"$schema": DIALECT, "title": "A study of discobeta"} | schema
 
 
-DEFS = "#/$defs/"
-RUN_KEY = f"{DEFS}run-"
+RUN_KEY = "#/$defs/run-"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
