@@ -119,7 +119,9 @@ CHANGES = {
     "num_eval_generations of dpo": ({"dpo": "{num_eval_generations: 32}"}, {"evaluate dpo": 4} | REPORT),
     "temperature of dpo": ({"dpo": "{temperature: 0.7}"}, {"evaluate dpo": 4} | REPORT),
     "temperature of ppo": ({"ppo": "{temperature: 0.7}"}, PPO),
-    "what rm does not read": ({"rm": "{lam: 0.5, num_eval_generations: 9}"}, REPORT),
+    "what rm does not read": ({"common": "{lam: 0.5}"}, PPO),
+    "what ppo does not read": ({"common": "{disco_spread_penalty: 0.1}"}, TRAINED),
+    "what no training reads": ({"common": "{ground_truth: none}"}, {"evaluate dpo": 4, "evaluate ppo": 4} | REPORT),
     "logging": ({"common": "{logging_steps: 3, save_steps: 7, plot_loss: true, report_to: none}"}, REPORT),
     "rows of the world": ({"data": "{world: {train: 700}}"}, {"world_pairs": 2} | TOKENS),
     "a seed": (

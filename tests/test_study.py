@@ -14,7 +14,7 @@ import yaml
 
 from discobeta import cli
 from discobeta.design import study as study_module
-from discobeta.design import study_file
+from discobeta.design import study_sections
 from discobeta.design.arms import FLAGS
 from discobeta.design.config import RunConfig
 from discobeta.design.study import Study, plan
@@ -219,7 +219,7 @@ def test_prompts_of_their_own():
     data = {"dataset": "a.jsonl", "eval_dataset": "b.jsonl", "cutoff_len": 64, "max_samples": 9}
     study = Study(fixed(data=data, prompts=ALPACA))
     run = study.run_settings(study.run("ppo", "baseline", 4))
-    rows = {key: run.get(key) for key in study_file.DATA_KEYS if key in run}
+    rows = {key: run.get(key) for key in study_sections.DATA_KEYS if key in run}
     # how rows are read is that of the pairs; which rows is not
     assert rows == {"dataset": "alpaca.json", "val_size": 100, "cutoff_len": 64}
     assert run["tokenized_path"] == "results/s/shared/data/seed-4/prompts"  # the seed picks what is held out
@@ -457,7 +457,7 @@ REFUSALS = {
         settings(seeds=[True]),
         "x.yaml: seeds: [True] should be a list of different whole numbers",
     ),
-    "no such stage": (settings(stages=["rm", "sft"]), "x.yaml: stages: 'sft' should be one of rm, dpo, ppo"),
+    "no such stage": (settings(stages=["rm", "sft"]), "x.yaml: stages: 'sft' should be rm or dpo or ppo"),
     "idle arms": (settings(idle_arms="proof"), "x.yaml: idle_arms: 'proof' should be run or prove"),
     "prove steps": (settings(prove_steps=0), "x.yaml: prove_steps: 0 should be a whole number, at least 1"),
     "world size": (
@@ -563,7 +563,7 @@ def test_an_arm_that_a_setting_breaks_is_named(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_keys_that_a_study_sets_or_moves_are_run_keys():
     known = {field.name for field in dataclasses.fields(RunConfig)}
-    assert set(study_file.BELONGS) | set(study_module.REFERENCE_KEYS) <= known
+    assert set(study_sections.BELONGS) | set(study_module.REFERENCE_KEYS) <= known
 
 
 HOSTILE = [

@@ -316,25 +316,3 @@ def test_a_rule_reads_what_it_is_told_to_whatever_the_paths_are_called(tmp_path:
     assert done.returncode == 0, done.stdout + done.stderr
     tokens = json.loads((tmp_path / "results/odd/shared/data/all/tokens/tokens.json").read_text())
     assert tokens["counts"] == {"train": 40, "eval": 12}
-
-
-# --- the schema says what study_file.py says
-
-
-def test_schema_and_study_know_the_same_keys():
-    from discobeta.design import study_file
-    from discobeta.design.stages import STAGES
-
-    schema = yaml.safe_load((ROOT / "workflow" / "schemas" / "config.schema.yaml").read_text())
-    properties = schema["properties"]
-    world, fixed = properties["data"]["oneOf"][0], schema["$defs"]["rows"]
-    assert set(properties) | set(STAGES) == set(study_file.KEYS)  # the stages have sections, which study_file names
-    assert set(world["properties"]["world"]["properties"]) == set(study_file.WORLD_DEFAULTS)
-    assert set(fixed["properties"]) == set(study_file.DATA_KEYS)
-    assert set(properties["base"]["properties"]) == {"sft", *study_file.MODEL_KEYS}
-    assert properties["environment"]["enum"] == list(study_file.ENVIRONMENTS)
-    assert properties["study"]["maxLength"] == study_file.LONGEST_NAME
-    assert properties["seeds"]["maxItems"] == study_file.MOST_SEEDS
-    assert properties["seeds"]["items"]["maximum"] == study_file.LARGEST
-    objects = [world, world["properties"]["world"], fixed, properties["base"]]
-    assert all(part["additionalProperties"] is False for part in objects)

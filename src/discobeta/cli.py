@@ -114,6 +114,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="as a list of objects")
     sub.add_argument("--stage", choices=STAGES, help="only one stage")
 
+    sub = add("keys", show_keys, "explain the keys of a run, those that one stage reads, or those of a study")
+    sub.add_argument("of", nargs="?", choices=(BASE_STAGE, *STAGES, "study"), help="a stage, or study")
+    sub.add_argument("--json", action="store_true", help="as a list of objects")
+
     sub = add_run("train", train, "train one run and measure it on its held-out rows")
     sub.add_argument("--no-evaluate", action="store_true", help="leave the measuring to `discobeta evaluate`")
     sub.add_argument(
@@ -137,17 +141,17 @@ def parser() -> argparse.ArgumentParser:
     sub = world.add_parser("corpus", help="texts to train the base on, and its tokenizer")
     sub.set_defaults(command=world_corpus)
     sub.add_argument("--output", type=Path, required=True)
-    sub.add_argument("--seed", type=int, default=1)
-    sub.add_argument("--sft-examples", type=int, default=6000)
-    sub.add_argument("--noise", choices=("heteroscedastic", "homoscedastic"), default="heteroscedastic")
+    sub.add_argument("--seed", type=int)
+    sub.add_argument("--sft-examples", type=int)
+    sub.add_argument("--noise", choices=("heteroscedastic", "homoscedastic"))
     sub = world.add_parser("pairs", help="labelled pairs, sampled from a base")
     sub.set_defaults(command=world_pairs)
     sub.add_argument("--world", type=Path, required=True, help="folder that `world corpus` wrote")
     sub.add_argument("--base", type=Path, required=True, help="model that was trained on it")
     sub.add_argument("--output", type=Path, required=True)
     sub.add_argument("--seed", type=int, default=1)
-    sub.add_argument("--train", type=int, default=9600)
-    sub.add_argument("--eval", type=int, default=1600)
+    sub.add_argument("--train", type=int)
+    sub.add_argument("--eval", type=int, dest="evaluation", metavar="EVAL")
 
     add_study("plan", plan, "list the runs of a study")
     sub = add_study("cost", cost, "estimate jobs, device-hours and memory of a study from measured rates")
@@ -174,6 +178,13 @@ def show_grid(arguments: argparse.Namespace) -> None:
         shown = {"run": cell.arm, "same-as": f"same as {cell.arm}", "refused": f"refused: {cell.reason}"}[cell.status]
         status = f"run ({shown})" if cell.status == "run" else shown
         print(f"{cell.stage:5}  {switches}  {status}")
+
+
+def show_keys(arguments: argparse.Namespace) -> None:
+    from discobeta.design import keys
+
+    found = keys.study_keys() if arguments.of == "study" else keys.run_keys(arguments.of)
+    print(json.dumps([vars(key) for key in found], indent=1) if arguments.json else keys.as_lines(found))
 
 
 def train(arguments: argparse.Namespace) -> int | None:
@@ -261,18 +272,22 @@ def compare(arguments: argparse.Namespace) -> int:
 def world_corpus(arguments: argparse.Namespace) -> None:
     from discobeta.inputs import world
 
-    world.write_corpus(
-        arguments.output, seed=arguments.seed, sft_examples=arguments.sft_examples, noise=arguments.noise
-    )
+    world.write_corpus(arguments.output, **_of_the_world(arguments, "seed", "sft_examples", "noise"))
 
 
 def world_pairs(arguments: argparse.Namespace) -> None:
     from discobeta.inputs import world
 
-    world.write_pairs(
-        arguments.world, arguments.base, arguments.output,
-        seed=arguments.seed, train=arguments.train, evaluation=arguments.eval,
-    )  # fmt: skip
+    sizes = _of_the_world(arguments, "train", "evaluation")
+    world.write_pairs(arguments.world, arguments.base, arguments.output, seed=arguments.seed, **sizes)
+
+
+def _of_the_world(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """What is said of the world, with a study's defaults of what is not."""
+    from discobeta.design.study_file import World
+
+    said = {name: getattr(arguments, name) for name in names}
+    return {name: getattr(World(), name) if value is None else value for name, value in said.items()}
 
 
 def plan(arguments: argparse.Namespace) -> None:

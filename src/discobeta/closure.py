@@ -46,6 +46,7 @@ BOOKKEEPING = {
     "design/stages": "which stages there are; what it says of a run is among its settings, which are compared",
     "design/study": "makes the settings of every run, which are compared themselves",
     "design/study_file": "reads and checks what a study says, of which its runs' settings are made",
+    "design/study_sections": "which keys may stand where in a study, of which its runs' settings are made",
     "design/values": "reads and checks a setting's value, which is compared itself",
     "design/yaml_text": "how settings are read of a text and written; what they are is compared itself",
     "errors": "how a refusal is worded",

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 
 from discobeta.design.config import RunConfig
 from discobeta.design.config_names import IGNORED, REFUSED
-from discobeta.design.study_file import KEYS
+from discobeta.design.study_file import StudyFile
 
 RUN_KEYS = [
     *(entry.name for entry in dataclasses.fields(RunConfig)),
@@ -132,7 +132,7 @@ def test_words_of_set(place, fuzz):
 
 @pytest.mark.parametrize("command", ["plan", "cost", "tables"])
 def test_studies(place, fuzz, command):
-    lines, keys = lines_of(STUDY), sorted({*KEYS, *RUN_KEYS[:5], "", "studies"})
+    lines, keys = lines_of(STUDY), sorted({*StudyFile.model_fields, *RUN_KEYS[:5], "", "studies"})
     inner = [*STUDY["data"], *STUDY["common"], "world", "seed", "prompts", "sft", "rm"]
     nested = st.tuples(st.sampled_from(keys), st.sampled_from(inner), values).flatmap(
         lambda case: bytes_of(text_of(lines | {case[0]: f"{{{case[1]}: {case[2]}}}"}))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 from snakemake.settings.types import DeploymentMethod
-from snakemake.utils import update_config, validate
+from snakemake.utils import update_config
 
 SOURCE = Path(os.path.relpath(Path(workflow.basedir).parent / "src"))
 sys.path.insert(0, str(SOURCE.resolve()))
@@ -36,11 +36,9 @@ def as_meant(value):
 
 try:
     update_config(config, as_meant(workflow.config_settings.config or {}))
-    # before the schema, because it offers the nearest name for a misspelt key
     study = Study(config, where=", ".join(map(str, workflow.overwrite_configfiles)) or "config/config.yaml")
 except UserError as error:
     raise WorkflowError(str(error)) from None
-validate(config, "../schemas/config.schema.yaml", set_default=False)
 
 # The code that runs is the code that the rules name as their input, whatever else is installed; without
 # conda it runs in the Python that runs snakemake, whatever `python` is on the PATH.
@@ -49,7 +47,7 @@ if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
     EXPORTS += f" PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
 shell.prefix(f"export {EXPORTS}; ")
 
-ENVIRONMENT = f"../../envs/{config.get('environment', 'cpu')}.yaml"
+ENVIRONMENT = f"../../envs/{study.environment}.yaml"
 LOGS = study.directory / "logs"
 RUN = study.directory / "runs"
 PROCESSES = f" --processes {study.gpus_per_run}" if study.gpus_per_run > 1 else ""

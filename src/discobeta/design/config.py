@@ -43,7 +43,8 @@ def option(
 
     of: the step that it belongs to. data, model and training decide what is trained; evaluation, what is measured of
     it; log, at which steps a line of the log stands; bookkeeping, nothing that comes out.
-    stages: traits (`stages.having`) of those that read it. trains: of those whose training reads a key of evaluation.
+    stages: traits (`stages.having`) of those that read it; any other is told that it does not.
+    trains: of those whose training reads a key of evaluation.
     """
     keywords = {"help": help, "least": least, "most": most, "of": of, "stages": having(stages)}
     return field(default=default, metadata=keywords | {"trains": having(trains)})
@@ -51,7 +52,7 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class _What:
-    stage: Literal[(BASE_STAGE, *STAGES)]
+    stage: Literal[(BASE_STAGE, *STAGES)] = option(dataclasses.MISSING, "what is trained")
     output_dir: str = option("", "directory of this run", of="bookkeeping")
     seed: int = option(42, "every random stream of the run is derived from it", least=0)
 
@@ -176,13 +177,13 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), fro
     top_p: float = option(1.0, "of sampling", least=1e-6, most=1, of="evaluation", stages="policy", trains="prompts")
     top_k: int = option(0, "of sampling; 0: off", least=0, of="evaluation", stages="policy", trains="prompts")
     num_eval_generations: int | None = option(
-        None, "prompts answered in evaluation; default 0, ppo 64", least=0, of="evaluation", stages="policy"
+        None, "prompts answered in evaluation", least=0, of="evaluation", stages="policy"
     )
     ground_truth: Literal["none", "world"] = option(
         "none", "the true reward of a sampled response, if known", of="evaluation", stages="policy"
     )
 
-    # --- ppo
+    # --- PPO
     ppo_epochs: int = option(4, "passes over the buffer", least=1, stages="prompts")
     ppo_buffer_size: int = option(1, "optimiser steps' worth of responses in the buffer", least=1, stages="prompts")
     ppo_target: float | None = option(None, "KL per sequence to steer the coefficient to", least=1e-6, stages="prompts")
@@ -203,14 +204,16 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), fro
 
     @classmethod
     def from_mapping(cls, settings: dict[str, Any], where: str = "run config") -> tuple[RunConfig, list[str]]:
-        """The checked config, and one line for each setting that was accepted and means nothing here."""
-        known = {entry.name: entry for entry in dataclasses.fields(cls)}
-        hints = _hints(cls)
+        """The checked config, and one line for each setting that was accepted and means nothing here.
+
+        A key that the stage does not read keeps its default, whatever was written.
+        """
+        known = FIELDS
         settings, notes = _said_as_here(settings)
         values = {}
         for name, value in settings.items():
             if name in known:
-                values[name] = typed(name, value, hints[name], known[name], where)
+                values[name] = typed(name, value, hint_of(name), known[name], where)
             elif name in IGNORED:
                 if name == "deepspeed":
                     _check_deepspeed(value, where)
@@ -226,7 +229,11 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), fro
                 raise UserError(f"{where}: unknown key {shown(name)}{hint}")
         if "stage" not in values:
             raise UserError(f"{where}: stage is missing ({BASE_STAGE}, {', '.join(STAGES)})")
-        for name, value in STAGE_DEFAULTS[values["stage"]].items():
+        stage = values["stage"]
+        for name in [name for name in values if stage not in read_by(name) and name not in FLAGS]:  # flags are refused
+            if (value := values.pop(name)) is not None and value != default_of(name, stage):
+                notes.append(f"{name} is unused: {stage} does not read it ({who_reads(name)})")
+        for name, value in STAGE_DEFAULTS[stage].items():
             if values.get(name) is None:
                 values[name] = value
         for name in ("lora_rank", "lora_dropout", "lora_target"):  # what is not written is as the adapter has it
@@ -340,18 +347,43 @@ def _check_deepspeed(value: Any, where: str) -> None:
     raise UserError(f"{where}: deepspeed: {shown(value)} is not supported: {fault}")
 
 
+FIELDS = {entry.name: entry for entry in dataclasses.fields(RunConfig)}
+"""Every key of a run -> its field."""
+
+
+def hint_of(name: str) -> Any:
+    """The type of a key of a run."""
+    return _hints(RunConfig)[name]
+
+
+_hints = cache(typing.get_type_hints)  # which compiles every annotation anew
+
+
 @cache
 def keys_of(step: str, stage: str) -> tuple[str, ...]:
     """The keys of the run config that decide the outcome of `step` in `stage`, in their order; see `option`."""
     parts = ("data", "model", "training") if step == "training" else (step,)
     found = []
-    for entry in dataclasses.fields(RunConfig):
-        of, stages, trains = (entry.metadata.get(key) for key in ("of", "stages", "trains"))
-        if entry.name == "stage":  # which has no `option`
-            of, stages, trains = "training", [stage], []
+    for entry in FIELDS.values():
+        of, stages, trains = (entry.metadata[key] for key in ("of", "stages", "trains"))
         if (of in parts and stage in stages) or (step == "training" and stage in trains):
             found.append(entry.name)
     return tuple(found)
 
 
-_hints = cache(typing.get_type_hints)  # which compiles every annotation anew
+@cache
+def read_by(name: str) -> tuple[str, ...]:
+    """The stages that read a key of the run config, for whatever step."""
+    metadata = FIELDS[name].metadata
+    return tuple(stage for stage in (BASE_STAGE, *STAGES) if stage in (*metadata["stages"], *metadata["trains"]))
+
+
+def who_reads(name: str) -> str:
+    """E.g. "ppo does", "rm, dpo and ppo do"."""
+    *others, last = read_by(name)
+    return f"{', '.join(others)} and {last} do" if others else f"{last} does"
+
+
+def default_of(name: str, stage: str) -> Any:
+    """What a key is in a run of `stage` that does not say it."""
+    return STAGE_DEFAULTS[stage].get(name, FIELDS[name].default)

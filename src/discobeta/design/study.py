@@ -16,14 +16,15 @@ from typing import Any
 
 from discobeta.design import study_file
 from discobeta.design.arms import Arm, State
-from discobeta.design.config import RunConfig
+from discobeta.design.config import FIELDS, RunConfig, default_of, read_by
 from discobeta.design.stages import BASE_STAGE, STAGES
-from discobeta.design.study_file import DATA_KEYS, MODEL_KEYS
+from discobeta.design.study_file import StudyFile
+from discobeta.design.study_sections import DATA_KEYS, HOW_ROWS_ARE_READ, MODEL_KEYS
 from discobeta.design.yaml_text import parse_overrides, read_yaml
 from discobeta.errors import UserError
 
 WORLD_STEPS = {"corpus": ("seed", "sft_examples", "noise"), "pairs": ("train", "evaluation")}
-"""Which of WORLD_DEFAULTS each step of the world reads; what pairs read of the corpus, they read from its record."""
+"""Keys of `data: world:` that each step reads; what the pairs read of the corpus, they read from its record."""
 
 CORPUS_KEYS = ["dataset", "dataset_dir", "split", "cutoff_len", "max_samples", "max_unusable_rows"]
 """What the base is trained on unless `base: sft:` says otherwise: the study's own training data."""
@@ -51,36 +52,30 @@ class Study:
 
     def __init__(self, settings: dict[str, Any], where: str = "study config"):
         self._where = where
-        settings = study_file.mapping(settings, where)
-        study_file.check_known(settings, study_file.KEYS, where)
-        for key in ("study", "data", "base"):
-            if not settings.get(key):
-                raise UserError(f"{where}: {key} is missing")
+        said = study_file.read(settings, where)
         self.settings = settings
-        self.name = study_file.read_name(settings, where)
+        self.name = said.study
         self.directory = Path("results") / self.name
-        self.seeds: list[int] = study_file.read_list(settings, "seeds", [1, 2], int, where)
-        self.stages = study_file.read_stages(settings, where)
-        self.idle_arms = study_file.read_choice(settings, "idle_arms", ("run", "prove"), where)
-        study_file.read_choice(settings, "environment", study_file.ENVIRONMENTS, where)  # which the rules read
-        self.prove_steps: int = settings.get("prove_steps", 20)
-        self.gpus_per_run: int = settings.get("gpus_per_run", 1)
-        self.arms = study_file.read_arms(settings, self.idle_arms, where)
-        self.world, self._data = study_file.read_data(settings, where)
-        self._prompts = study_file.read_prompts(settings, self.world, self._data, where)
-        self.sft, self._model = study_file.read_base(settings, where)
+        self.environment = said.environment
+        self.seeds: list[int] = said.seeds
+        self.stages: list[str] = said.stages
+        self.idle_arms = said.idle_arms
+        self.prove_steps = said.prove_steps
+        self.gpus_per_run = said.gpus_per_run
+        self.arms = [Arm.from_name(name) for name in said.arms]
+        self.world = said.data.world and said.data.world.model_dump()
+        self._data = said.data.given()
+        self._prompts = said.prompts.given() if said.prompts else {}
+        if self._prompts:
+            self._prompts = {key: self._data[key] for key in HOW_ROWS_ARE_READ if key in self._data} | self._prompts
+        self.sft, self._model = said.base.sft, said.base.given()
+        self._sections = {name: self._section(said, name) for name in STAGES}
         self._first_configs: dict[tuple[str, Arm, bool], tuple[dict[str, Any], RunConfig]] = {}
         self._configs: dict[Run, RunConfig] = {}
         self._proof_lengths: dict[str, int] = {}
-        study_file.check_whole(self.prove_steps, 1, f"{where}: prove_steps")
-        study_file.check_whole(self.gpus_per_run, 1, f"{where}: gpus_per_run")
-        for seed in self.seeds:
-            study_file.check_whole(seed, 0, f"{where}: seeds")
-        self._sections = {name: study_file.read_section(settings, name, where) for name in ("common", *STAGES)}
-        study_file.check_stages(self.stages, self.arms, where)
         self._runs = [run for stage in self.stages for arm in self.arms_of(stage) for run in self._runs_of(stage, arm)]
         self._by_place = {(run.stage, run.arm, run.seed, run.proof): run for run in self._runs}
-        self._check()
+        self._check(said)
 
     @classmethod
     def read(cls, configfiles: str | Path | Iterable[str | Path], overrides: Iterable[str] = ()) -> Study:
@@ -94,6 +89,12 @@ class Study:
         for layer in (*map(read_yaml, configfiles), parse_overrides(list(overrides))):
             settings = study_file.merge(settings, layer)
         return cls(settings, ", ".join(map(str, configfiles)))
+
+    @staticmethod
+    def _section(said: StudyFile, stage: str) -> dict[str, Any]:
+        """The run keys for one stage: those of `common` that it reads, and on top those of its own section."""
+        common = {key: value for key, value in said.common.items() if key not in FIELDS or stage in read_by(key)}
+        return common | getattr(said, stage)
 
     # --- what is trained
 
@@ -121,8 +122,7 @@ class Study:
             **run.arm.flags,
             **self.model,
             **self._reads(run),
-            **({"ground_truth": "world"} if self.world else {}),
-            **self._sections["common"],
+            **({"ground_truth": "world"} if self.world and STAGES[run.stage].is_policy else {}),
             **self._sections[run.stage],
             **self._shared_out(run.stage),
             "overwrite_output_dir": True,  # Snakemake has decided that what is there is out of date
@@ -155,9 +155,8 @@ class Study:
         """
         if self.gpus_per_run == 1:
             return {}
-        settings = self._sections["common"] | self._sections[stage]
-        for key, default in (("per_device_train_batch_size", 8), ("gradient_accumulation_steps", 1)):
-            size = settings.get(key, default)
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            size = self._sections[stage].get(key, default_of(key, stage))
             if isinstance(size, int) and size % self.gpus_per_run == 0:
                 return {key: size // self.gpus_per_run}
         raise UserError(
@@ -200,7 +199,7 @@ class Study:
         if not STAGES[stage].step_factors:
             return self.prove_steps
         if stage not in self._proof_lengths:
-            settings = {"stage": stage, "model_name_or_path": "-", **self._sections["common"], **self._sections[stage]}
+            settings = {"stage": stage, "model_name_or_path": "-", **self._sections[stage]}
             config, _ = RunConfig.from_mapping(settings, f"{self._where}: {stage}")
             steps = math.prod(getattr(config, key) for key in STAGES[stage].step_factors)
             self._proof_lengths[stage] = -(-self.prove_steps // steps)
@@ -322,12 +321,12 @@ class Study:
     def reference_settings(self, draw: str) -> dict[str, Any]:
         """The run YAML of `discobeta reference`: only what the reference's numbers depend on."""
         stage = self.reference_stage
-        sections = self._sections["common"] | self._sections[stage]
+        section = self._sections[stage]
         return self.prepare_settings(draw) | {
             "stage": stage,
             "output_dir": str(self.reference(draw)),
             "reference_path": str(self.reference(draw)),
-            **{key: sections[key] for key in REFERENCE_KEYS if key in sections},
+            **{key: section[key] for key in REFERENCE_KEYS if key in section},
         }
 
     def resolved(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -361,13 +360,16 @@ class Study:
             kinds = [False, True] if is_twin else [False]
         return [run(seed, proof) for proof in kinds for seed in self.seeds]
 
-    def _check(self) -> None:
+    def _check(self, said: StudyFile) -> None:
         """Every run config of the study, through the same checks as `discobeta train`."""
         if self.sft:
             self.base_config()
         for run in self._runs:
             if run.seed == self.seeds[0]:
                 self.config(run)
+        for stage in STAGES:
+            if stage not in self.stages and (section := getattr(said, stage)):  # where a slip is one too
+                self._checked({"stage": stage, "model_name_or_path": "-", "tokenized_path": "-"} | section, stage)
         if self._prompts and all(STAGES[stage].has_pairs for stage in self.stages):
             self._checked(self.prompt_settings(self.prompt_draw(self.seeds[0])), "prompts")
 

@@ -1,78 +1,347 @@
-"""What a study config may say: its keys, and the checks on what stands under each.
+"""What a study config may say: every key once, with its type, its default, its bounds and its meaning.
 
-Each `read_…` takes the settings of the whole study and returns what one key of them says, checked.
-where: the file, which every error begins with.
+`read` makes a `StudyFile` of the settings, or a `UserError` of what is wrong with them. Of the same models
+`design/keys.py` makes the schema that editors read and docs/reference/study.md. A run never imports this module: it
+would pay for pydantic.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from functools import cache
+from typing import Annotated, Any, Literal, Self
 
-from discobeta.design.arms import ARMS, FLAGS, Arm
-from discobeta.design.stages import READ_KEYS, STAGES
-from discobeta.design.values import LARGEST
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from discobeta.design import config
+from discobeta.design.arms import ARMS, Arm
+from discobeta.design.stages import BASE_STAGE, STAGES
+from discobeta.design.study_sections import DATA_KEYS, MODEL_KEYS, path_fault, place_of
+from discobeta.design.values import LARGEST, in_words, typed
 from discobeta.errors import UserError, did_you_mean, shown
-
-KEYS = [
-    "study",
-    "environment",
-    "seeds",
-    "stages",
-    "idle_arms",
-    "prove_steps",
-    "gpus_per_run",
-    "arms",
-    "data",
-    "prompts",
-    "base",
-    "common",
-    *STAGES,
-]
-ENVIRONMENTS = ("cpu", "cuda")
-"""envs/<name>.yaml, for `snakemake --sdm conda`."""
-
-MOST_SEEDS = 1000
 
 LONGEST_NAME = 100
 """Characters of a study's name, which becomes a folder, and of a key."""
 
-WORLD_DEFAULTS = {"sft_examples": 6000, "train": 9600, "evaluation": 1600, "noise": "heteroscedastic", "seed": 1}
+MOST_SEEDS = 1000
 
-DATA_KEYS = [
-    "dataset",
-    "eval_dataset",
-    "dataset_dir",
-    "split",
-    "eval_split",
-    "cutoff_len",
-    "max_samples",
-    "val_size",
-    "max_unusable_rows",
-]
-HOW_ROWS_ARE_READ = ["dataset_dir", "cutoff_len", "max_unusable_rows"]
-"""Of DATA_KEYS, those that say nothing about which rows: `prompts:` has them from `data:` unless it has its own."""
+# --- run keys in a study
 
-MODEL_KEYS = ["model_name_or_path", "model_revision", "adapter_name_or_path", "trust_remote_code", "cache_dir"]
 
-PATH_KEYS = [
-    "stage",
-    "seed",
-    "output_dir",
-    "tokenized_path",
-    "reference_path",
-    "overwrite_output_dir",
-    "stop_after_steps",
-    *READ_KEYS,
-]
-BELONGS = (
-    dict.fromkeys(FLAGS, "it comes from the grid (choose arms with `arms:`)")
-    | dict.fromkeys(DATA_KEYS, "it belongs in `data:` (all runs see the same rows)")
-    | dict.fromkeys(MODEL_KEYS, "it belongs in `base:` (all runs start from the same model)")
-    | dict.fromkeys(PATH_KEYS, "the study sets it")
-)
-"""Run keys that `common:` and the stages' sections may not hold, and where they belong."""
+def _run_keys(settings: Any, info: ValidationInfo) -> Any:
+    """The keys of a section, each at its place; what stands under them is checked with the runs."""
+    section = info.field_name
+    if section == BASE_STAGE and not settings and settings is not None:
+        raise ValueError("say what is trained (model_type, or model_name_or_path)")
+    for key in settings if isinstance(settings, dict) else ():
+        if not isinstance(key, str):
+            raise ValueError(f"the key {shown(key)} should be text (write it in quotes)")
+        if len(key) > LONGEST_NAME:
+            raise ValueError(f"unknown key {shown(key)}")
+        if place := place_of(key, section):
+            raise ValueError(f"{key} may not stand here: {place}")
+        if fault := path_fault(key, settings[key]):
+            raise ValueError(f"{key}: {fault}")
+    return {} if settings is None else settings
+
+
+RunKeys = Annotated[dict[str, Any], BeforeValidator(_run_keys)]
+
+
+def _of_a_run(name: str) -> tuple[Any, Any]:
+    """A run key as a field, read as in a run; null is as if it were not there."""
+
+    def read(value: Any) -> Any:
+        is_list = isinstance(value, list) and all(isinstance(word, str) for word in value)
+        if name in ("dataset", "eval_dataset") and not (is_list or isinstance(value, str | None)):
+            raise ValueError(f"{shown(value)} should be a name, or a list of names")
+        try:
+            value = None if value is None else typed(name, value, config.hint_of(name), config.FIELDS[name], "")
+        except UserError as error:
+            raise ValueError(str(error).removeprefix(f": {name}: ")) from None
+        if fault := path_fault(name, value):
+            raise ValueError(fault)
+        return value
+
+    return Annotated[Any, BeforeValidator(read)], Field(None, description=config.FIELDS[name].metadata["help"])
+
+
+# --- the sections
+
+
+class Section(BaseModel):
+    """Some keys of a study. Types are those of the YAML: `true` is no number, and "2" is no whole one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_known(cls, settings: Any) -> Any:
+        for key in settings if isinstance(settings, dict) else ():
+            if not isinstance(key, str):
+                raise ValueError(f"the key {shown(key)} should be text (write it in quotes)")
+            if key not in cls.model_fields:
+                near = did_you_mean(key, cls.model_fields) or f"; the keys are {', '.join(cls.model_fields)}"
+                raise ValueError(f"unknown key {shown(key)}{near if len(key) <= LONGEST_NAME else ''}")
+        return settings
+
+    def given(self) -> dict[str, Any]:
+        """The run keys that are said."""
+        return self.model_dump(exclude_unset=True, exclude_none=True, exclude={"world", "sft"})
+
+
+Whole = Annotated[int, Field(ge=1, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST)]
+
+
+class World(Section):
+    """The embedded world, whose truth is known; fresh pairs for every seed."""
+
+    sft_examples: Whole = Field(6000, description="texts that the base learns from")
+    train: Whole = Field(9600, description="pairs per seed")
+    evaluation: Whole = Field(1600, description="held-out pairs per seed")
+    noise: Literal["heteroscedastic", "homoscedastic"] = Field(
+        "heteroscedastic", description="of the labels: by topic and response, or (the control) equal everywhere"
+    )
+    seed: Seed = Field(1, description="of the corpus and of what the topics are")
+
+
+Rows = create_model("Rows", __base__=Section, **{name: _of_a_run(name) for name in DATA_KEYS})
+
+
+class Data(Rows):
+    """Either the embedded world or a preference data set, whose rows are the same for every seed."""
+
+    model_config = ConfigDict(json_schema_extra={"if": {"required": ["world"]}, "then": {"maxProperties": 1}})
+
+    world: Annotated[World | None, BeforeValidator(lambda world: {} if world is None else world)] = Field(
+        None, description="makes its own rows; next to it stands nothing else"
+    )
+
+    @model_validator(mode="after")
+    def _rows_to_compare_runs_on(self) -> Self:
+        if self.world:
+            if beside := next(iter(self.model_fields_set - {"world"}), None):
+                raise ValueError(f"world makes its own rows: leave {beside} out")
+        elif not self.dataset:
+            raise ValueError("give dataset (a file, a hub id or a name) or world")
+        elif not self.eval_dataset and not self.val_size:
+            raise ValueError("give eval_dataset or val_size (rows to compare runs on)")
+        return self
+
+
+class Prompts(Rows):
+    """Other prompts for ppo than those of `data`; only next to a preference data set."""
+
+    @model_validator(mode="after")
+    def _prompts_to_measure_on(self) -> Self:
+        if self.model_fields_set and not self.dataset:
+            raise ValueError("give dataset, or leave prompts out to use those of data")
+        if self.model_fields_set and not self.eval_dataset and not self.val_size:
+            raise ValueError("give eval_dataset or val_size (prompts to measure policies on)")
+        return self
+
+
+Model = create_model("Model", __base__=Section, **{name: _of_a_run(name) for name in MODEL_KEYS})
+
+
+class Base(Model):
+    """What policy and reference start from: a model that is there, or one that stage sft trains first."""
+
+    sft: RunKeys = Field({}, description="the run that trains it")
+
+    @model_validator(mode="after")
+    def _either_model_or_sft(self) -> Self:
+        if bool(self.sft) == (self.model_name_or_path is not None):
+            raise ValueError("give either model_name_or_path or sft (a base trained here)")
+        if self.sft and (beside := next(iter(self.given()), None)):
+            raise ValueError(f"{beside} may not stand next to sft: it belongs in it")
+        return self
+
+
+# --- the study
+
+
+def _plain_name(name: Any) -> Any:
+    is_plain = isinstance(name, str) and re.fullmatch(PLAIN_NAME, name)
+    if not is_plain or name == "published" or len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"{shown(name)} should be a plain folder name of at most {LONGEST_NAME} characters, and not 'published'"
+        )
+    return name
+
+
+PLAIN_NAME = "^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+
+def _different(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise PydanticCustomError("not_different", "said twice")
+    return values
+
+
+def _an_arm(name: str) -> str:
+    if name not in ARM_NAMES:
+        raise ValueError(f"no arm is called {shown(name)}; the arms are {', '.join(ARM_NAMES)}")
+    return name
+
+
+ARM_NAMES = [arm.name for arm in ARMS]
+DIFFERENT = {"uniqueItems": True}
+
+
+class StudyKeys(Section):
+    """One grid of runs: stages x arms x seeds on the same base and the same data."""
+
+    study: Annotated[str, BeforeValidator(_plain_name)] = Field(
+        description="name of the study; it writes to results/<study>",
+        json_schema_extra={"pattern": PLAIN_NAME, "maxLength": LONGEST_NAME},
+    )
+    environment: Literal["cpu", "cuda"] = Field(
+        "cpu", description="the conda environment of the jobs, with `snakemake --sdm conda`: envs/<environment>.yaml"
+    )
+    seeds: Annotated[list[Seed], FailFast(), AfterValidator(_different)] = Field(
+        [1, 2],
+        description="one run per arm and seed; arms share a seed's data, initial weights and data order",
+        min_length=1,
+        max_length=MOST_SEEDS,
+        json_schema_extra=DIFFERENT,
+    )
+    stages: Annotated[list[Literal[tuple(STAGES)]], FailFast(), AfterValidator(_different)] = Field(
+        list(STAGES), description="what is trained", min_length=1, json_schema_extra=DIFFERENT
+    )
+    idle_arms: Literal["run", "prove"] = Field(
+        "run",
+        description="run: train an arm with an idle head like any other; prove: train it and its twin for prove_steps "
+        "optimiser steps only, compare them byte for byte, and report the arm as its twin",
+    )
+    prove_steps: Whole = Field(20, description="length of a proof, in optimiser steps")
+    gpus_per_run: Whole = Field(
+        1,
+        description="devices that share one training run, its batch divided among them; a cluster's profile must ask "
+        "for as many (`gpu:`)",
+    )
+    arms: Annotated[
+        list[Annotated[str, AfterValidator(_an_arm)]],
+        FailFast(),
+        AfterValidator(_different),
+        BeforeValidator(lambda arms: ARM_NAMES if arms == "all" else arms),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "array", "items": {"type": "string", "enum": ARM_NAMES}, "minItems": 1, **DIFFERENT},
+                    {"const": "all"},
+                ]
+            }
+        ),
+    ] = Field("all", description="the arms that are trained, by name", min_length=1, validate_default=True)
+    data: Data = Field(description="the rows that are trained and measured on")
+    prompts: Prompts | None = Field(
+        None, description="the prompts of ppo, if they are not those of `data`; only next to a preference data set"
+    )
+    base: Base = Field(description="what policy and reference start from")
+    common: RunKeys = Field({}, description="keys of a run for all stages that read them")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_missing(cls, settings: Any) -> Any:
+        """What is empty is as if it were not there."""
+        required = [name for name, field in cls.model_fields.items() if field.is_required()]
+        if not isinstance(settings, dict):
+            return settings
+        return {key: value for key, value in settings.items() if key not in required or value}
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        arms = [Arm.from_name(name) for name in self.arms]
+        for arm in arms:
+            if self.idle_arms == "prove" and arm.twin not in arms:
+                raise ValueError(f"arms: {arm.name} is proved against {arm.twin.name}: list that too")
+        for stage in self.stages:  # what a stage reads must be trained too
+            for reading in STAGES[stage].reads:
+                needing = [arm.name for arm in arms if not reading.idea or arm.has(reading.idea)]
+                if needing and reading.stage not in self.stages:
+                    raise ValueError(
+                        f"stages: {stage} reads the runs of {reading.stage} ({reading.key} of {needing[0]}): add "
+                        f"{reading.stage}"
+                    )
+        if self.prompts and self.prompts.model_fields_set and self.data.world:
+            raise ValueError("prompts: a base of the world knows the world's prompts only: leave it out")
+        for key in self.common:
+            if key in config.FIELDS and not set(self.stages) & set(config.read_by(key)):
+                raise ValueError(
+                    f"common: {key} may not stand here: no stage of this study reads it ({config.who_reads(key)})"
+                )
+        return self
+
+
+_OF_STAGES = {
+    name: (RunKeys, Field({}, description=f"keys of a run of {name}, on top of those of `common`")) for name in STAGES
+}
+StudyFile = create_model("StudyFile", __base__=StudyKeys, __doc__=StudyKeys.__doc__, **_OF_STAGES)
+"""Every key of a study; the sections of the stages are named by their table."""
+
+
+def read(settings: Any, where: str) -> StudyFile:
+    """The study that the settings say.
+
+    where: the file, which every error begins with. Raises UserError.
+    """
+    try:
+        return StudyFile.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(f"{where}{_first_fault(error, settings)}") from None
+
+
+def _first_fault(error: ValidationError, settings: Any) -> str:
+    """What is wrong, where, and what would be right, after the name of the file."""
+    fault = error.errors(include_url=False)[0]
+    where, value, kind = fault["loc"], fault["input"], fault["type"]
+    is_item = bool(where) and isinstance(where[-1], int)
+    if is_item and not (kind in SAID_OF_ITEMS and isinstance(value, int | str)):
+        where, value, kind = where[:-1], settings[where[0]], "list_type"  # so all of the list is shown
+    place = "".join(f": {part}" for part in where if not isinstance(part, int))
+    if kind == "missing":
+        return f"{place} is missing"
+    if kind in ("model_type", "dict_type"):
+        return f"{place} should hold `key: value` lines, not {shown(value)}"
+    if kind == "value_error":
+        return f"{place}: {fault['ctx']['error']}"
+    if kind == "too_long":
+        return f"{place}: {len(value):,} of them; a study has at most {MOST_SEEDS:,}"
+    if kind == "less_than_equal":
+        return f"{place}: {shown(value)} should be at most {LARGEST}"
+    return f"{place}: {shown(value)} should be {in_words(_schema_at(where))}"
+
+
+SAID_OF_ITEMS = ("literal_error", "greater_than_equal", "less_than_equal", "value_error")
+
+
+json_schema = cache(StudyFile.model_json_schema)
+
+
+def _schema_at(place: tuple[str | int, ...]) -> dict[str, Any]:
+    """What the JSON schema says of a key, or of an item of its list."""
+    schema = whole = json_schema()
+    for part in place:
+        schema = schema["items"] if isinstance(part, int) else schema["properties"][part]
+        for option in schema.get("anyOf", [schema]):
+            if "$ref" in option:
+                schema = whole["$defs"][option["$ref"].rpartition("/")[2]]
+    return schema
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -82,190 +351,3 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
-
-
-def read_name(settings: dict[str, Any], where: str) -> str:
-    name = settings["study"]
-    is_plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name)
-    if not is_plain or name == "published" or len(name) > LONGEST_NAME:
-        raise UserError(
-            f"{where}: study: {shown(name)} should be a plain folder name of at most {LONGEST_NAME} "
-            "characters, and not 'published'"
-        )
-    return name
-
-
-def read_choice(settings: dict[str, Any], key: str, choices: tuple[str, ...], where: str) -> str:
-    """One of `choices`, of which the first is the default."""
-    if (choice := settings.get(key, choices[0])) not in choices:
-        raise UserError(f"{where}: {key}: {shown(choice)} should be {' or '.join(choices)}")
-    return choice
-
-
-def read_list(settings: dict[str, Any], key: str, default: list, kind: type, where: str) -> list:
-    values = settings.get(key, default)
-    right = isinstance(values, list) and all(type(value) is kind for value in values)  # True is no seed
-    if not right or not values or len(set(values)) < len(values):
-        noun = "whole numbers" if kind is int else "names"
-        raise UserError(f"{where}: {key}: {shown(values)} should be a list of different {noun}")
-    if len(values) > MOST_SEEDS:
-        raise UserError(f"{where}: {key}: {len(values):,} of them; a study has at most {MOST_SEEDS:,}")
-    return values
-
-
-def read_stages(settings: dict[str, Any], where: str) -> list[str]:
-    stages = read_list(settings, "stages", list(STAGES), str, where)
-    for stage in stages:
-        if stage not in STAGES:
-            raise UserError(f"{where}: stages: {shown(stage)} should be one of {', '.join(STAGES)}")
-    return stages
-
-
-def read_arms(settings: dict[str, Any], idle_arms: str, where: str) -> list[Arm]:
-    if settings.get("arms", "all") == "all":
-        return list(ARMS)
-    names = {arm.name: arm for arm in ARMS}
-    chosen = read_list(settings, "arms", [], str, where)
-    for name in chosen:
-        if name not in names:
-            raise UserError(f"{where}: arms: no arm is called {shown(name)}; the arms are {', '.join(names)}")
-    arms = [names[name] for name in chosen]
-    for arm in arms:
-        if idle_arms == "prove" and arm.twin not in arms:
-            raise UserError(f"{where}: arms: {arm.name} is proved against {arm.twin.name}: list that too")
-    return arms
-
-
-def check_stages(stages: list[str], arms: list[Arm], where: str) -> None:
-    """What a stage reads must be trained too."""
-    for stage in stages:
-        for reading in STAGES[stage].reads:
-            needing = [arm.name for arm in arms if not reading.idea or arm.has(reading.idea)]
-            if needing and reading.stage not in stages:
-                raise UserError(
-                    f"{where}: stages: {stage} reads the runs of {reading.stage} ({reading.key} of "
-                    f"{needing[0]}): add {reading.stage}"
-                )
-
-
-def read_data(settings: dict[str, Any], where: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """What `data:` says: of a world, with its defaults, if it is one; and of rows."""
-    world, data = None, read_mapping(settings, "data", where)
-    if "world" in data:
-        check_known(data, ["world"], f"{where}: data: world makes its own rows, so next to it")
-        world = mapping(data["world"], f"{where}: data: world")
-        check_known(world, WORLD_DEFAULTS, f"{where}: data: world")
-        world = WORLD_DEFAULTS | world
-        if world["noise"] not in ("heteroscedastic", "homoscedastic"):
-            raise UserError(f"{where}: data: world: noise should be heteroscedastic or homoscedastic")
-        for key in ("sft_examples", "train", "evaluation", "seed"):
-            check_whole(world[key], 0 if key == "seed" else 1, f"{where}: data: world: {key}")
-    else:
-        check_known(data, DATA_KEYS, f"{where}: data")
-        if not data.get("dataset"):
-            raise UserError(f"{where}: data: give dataset (a file, a hub id or a name) or world")
-        if not data.get("eval_dataset") and not data.get("val_size"):
-            raise UserError(f"{where}: data: give eval_dataset or val_size (rows to compare runs on)")
-    return world, _names_joined(data, f"{where}: data")
-
-
-def read_prompts(
-    settings: dict[str, Any], world: dict[str, Any] | None, data: dict[str, Any], where: str
-) -> dict[str, Any]:
-    """What `prompts:` says, and `data:` where that is how rows are read; nothing if the study has no such section."""
-    prompts = read_mapping(settings, "prompts", where)
-    if not prompts:
-        return {}
-    if world:
-        raise UserError(f"{where}: prompts: a base of the world knows the world's prompts only: leave it out")
-    check_known(prompts, DATA_KEYS, f"{where}: prompts")
-    if not prompts.get("dataset"):
-        raise UserError(f"{where}: prompts: give dataset, or leave prompts out to use those of data")
-    if not prompts.get("eval_dataset") and not prompts.get("val_size"):
-        raise UserError(f"{where}: prompts: give eval_dataset or val_size (prompts to measure policies on)")
-    inherited = {key: data[key] for key in HOW_ROWS_ARE_READ if key in data}
-    return inherited | _names_joined(prompts, f"{where}: prompts")
-
-
-def read_base(settings: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `base:` says: of a base that is trained here, or of the model that is there; the other is empty."""
-    base = {key: value for key, value in read_mapping(settings, "base", where).items() if value is not None}
-    check_known(base, ["sft", *MODEL_KEYS], f"{where}: base")
-    if ("sft" in base) == ("model_name_or_path" in base):
-        raise UserError(f"{where}: base: give either model_name_or_path or sft (a base trained here)")
-    if "sft" in base and not base["sft"]:
-        raise UserError(f"{where}: base: sft: say what is trained (model_type, or model_name_or_path)")
-    sft = mapping(base.pop("sft", None), f"{where}: base: sft")
-    if sft and base:
-        raise UserError(f"{where}: base: {next(iter(base))} may not stand next to sft: it belongs in it")
-    _check_paths(base, f"{where}: base")
-    _check_paths(sft, f"{where}: base: sft")
-    for key in ("stage", "output_dir", "overwrite_output_dir"):
-        if key in sft:
-            raise UserError(f"{where}: base: sft: {key} may not stand here: {BELONGS[key]}")
-    return sft, base
-
-
-def read_section(settings: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-    """What `common:` or the section of a stage says."""
-    section = read_mapping(settings, name, where)
-    for key in section:
-        if key in BELONGS:
-            reads_prompts = name in STAGES and not STAGES[name].has_pairs
-            place = "it belongs in `prompts:`" if reads_prompts and key in DATA_KEYS else BELONGS[key]
-            raise UserError(f"{where}: {name}: {key} may not stand here: {place}")
-    return section
-
-
-def read_mapping(settings: dict[str, Any], key: str, where: str) -> dict[str, Any]:
-    return mapping(settings.get(key), f"{where}: {key}")
-
-
-def mapping(value: Any, where: str) -> dict[str, Any]:
-    """The value, with an empty mapping for none."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(f"{where} should hold `key: value` lines, not {shown(value)}")
-    for key in value:
-        if not isinstance(key, str):
-            raise UserError(f"{where}: the key {shown(key)} should be text (write it in quotes)")
-        if len(key) > LONGEST_NAME:
-            raise UserError(f"{where}: unknown key {shown(key)}")
-    return value
-
-
-def check_known(settings: dict[str, Any], names: Iterable[str], where: str) -> None:
-    names = list(names)
-    for key in settings:
-        if key not in names:
-            hint = did_you_mean(key, names) or f"; the keys are {', '.join(names)}"
-            raise UserError(f"{where}: unknown key {shown(key)}{hint}")
-
-
-def check_whole(value: Any, least: int, where: str) -> None:
-    if type(value) is not int or value < least:
-        raise UserError(f"{where}: {shown(value)} should be a whole number, at least {least}")
-    if value > LARGEST:
-        raise UserError(f"{where}: {shown(value)} should be at most {LARGEST}")
-
-
-def _names_joined(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """`dataset: [a, b]` is `dataset: a,b`."""
-    joined = dict(settings)
-    for key in ("dataset", "eval_dataset"):
-        names = joined.get(key)
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            joined[key] = names = ",".join(names)
-        if names is not None and not isinstance(names, str):
-            raise UserError(f"{where}: {key}: {shown(names)} should be a name, or a list of names")
-    _check_paths(joined, where)
-    return joined
-
-
-def _check_paths(settings: dict[str, Any], where: str) -> None:
-    """Refuse what a rule of the workflow could not have as its input."""
-    for key in ("dataset", "eval_dataset", "model_name_or_path", "adapter_name_or_path"):
-        name = settings.get(key)
-        if isinstance(name, str) and (set("{}") & set(name) or not name.isprintable()):
-            raise UserError(f"{where}: {key}: {shown(name)}: Snakemake takes braces for wildcards: rename it")

@@ -1,4 +1,7 @@
-"""The value of a setting in the type of its key, between its bounds; or an error that says what would be right."""
+"""A setting's value in the type of its key, between its bounds; or an error that says what would be right.
+
+`typed` reads one, `as_schema` says the same as a JSON schema, `in_words` the same to a person.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from discobeta.errors import UserError, shown
@@ -35,13 +39,60 @@ def typed(name: str, value: Any, hint: Any, entry: dataclasses.Field, where: str
             return value
         elif kind is str and isinstance(value, list) and all(isinstance(word, str) for word in value):
             return ",".join(value)  # `dataset: [a, b]` is `dataset: a,b`
-    names = [
-        " or ".join(map(str, typing.get_args(kind))) if typing.get_origin(kind) is Literal
-        else "null" if kind is types.NoneType
-        else {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}[kind.__name__]
-        for kind in options
-    ]  # fmt: skip
-    raise UserError(f"{where}: {name}: {shown(value)} should be {', or '.join(names)}")
+    raise UserError(f"{where}: {name}: {shown(value)} should be {in_words(as_schema(hint, {}))}")
+
+
+WHOLE, NUMBER = r"^[-+]?[0-9]+(\.0*)?$", r"^[-+]?[0-9]*\.?[0-9]+\.?([eE][-+]?[0-9]+)?$"
+"""Numbers that are read from texts, since YAML 1.1 takes `1e-4` for one."""
+
+
+def as_schema(hint: Any, bounds: Mapping[str, Any]) -> dict[str, Any]:
+    """What `typed` takes, as a JSON schema; of a number that stands there as a text the bounds are not said."""
+    found: dict[str, Any] = {"type": []}
+    for kind in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+        if typing.get_origin(kind) is Literal:
+            choices = typing.get_args(kind)
+            return {"enum": [*choices, False] if "no" in choices else list(choices)}
+        if kind is str:
+            found["items"] = {"type": "string"}
+        elif kind in (int, float):
+            found["pattern"] = WHOLE if kind is int else NUMBER
+            found |= {word: bounds[key] for key, word in BOUNDS.items() if bounds.get(key) is not None}
+        found["type"] += TYPES[kind]
+    return found
+
+
+TYPES = {
+    types.NoneType: ["null"],
+    bool: ["boolean"],
+    int: ["integer", "string"],
+    float: ["number", "string"],
+    str: ["string", "array"],  # `dataset: [a, b]` is `dataset: a,b`
+}
+BOUNDS = {"least": "minimum", "most": "maximum"}
+
+
+def in_words(schema: dict[str, Any]) -> str:
+    """E.g. "a whole number, at least 1, or null"; of the schemas of `as_schema` and of study_file."""
+    if "anyOf" in schema:
+        return ", or ".join(map(in_words, schema["anyOf"]))
+    if "const" in schema or "enum" in schema:
+        choices = schema.get("enum") or [schema["const"]]
+        return " or ".join(str(choice) for choice in choices if choice is not False)
+    kinds = schema.get("type", "object")
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if kinds == ["array"]:
+        items = schema["items"]
+        names = f": {', '.join(items['enum'])}" if "enum" in items else ""
+        return f"a list of different {'whole numbers' if items['type'] == 'integer' else 'names'}{names}"
+    least, most = schema.get("minimum"), schema.get("maximum")
+    span = "" if least is None else f", at least {least}"
+    if most not in (None, LARGEST):
+        span = f" between {least} and {most}"
+    nouns = {"boolean": "true or false", "integer": f"a whole number{span}", "number": f"a number{span}"}
+    nouns |= {"string": "text", "object": "a mapping", "null": "null"}
+    unsaid = {"array", "string"} if {"integer", "number"} & set(kinds) else {"array"}
+    return ", or ".join(nouns[kind] for kind in kinds if kind not in unsaid)
 
 
 def finite_number(value: Any) -> int | float | None:

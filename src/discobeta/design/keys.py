@@ -1,0 +1,325 @@
+"""Every key of a run and of a study, said to people and to editors: pages, JSON schemas, `discobeta keys`.
+
+Nothing is listed here. What a run key is stands in `config.RunConfig`, what a study key is in `study_file`, other
+programs' names in `config_names`. `make keys` writes what `pages` makes of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from discobeta.design import config, config_names
+from discobeta.design.stages import BASE_STAGE, STAGES
+from discobeta.design.study_sections import may_stand_in
+from discobeta.design.values import NUMBER, as_schema, in_words
+
+STEPS = {
+    "data": "the rows",
+    "model": "what is loaded",
+    "training": "training",
+    "evaluation": "measuring",
+    "log": "the log's lines",
+    "bookkeeping": "nothing",
+}
+"""What a run key belongs to (`config.option`) -> what a change of it changes."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is to be known of a key."""
+
+    name: str
+    group: str  # the heading that it stands under
+    type: str
+    default: dict[str, Any]  # by stage, or under "study"; nothing where it must be said
+    stages: tuple[str, ...]  # that read it
+    decides: str
+    meaning: str
+    elsewhere: tuple[str, ...]  # its names in other programs
+
+    @property
+    def default_text(self) -> str:
+        """E.g. `0.95`, or `0.01 (rm), 0.1 (dpo)`."""
+        said = {stage: json.dumps(value, ensure_ascii=False) for stage, value in self.default.items()}
+        if len(set(said.values())) < 2:
+            return next(iter(said.values()), "required")
+        return ", ".join(f"{value} ({stage})" for stage, value in said.items())
+
+
+# --- keys of a run
+
+
+def run_keys(stage: str | None = None) -> list[Key]:
+    """Those that a stage reads; without one, all."""
+    groups, elsewhere = _groups(), _elsewhere()
+    return [
+        Key(
+            name,
+            groups[name],
+            in_words(value_schema(name)),
+            {} if entry.default is MISSING else {reader: config.default_of(name, reader) for reader in readers},
+            tuple(readers),
+            _decides(entry.metadata),
+            entry.metadata["help"],
+            elsewhere[name],
+        )
+        for name, entry in config.FIELDS.items()
+        if (readers := [reader for reader in config.read_by(name) if stage in (None, reader)])
+    ]
+
+
+def _decides(metadata: Mapping[str, Any]) -> str:
+    trains = f", training of {' and '.join(metadata['trains'])}" if metadata["trains"] else ""
+    return f"{STEPS[metadata['of']]}{trains}"
+
+
+def value_schema(name: str) -> dict[str, Any]:
+    """The JSON schema of what a run key may be."""
+    return as_schema(config.hint_of(name), config.FIELDS[name].metadata)
+
+
+def _groups() -> dict[str, str]:
+    """Run key -> the `# --- heading` that it stands under in the source."""
+    found, heading = dict.fromkeys(config.FIELDS, "what is trained"), None
+    for line in Path(config.__file__).read_text(encoding="utf-8").splitlines():
+        if match := re.fullmatch(r"    # --- (.*)", line):
+            heading = match[1]
+        elif heading and (match := re.match(r"    (\w+): ", line)) and match[1] in found:
+            found[match[1]] = heading
+    return found
+
+
+def _elsewhere() -> dict[str, tuple[str, ...]]:
+    """Run key -> other programs' names of it."""
+    words = {name: re.findall(r"\w+", key) for name, key in config_names.RENAMED.items()}
+    return {key: tuple(name for name in words if key in words[name]) for key in config.FIELDS}
+
+
+def run_schema() -> dict[str, Any]:
+    """The JSON schema of a run YAML: also of names that are ignored, and of refused ones that ask for nothing."""
+    others = {}
+    for name, why in config_names.IGNORED.items():
+        others.setdefault(("ignored", why, "{}"), []).append(name)
+    for name, (neutral, why) in config_names.REFUSED.items():
+        others.setdefault(("not supported", why, json.dumps({"enum": neutral})), []).append(name)
+    return {
+        "$schema": DIALECT,
+        "title": "A run of discobeta",
+        "type": "object",
+        "required": [name for name, entry in config.FIELDS.items() if entry.default is MISSING],
+        "properties": {key.name: _described(key) for key in run_keys()},
+        "patternProperties": {
+            f"^({'|'.join(names)})$": {"description": f"{fate}: {why}"} | json.loads(values)
+            for (fate, why, values), names in others.items()
+        },
+        "additionalProperties": False,
+    }
+
+
+SPELLED_OTHERWISE = {
+    "optim": {"enum": config_names.SAME_ADAMW},
+    "report_to": {"type": ["null", "array"], "items": {"type": "string"}, "maxItems": 1},
+    "warmup_steps": {"type": ["number", "string"], "pattern": NUMBER, "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+    "output_dir": {"type": "null"},
+    "gradient_checkpointing": {"type": "null"},
+}
+"""Run key -> values of transformers' that are read as ours before the type is asked for."""
+
+
+def _described(key: Key) -> dict[str, Any]:
+    found, other = value_schema(key.name), SPELLED_OTHERWISE.get(key.name)
+    said = {"description": f"{key.meaning} ({', '.join(key.stages)})"} | _default(key)
+    return said | ({"anyOf": [found, other]} if other else found)
+
+
+def _default(key: Key) -> dict[str, Any]:
+    """Where it is one."""
+    values = list(key.default.values())
+    return {"default": values[0]} if values and all(value == values[0] for value in values) else {}
+
+
+# --- keys of a study
+
+
+def study_keys() -> list[Key]:
+    """Of a study, section by section; what keys of a run its sections hold is in their meaning."""
+    from discobeta.design import study_file
+
+    schema = study_schema()
+    parts = {
+        "": study_file.StudyFile,
+        "data": study_file.Data,
+        "data: world": study_file.World,
+        "prompts": study_file.Prompts,
+        "base": study_file.Base,
+    }
+    found = []
+    for place, model in parts.items():
+        properties = (schema["$defs"][model.__name__] if place else schema)["properties"]
+        for name, field in model.model_fields.items():
+            is_run_key = properties[name].get("$ref", "").startswith(RUN_KEY)
+            words = in_words(value_schema(name) if is_run_key else properties[name])
+            default = config.FIELDS[name].default if is_run_key else field.get_default(call_default_factory=True)
+            default = {} if field.is_required() else {"study": default}
+            found.append(Key(name, place, words, default, (), "", field.description, ()))
+    return found
+
+
+def study_schema() -> dict[str, Any]:
+    """The JSON schema of a study's file. It requires nothing, since a file may be a layer on top of another."""
+    from discobeta.design import study_file
+
+    schema = _without_titles(study_file.json_schema())
+    runs = {key.name: key for key in run_keys()}
+    models = schema["$defs"]
+    for part in (models["Data"], models["Prompts"], models["Base"]):
+        part["properties"] |= {name: {"$ref": RUN_KEY + name} for name in part["properties"].keys() & runs}
+    sections = {name: (schema, name) for name in ("common", *STAGES)} | {BASE_STAGE: (models["Base"], "sft")}
+    for stage, (part, name) in sections.items():
+        own = {} if stage == "common" else {key.name: _default(key) for key in run_keys(stage)}
+        part["properties"][name] = {
+            "description": part["properties"][name]["description"],
+            "type": ["object", "null"],
+            "properties": {
+                key: {"$ref": RUN_KEY + key} | (own.get(key, {}) if not _default(runs[key]) else {})
+                for key in may_stand_in(stage)
+            },
+            "additionalProperties": False,
+        }
+    schema.pop("required")
+    text = str(schema)
+    models |= {f"run-{name}": _described(key) for name, key in runs.items() if f"'{RUN_KEY}{name}'" in text}
+    return {"$schema": DIALECT, "title": "A study of discobeta"} | schema
+
+
+RUN_KEY = "#/$defs/run-"
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def _without_titles(schema: Any) -> Any:
+    """pydantic gives every key one, which says no more than its name."""
+    if isinstance(schema, dict):
+        return {key: _without_titles(part) for key, part in schema.items() if key != "title"}
+    return [_without_titles(part) for part in schema] if isinstance(schema, list) else schema
+
+
+# --- pages
+
+
+def pages() -> dict[str, str]:
+    """File of the repository -> what stands in it."""
+    return {
+        "docs/reference/run.md": _run_page(),
+        "docs/reference/study.md": _study_page(),
+        "workflow/schemas/run.schema.json": _json_text(run_schema()),
+        "workflow/schemas/study.schema.json": _json_text(study_schema()),
+    }
+
+
+MADE = "<!-- written by `make keys`: change the key in src/discobeta/design, not this page -->"
+
+RUN_PAGE = f"""{MADE}
+# Keys of a run
+
+A run is one flat YAML. Types and bounds are checked before anything is loaded; an unknown key is refused with the
+nearest known one, and a key that the stage does not read is named as unused and keeps its default. *Decides* says what
+a change of the key changes, and so [what runs again](../workflow.md#the-rules). *Elsewhere* are names in other
+programs, which are refused with the name here; those that are the same there, and what else their files hold, are in
+[llama-factory.md](../llama-factory.md). The same in a terminal: `discobeta keys STAGE`; for editors:
+`workflow/schemas/run.schema.json`.
+"""
+
+STUDY_PAGE = f"""{MADE}
+# Keys of a study
+
+A study is one YAML with sections, or several, later ones on top key by key. It is checked whole, with every run that
+it holds, before anything runs. The same in a terminal: `discobeta keys study`; for editors:
+`workflow/schemas/study.schema.json`.
+"""
+
+RUN_KEYS_OF_A_STUDY = """
+## Keys of a run in a study
+
+They are explained in [run.md](run.md). A key that a stage does not read may not stand in its section; one of `common`
+goes to the stages that read it.
+
+"""
+
+
+def _run_page() -> str:
+    def cells(key: Key) -> list[str]:
+        stages = "all" if key.stages == config.read_by("stage") else " ".join(key.stages)
+        return [f"`{key.name}`", key.type, key.default_text, stages, key.decides, key.meaning, _code(key.elsewhere)]
+
+    heads = ["key", "type", "default", "stages", "decides", "meaning", "elsewhere"]
+    parts = [
+        f"\n## {group[0].upper()}{group[1:]}\n\n" + _table(heads, map(cells, keys))
+        for group, keys in groupby(run_keys(), key=lambda key: key.group)
+    ]
+    return RUN_PAGE + "".join(parts)
+
+
+def _study_page() -> str:
+    parts = [
+        f"\n## {f'`{place}:`' if place else 'The study'}\n\n"
+        + _table(
+            ["key", "type", "default", "meaning"],
+            ([f"`{key.name}`", key.type, key.default_text, key.meaning] for key in keys),
+        )
+        for place, keys in groupby(study_keys(), key=lambda key: key.group)
+    ]
+    held = {name: may_stand_in(name) for name in ("common", *STAGES, BASE_STAGE)}
+    rows = [["`common:`", _code(held["common"])]]
+    for stage in STAGES:
+        rows.append(
+            [f"`{stage}:`", f"as `common:`, but {_code(name for name in held['common'] if name not in held[stage])}"]
+        )
+    rows.append(["`base: sft:`", _code(held[BASE_STAGE])])
+    return STUDY_PAGE + "".join(parts) + RUN_KEYS_OF_A_STUDY + _table(["section", "keys"], rows)
+
+
+def _code(names: Iterable[str]) -> str:
+    return " ".join(f"`{name}`" for name in names)
+
+
+def _table(heads: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def _json_text(schema: dict[str, Any]) -> str:
+    """Indented down to the keys, each of which is a line."""
+
+    def written(value: Any, indent: str) -> str:
+        line = json.dumps(value, ensure_ascii=False)
+        if not isinstance(value, dict) or len(line) + len(indent) <= 120:
+            return line
+        parts = [f"{indent} {json.dumps(key)}: {written(part, indent + ' ')}" for key, part in value.items()]
+        return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
+
+    return written(schema, "") + "\n"
+
+
+def as_lines(keys: list[Key]) -> str:
+    """One line a key, for a terminal: name, type, default, stages, meaning."""
+    rows = [
+        [key.name if key.stages else ": ".join(filter(None, [key.group, key.name])), key.type, key.default_text]
+        + [" ".join(key.stages), key.meaning]
+        for key in keys
+    ]
+    widths = [min(40, max(len(row[column]) for row in rows)) for column in range(4)]
+    return "\n".join("  ".join([*map(str.ljust, row[:4], widths), row[4]]) for row in rows)
+
+
+if __name__ == "__main__":
+    from discobeta.files import write_text
+
+    for name, text in pages().items():
+        write_text(Path(sys.argv[1]) / name, text)

@@ -1,0 +1,65 @@
+"""Which keys of a run may stand where in a study: in `data:`, `prompts:`, `base:`, `common:`, a stage's own section."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from discobeta.design.arms import FLAGS
+from discobeta.design.config import FIELDS, read_by, who_reads
+from discobeta.design.stages import BASE_STAGE, READ_KEYS, STAGES
+from discobeta.errors import shown
+
+PATH_KEYS = (
+    "stage",
+    "seed",
+    "output_dir",
+    "tokenized_path",
+    "reference_path",
+    "overwrite_output_dir",
+    "stop_after_steps",
+    *READ_KEYS,
+)
+DATA_KEYS = tuple(name for name, entry in FIELDS.items() if entry.metadata["of"] == "data" and name not in PATH_KEYS)
+HOW_ROWS_ARE_READ = ("dataset_dir", "cutoff_len", "max_unusable_rows")
+"""Of DATA_KEYS, those that say nothing about which rows: `prompts:` has them from `data:` unless it has its own."""
+
+MODEL_KEYS = ("model_name_or_path", "model_revision", "adapter_name_or_path", "trust_remote_code", "cache_dir")
+
+BELONGS = (
+    dict.fromkeys(FLAGS, "it comes from the grid (choose arms with `arms:`)")
+    | dict.fromkeys(DATA_KEYS, "it belongs in `data:` (all runs see the same rows)")
+    | dict.fromkeys(MODEL_KEYS, "it belongs in `base:` (all runs start from the same model)")
+    | dict.fromkeys(PATH_KEYS, "the study sets it")
+)
+"""Run keys that `common:` and the stages' sections may not hold, and where they belong."""
+
+SET_OF_BASE = ("stage", "output_dir", "overwrite_output_dir")
+"""Run keys that `base: sft:` may not hold: the study sets them."""
+
+
+def may_stand_in(section: str) -> list[str]:
+    """The run keys that `common:`, the section of a stage or `base: sft:` (of BASE_STAGE) may hold."""
+    known = [name for name in FIELDS if not place_of(name, section)]
+    return [name for name in known if section != "common" or set(STAGES) & set(read_by(name))]
+
+
+def place_of(key: str, section: str) -> str | None:
+    """Where a run key belongs that may not stand in a section; None where it may, or is none."""
+    if section in STAGES and not STAGES[section].has_pairs and key in DATA_KEYS:
+        return "it belongs in `prompts:`"
+    if key in BELONGS and (section != BASE_STAGE or key in SET_OF_BASE):
+        return BELONGS[key]
+    if section != "common" and key in FIELDS and section not in read_by(key):
+        return f"{section} does not read it ({who_reads(key)})"
+    return None
+
+
+PATHS = ("dataset", "eval_dataset", "model_name_or_path", "adapter_name_or_path")
+"""Run keys that name what a rule of the workflow has as its input."""
+
+
+def path_fault(key: str, value: Any) -> str | None:
+    """What is wrong with it, or None."""
+    if key in PATHS and isinstance(value, str) and (set("{}") & set(value) or not value.isprintable()):
+        return f"{shown(value)}: Snakemake takes braces for wildcards: rename it"
+    return None
