@@ -111,7 +111,7 @@ def settings(base: Path, pairs: dict[str, Path], tmp_path: Path):
             "learning_rate": 1e-3,
             "max_steps": 4,
             "logging_steps": 2,
-            "pref_beta": 0.5,
+            **({} if stage == "rm" else {"pref_beta": 0.5}),  # which rm does not read
             "lora_rank": 4,
             "seed": 7,
         } | changes
