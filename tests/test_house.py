@@ -84,7 +84,7 @@ STAGE = {
         rows="pairs",
         trains="policy",
         compared=("accuracy",),
-        defaults={"disco_mean_penalty": 0.0, "disco_spread_penalty": 0.0, "num_eval_generations": 0},
+        defaults={"num_eval_generations": 0},
         reference_pass=True,
     ),
 )\n\nSTAGES = """,

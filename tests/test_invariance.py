@@ -1,5 +1,7 @@
 """What must not change what a model says: padding, its side, the batch, the order of the rows."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -170,13 +172,27 @@ def test_one_process_and_two_see_the_same_passes():
         assert joined == [part.tolist() for part in one.passes(step, lengths, 0)]
 
 
-def test_cutting_a_step_into_passes_leaves_the_run_the_same(run):
-    """2 x 4 pairs per step or 1 x 8: the same weights to rounding (no used head: its penalty is per pass)."""
+USED = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_dynamic_beta": True}
+
+
+@pytest.mark.parametrize("passes", [2, 8])
+@pytest.mark.parametrize("stage, flags", [("rm", {}), ("rm", USED), ("dpo", {}), ("dpo", USED)])
+def test_cutting_a_step_into_passes_leaves_the_run_the_same(run, stage, flags, passes):
+    """8 pairs per step in one pass, in 2, or each alone: the same losses and weights, to rounding."""
     from safetensors.torch import load_file
 
-    whole = run("dpo", name="whole", per_device_train_batch_size=8)
-    parts = run("dpo", name="parts", per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    one, other = (load_file(path / "adapter/adapter_model.safetensors") for path in (whole, parts))
-    # AdamW's first steps are lr * sign(gradient): compare far below the learning rate of 1e-3
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=0, atol=2e-5, msg=name)
+    every = {"max_steps": 12, "logging_steps": 1, **flags}
+    whole = run(stage, name="whole", per_device_train_batch_size=8, **every)
+    cut = {"per_device_train_batch_size": 8 // passes, "gradient_accumulation_steps": passes}
+    parts = run(stage, name="parts", **cut, **every)
+    logs = [[json.loads(line) for line in (path / "log.jsonl").open()] for path in (whole, parts)]
+    assert len(logs[0]) == 12
+    for one, other in zip(*logs, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5), one["step"]
+    for name in ("adapter/adapter_model.safetensors", "heads.safetensors"):
+        one, other = (load_file(path / name) for path in (whole, parts))
+        # AdamW's first steps are lr * sign(gradient): compare far below the learning rate of 1e-3
+        for weight, value in one.items():
+            torch.testing.assert_close(other[weight], value, rtol=0, atol=5e-5, msg=weight)
+    if flags:
+        assert abs(logs[0][-1]["log_sigma"]) > 1e-4  # the head says something

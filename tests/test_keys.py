@@ -62,7 +62,6 @@ def test_the_pages_hold_every_key():
     assert (
         "| `lam` | a number between 0 and 1 | 0.95 | ppo | training | lambda of the generalised advantages |  |" in page
     )
-    assert "| `disco_mean_penalty` | a number, at least 0, or null | 0.01 (rm), 0.1 (dpo) | rm dpo | training |" in page
     assert "| 0 (dpo), 64 (ppo) | dpo ppo | measuring | prompts answered in evaluation |" in page
     assert "| `top_k` | a whole number, at least 0 | 0 | dpo ppo | measuring, training of ppo |" in page
     assert "| LoRA rank; null: that of adapter_name_or_path | `lora_r` `r` |" in page
@@ -86,7 +85,7 @@ def test_the_schema_says_what_a_key_of_a_study_may_be():
     rm, ppo, common, sft = (
         top["rm"], top["ppo"], top["common"], schema["$defs"]["Base"]["properties"]["sft"]
     )  # fmt: skip
-    assert rm["properties"]["disco_mean_penalty"]["default"] == 0.01
+    assert ppo["properties"]["num_eval_generations"]["default"] == 64
     assert "lam" in ppo["properties"] and "lam" in common["properties"] and "lam" not in rm["properties"]
     assert "head_pooling" in rm["properties"] and "head_pooling" not in ppo["properties"]
     assert "vocab_size" in sft["properties"] and "vocab_size" not in common["properties"]
@@ -277,8 +276,8 @@ def test_no_run_imports_the_models_of_a_study():
         ({"stage": "rm", "temperature": "0.7"}, "temperature is unused: rm does not read it (dpo and ppo do)"),
         ({"stage": "dpo", "reward_model": "r"}, "reward_model is unused: dpo does not read it (ppo does)"),
         (
-            {"stage": "ppo", "disco_mean_penalty": 0.1},
-            "disco_mean_penalty is unused: ppo does not read it (rm and dpo do)",
+            {"stage": "ppo", "disco_learning_rate": 0.1},
+            "disco_learning_rate is unused: ppo does not read it (rm and dpo do)",
         ),
         (
             {"stage": "sft", "finetuning_type": "full", "lora_rank": 4},

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from discobeta.losses import earlier_probit_loss, log_scale_penalty, logistic_loss, probit_loss
+from discobeta.losses import earlier_probit_loss, logistic_loss, probit_loss
 
 pytestmark = pytest.mark.numeric
 
@@ -88,15 +88,6 @@ def test_swapping_chosen_and_rejected_gives_the_other_probability():
     margin, variance = torch.tensor([0.7, -1.3]), torch.tensor([1.0, 2.0])
     for loss in (lambda m: logistic_loss(m, 0.5), lambda m: probit_loss(m, variance)):
         torch.testing.assert_close((-loss(margin)).exp() + (-loss(-margin)).exp(), torch.ones(2))
-
-
-def test_penalty_has_the_value_and_gradient_of_its_formula():
-    """0.1 * mean(l)^2 + 0.003 * mean(l^2) at l = (1, 3): 0.1 * 4 + 0.003 * 5; d/dl_i = 0.1*2*2/2 + 0.003*l_i."""
-    values = torch.tensor([1.0, 3.0], requires_grad=True)
-    penalty = log_scale_penalty(values, 0.1, 0.003, values.detach().mean()).mean()
-    assert penalty.item() == pytest.approx(0.415)
-    penalty.backward()
-    torch.testing.assert_close(values.grad, torch.tensor([0.203, 0.209]))
 
 
 def test_losses_import_torch_and_nothing_else_of_ours():

@@ -101,8 +101,7 @@ ALL_BUT_THE_CORPUS = {rule: count for rule, count in EVERYTHING.items() if rule 
 
 DEFAULTS = {
     "lam": ("lam: float = option(0.95", "lam: float = option(0.9", PPO),
-    "disco_mean_penalty of rm": ('"disco_mean_penalty": 0.01', '"disco_mean_penalty": 0.02', RM),
-    "disco_mean_penalty of dpo": ('"disco_mean_penalty": 0.1,', '"disco_mean_penalty": 0.2,', DPO),
+    "head_max_grad_norm": ("head_max_grad_norm: float = option(1.0", "head_max_grad_norm: float = option(2.0", TRAINED),
     "top_k": ("top_k: int = option(0", "top_k: int = option(5", {"evaluate dpo": 4} | PPO),
     "cutoff_len": ("cutoff_len: int = option(2048", "cutoff_len: int = option(1024", TOKENS),
     "plot_loss": ("plot_loss: bool = option(False", "plot_loss: bool = option(True", {}),
@@ -111,7 +110,7 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("old, new, expected", DEFAULTS.values(), ids=DEFAULTS.keys())
 def test_a_changed_default_reruns_what_reads_it(copy: Path, old: str, new: str, expected: dict):
-    edit(copy, "design/stages" if "disco" in old else "design/config", old, new)
+    edit(copy, "design/config", old, new)
     assert planned(copy) == expected
 
 
@@ -120,7 +119,7 @@ CHANGES = {
     "temperature of dpo": ({"dpo": "{temperature: 0.7}"}, {"evaluate dpo": 4} | REPORT),
     "temperature of ppo": ({"ppo": "{temperature: 0.7}"}, PPO),
     "what rm does not read": ({"common": "{lam: 0.5}"}, PPO),
-    "what ppo does not read": ({"common": "{disco_spread_penalty: 0.1}"}, TRAINED),
+    "what ppo does not read": ({"common": "{disco_learning_rate: 0.1}"}, TRAINED),
     "what no training reads": ({"common": "{ground_truth: none}"}, {"evaluate dpo": 4, "evaluate ppo": 4} | REPORT),
     "logging": ({"common": "{logging_steps: 3, save_steps: 7, plot_loss: true, report_to: none}"}, REPORT),
     "rows of the world": ({"data": "{world: {train: 700}}"}, {"world_pairs": 2} | TOKENS),

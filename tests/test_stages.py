@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 import discobeta
+from conftest import preference_rows, write_rows
 from discobeta import record
 from discobeta.data.batches import Pairs, pack
 from discobeta.data.tokens import load_or_tokenise
@@ -50,6 +51,8 @@ def moved(stage):
         for group in stage.parameter_groups().values():
             for weight in group.weights:
                 weight += 0.1 * torch.randn(weight.shape, generator=noise)
+    if stage.heads.disco is not None:
+        stage.heads.disco.steps.fill_(1)  # after its first step
     return stage
 
 
@@ -199,8 +202,21 @@ def test_comparing_waits_for_no_value(monkeypatch):
     batch = pack([[1, 2]] * 12, [[3]] * 12, {"prompt_features": torch.empty(6, 8)}).to("meta")
     comparison = signals.compare(Evidence(rewards, batch, torch.empty(12, 3, 8, device="meta"), 0.5, logps))
     said = comparison.statistics()
-    assert {value.device.type for value in said.values()} == {"meta"} and comparison.objective.shape == (6,)
-    assert {"accuracy", "margin", "reward_chosen", "logp_rejected", "penalty", "log_s"} <= set(said)
+    assert {value.device.type for value in said.values()} == {"meta"} and comparison.loss.shape == (6,)
+    assert {"accuracy", "margin", "reward_chosen", "logp_rejected", "log_sigma", "log_s"} <= set(said)
+
+
+def test_sigma_of_a_reward_model_does_not_run_away(run, tmp_path):
+    """Where labels are coin flips, a larger sigma for all lowers the loss of random scores at once."""
+    coin = np.random.default_rng(1)
+    rows = preference_rows(320, seed=3)
+    for row in rows:
+        if coin.random() < 0.5:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    flags = {"add_disco_head": True, "disco_pref": True, "dataset": str(write_rows(tmp_path / "flips.jsonl", rows))}
+    directory = run("rm", max_steps=40, logging_steps=1, disco_learning_rate=1e-2, **flags)
+    log_sigma = [json.loads(line)["log_sigma"] for line in (directory / "log.jsonl").open()]
+    assert max(map(abs, log_sigma)) < 0.5 and any(log_sigma), log_sigma
 
 
 @pytest.mark.parametrize("arm", ["baseline", "disco-used_beta-used"])
@@ -340,7 +356,7 @@ def test_a_run_directory_holds_what_is_promised(run):
         ".discobeta.json", "provenance.json", "reference", "tracker",
     }  # fmt: skip
     resolved = yaml.safe_load((directory / "config.yaml").read_text())
-    assert resolved["disco_pref"] is True and resolved["disco_mean_penalty"] == 0.1
+    assert resolved["disco_pref"] is True and resolved["disco_learning_rate"] is None
     again, _ = RunConfig.from_mapping(resolved)
     assert again.resolved() == resolved
     provenance = json.loads((directory / "provenance.json").read_text())

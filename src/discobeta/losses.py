@@ -46,19 +46,6 @@ def probit_loss(mean_margin: Tensor, variance_sum: Tensor) -> Tensor:
     return -torch.special.log_ndtr(z)
 
 
-def log_scale_penalty(log_values: Tensor, mean_weight: float, spread_weight: float, batch_mean: Tensor) -> Tensor:
-    """Per-example penalty m * (batch mean of l)^2 + v * l^2, whose mean keeps exp(l) around 1.
-
-    log_values: (N,) l = log(sigma / sigma0), or log s.
-    batch_mean: scalar, the mean of l over the whole batch (over all processes), detached.
-    Returns (N,) float32. Its mean has the value and the gradient of m * mean(l)^2 + v * mean(l^2):
-    the first term is written as 2 * b * l - b^2 with b = batch_mean held fixed, so that each
-    process can hold a part of the batch.
-    """
-    values = log_values.float()
-    return mean_weight * (2 * batch_mean * values - batch_mean**2) + spread_weight * values**2
-
-
 def token_rewards(scores: Tensor, kl: Tensor, coefficient: Tensor | float, mask: Tensor) -> Tensor:
     """r_t = -coefficient * kl_t, plus the response's score at its last token.
 

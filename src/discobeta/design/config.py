@@ -24,7 +24,7 @@ from discobeta.design.yaml_text import parse_overrides, read_yaml
 from discobeta.errors import UserError, did_you_mean, shown
 
 STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
-    BASE_STAGE: {"disco_mean_penalty": 0.0, "disco_spread_penalty": 0.0, "num_eval_generations": 0},
+    BASE_STAGE: {"num_eval_generations": 0},
     **{name: row.defaults for name, row in STAGES.items()},
 }
 
@@ -102,12 +102,6 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), fro
     head_pooling: Literal["last", "mean"] = option("last", "what the Disco Head's variance reads", stages="pairs")
     disco_learning_rate: float | None = option(None, "default 3 x learning_rate", least=0, stages="pairs")
     beta_learning_rate: float | None = option(None, "default 5 x learning_rate", least=0, stages="reference")
-    disco_mean_penalty: float | None = option(
-        None, "weight of (batch mean log sigma/sigma0)^2", least=0, stages="pairs"
-    )
-    disco_spread_penalty: float | None = option(None, "weight of mean (log sigma/sigma0)^2", least=0, stages="pairs")
-    beta_mean_penalty: float = option(0.1, "weight of (batch mean log s)^2", least=0, stages="reference")
-    beta_spread_penalty: float = option(0.01, "weight of mean (log s)^2", least=0, stages="reference")
     head_max_grad_norm: float = option(1.0, "clipping of each head's gradient", least=0, stages="grid")
 
     # --- data

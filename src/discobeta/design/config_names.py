@@ -137,6 +137,10 @@ _REFUSED_BECAUSE = {
 }
 
 _REFUSED_UNLESS: dict[str, tuple[tuple, str]] = {
+    **dict.fromkeys(  # keys of earlier versions
+        ("disco_mean_penalty", "disco_spread_penalty", "beta_mean_penalty", "beta_spread_penalty"),
+        ((None, 0), "heads are centred and have no penalties any more (docs/decisions/0023)"),
+    ),
     "mix_strategy": ((None, "concat"), "datasets named together are concatenated"),
     "interleave_probs": ((None,), "datasets named together are concatenated"),
     "reward_model_type": ((None, "lora", "full"), "a reward model is a directory, which says what it holds"),

@@ -59,7 +59,7 @@ _ROWS = (
         rows="pairs",
         trains="reward",
         compared=("nll", "accuracy"),
-        defaults={"disco_mean_penalty": 0.01, "disco_spread_penalty": 0.001, "num_eval_generations": 0},
+        defaults={"num_eval_generations": 0},
     ),
     StageRow(
         "dpo",
@@ -68,7 +68,7 @@ _ROWS = (
         rows="pairs",
         trains="policy",
         compared=("nll", "accuracy", "true_reward", "kl_per_sequence"),
-        defaults={"disco_mean_penalty": 0.1, "disco_spread_penalty": 0.003, "num_eval_generations": 0},
+        defaults={"num_eval_generations": 0},
         reference_pass=True,
     ),
     StageRow(
@@ -78,7 +78,7 @@ _ROWS = (
         rows="prompts",
         trains="policy",
         compared=("true_reward", "kl_per_sequence", "reward_gain"),
-        defaults={"disco_mean_penalty": 0.0, "disco_spread_penalty": 0.0, "num_eval_generations": 64},
+        defaults={"num_eval_generations": 64},
         step="update",
         step_factors=("ppo_epochs", "ppo_buffer_size"),
         reads=(Reading("reward_model", "rm"), Reading("beta_head", "dpo", idea="beta")),

@@ -9,7 +9,7 @@ whatever the model's dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Self
 
@@ -28,6 +28,9 @@ SIGMA0 = 2 / math.sqrt(math.pi)
 probit loss has the slope (1/2) and the curvature (1/4) of the logistic one at margin 0: arms differ
 in the shape of the loss and not in a hidden beta."""
 
+NEWEST = 0.1
+"""Weight of an optimiser step in the running mean of the Disco Head's states."""
+
 WIDTH = 64
 """Hidden units of the Disco Head's variance network."""
 
@@ -43,10 +46,15 @@ def full_precision(like: Tensor) -> torch.autocast:
 
 
 class DiscoHead(nn.Module):
-    """N(mu, sigma^2) instead of a number: sigma = sigma0 * exp(l), l = k * tanh(net(h) / k).
+    """N(mu, sigma^2) instead of a number: sigma = sigma0 * exp(l), l = k * tanh(net(h - m) / k).
 
-    h is (N, hidden_size), the trunk's last hidden state pooled over a response. The last layer of
-    net starts at zero, so sigma starts at sigma0 for every response.
+    h is (N, hidden_size), the trunk's last hidden state pooled over a response; m is its mean over the responses of
+    the earlier optimiser steps, a plain one over the first 1 / NEWEST of them and an exponential one from there on.
+    net is linear, tanh, linear, and has no bias. So net(h - m) is 0 at the mean state: a larger sigma of *all*
+    responses, which comparisons cannot tell from a smaller scale of mu, is nothing that net could learn
+    (docs/decisions/0023). What m is made of are whole steps, so it does not depend on how a step is cut into passes.
+    The last layer of net starts at zero, so sigma starts at sigma0 for every response; it has no gradient in the
+    first step, whose m is not known.
 
     score_weight: (1, hidden_size) for a reward model, whose mean is mu = mean(h), a linear map that
                   starts as a copy of the scalar score, so that both arms start from equal rewards.
@@ -55,9 +63,13 @@ class DiscoHead(nn.Module):
 
     def __init__(self, hidden_size: int, score_weight: Tensor | None = None):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(hidden_size, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+        self.net = nn.Sequential(
+            nn.Linear(hidden_size, WIDTH, bias=False), nn.Tanh(), nn.Linear(WIDTH, 1, bias=False)
+        )
         nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        self.register_buffer("state_mean", torch.zeros(hidden_size))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.sums = torch.zeros(hidden_size + 1, dtype=torch.float64)  # of this step's states so far, and their number
         self.mean = None
         if score_weight is not None:
             self.mean = nn.Linear(hidden_size, 1, bias=False)
@@ -69,16 +81,32 @@ class DiscoHead(nn.Module):
 
     @classmethod
     def described(cls, description: dict) -> Self:
+        if not description.get("centred"):
+            raise ValueError("its Disco Head is not centred: train the run again")
         size = description["hidden_size"]
         return cls(size, torch.zeros(1, size) if description["mean"] else None)
 
     def description(self) -> dict:
-        return {"hidden_size": self.net[0].in_features, "mean": self.mean is not None}
+        return {"hidden_size": len(self.state_mean), "mean": self.mean is not None, "centred": True}
 
     def log_sigma(self, hidden: Tensor) -> Tensor:
-        """(N,) float32, l = log(sigma / sigma0), in [-k, k]."""
+        """(N,) float32, l = log(sigma / sigma0), in [-k, k]. In training, what `end_step` averages is added up."""
         with full_precision(hidden):
-            return bounded(self.net(hidden.float())).squeeze(-1)
+            states = hidden.float()
+            if self.training and torch.is_grad_enabled():
+                ones = states.new_ones(len(states), 1)
+                self.sums = self.sums.to(states.device) + torch.cat([states.detach(), ones], 1).double().sum(0)
+            is_centred = self.steps > 0
+            return bounded(self.net(states - self.state_mean)).squeeze(-1) * is_centred
+
+    @torch.no_grad()
+    def end_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Move m by the mean state of the optimiser step that ends. reduce: the sum of a tensor over all processes."""
+        total = reduce(self.sums)
+        self.steps += 1
+        newest = (1 / self.steps).clamp_min(NEWEST)
+        self.state_mean += newest * (total[:-1] / total[-1] - self.state_mean).float()
+        self.sums = torch.zeros_like(total)
 
 
 class BetaHead(nn.Module):
@@ -176,7 +204,7 @@ def load(directory: Path) -> Heads:
     from safetensors.torch import load_file
 
     descriptions = read_mapping(directory / "heads.json")
-    with telling(f"{directory}/heads.json describes no heads"):
+    with telling(f"{directory}/heads.json describes no heads of this version"):
         heads = Heads(**{key: HEADS[key].described(description) for key, description in descriptions.items()})
     with telling(f"{directory}/heads.safetensors does not fit heads.json"):
         heads.load_state_dict(load_file(directory / "heads.safetensors"))

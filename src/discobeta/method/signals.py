@@ -6,7 +6,7 @@ and not mentioned in a log: from here on the run is the run without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from discobeta.data.batches import Batch
 from discobeta.design.arms import Arm
 from discobeta.design.config import RunConfig
-from discobeta.losses import log_scale_penalty, logistic_loss, probit_loss
+from discobeta.losses import logistic_loss, probit_loss
 from discobeta.method.heads import SIGMA0, Heads
 from discobeta.method.optim import Group, head_group
 from discobeta.metrics import correctness
@@ -66,8 +66,8 @@ class Signal:
     def opinion(self, evidence: Evidence) -> Opinion:
         return Opinion()
 
-    def penalty(self, opinion: Opinion) -> Tensor | None:
-        """(B,) what keeps the head around its start; None without training."""
+    def end_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Take note that an optimiser step has ended. reduce: the sum of a tensor over all processes."""
 
     def log_sigma(self, hidden: Tensor, batch: Batch) -> Tensor | None:
         """(N,) log(sigma/sigma0) of single responses."""
@@ -109,9 +109,8 @@ class GaussianReward(Signal):
             },
         )
 
-    def penalty(self, opinion: Opinion) -> Tensor | None:
-        both = around_zero(opinion.log_sigma, self.config.disco_mean_penalty, self.config.disco_spread_penalty)
-        return None if both is None else both.mean(0)
+    def end_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        self.head.end_step(reduce)
 
 
 class PromptScale(Signal):
@@ -129,9 +128,6 @@ class PromptScale(Signal):
         log_s = self.log_scale(evidence.batch.columns["prompt_features"])
         return Opinion(log_scale=log_s, logged={"log_s": log_s}, measured={"log_s": log_s})
 
-    def penalty(self, opinion: Opinion) -> Tensor | None:
-        return around_zero(opinion.log_scale, self.config.beta_mean_penalty, self.config.beta_spread_penalty)
-
 
 SIGNALS: dict[str, type[Signal]] = {"disco": GaussianReward, "beta": PromptScale}
 """Key of an idea -> how its head is read."""
@@ -142,16 +138,11 @@ class Comparison:
     """How a run sees B pairs of responses. Every tensor is float32, (B,) unless said."""
 
     mean_margin: Tensor  # mean reward of chosen minus rejected (r_w - r_l, or beta * margin; 0 if rounding), detached
-    loss: Tensor  # what is minimised, without penalties
+    loss: Tensor  # what is minimised
     nll: Tensor | None  # -log P(chosen wins), in nats; None of a loss that is no likelihood
-    penalty: Tensor | None  # what keeps the used heads around their start; None without one, or without training
     rewards: Tensor  # (2, B) mean rewards of chosen and rejected, whose difference is the margin, detached
     logps: Tensor | None = None  # (2, B) log pi(y|x) of chosen and rejected, detached; None if there is no policy
     opinions: dict[str, Opinion] = field(default_factory=dict)  # of the used heads, by key
-
-    @property
-    def objective(self) -> Tensor:
-        return self.loss if self.penalty is None else self.loss + self.penalty
 
     def sides(self) -> dict[str, Tensor]:
         """What stands behind the margin, as (B,) of the chosen and of the rejected responses."""
@@ -174,8 +165,6 @@ class Comparison:
         """Per-pair quantities whose means are logged; those of heads only if the head is used."""
         values = {"loss": self.loss, "accuracy": correctness(self.mean_margin), "margin": self.mean_margin}
         values |= self.sides()
-        if self.penalty is not None:
-            values["penalty"] = self.penalty
         for opinion in self.opinions.values():
             values |= opinion.logged
         return {name: value.detach() for name, value in values.items()}
@@ -191,6 +180,11 @@ class Signals:
     def groups(self) -> dict[str, Group]:
         """Key -> the weights of each used head."""
         return {key: signal.group() for key, signal in self.used.items()}
+
+    def end_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Tell the used heads that an optimiser step has ended."""
+        for signal in self.used.values():
+            signal.end_step(reduce)
 
     def reward_map(self, score: nn.Linear) -> nn.Linear:
         """hidden -> mean reward: the scalar score, or what a used head has in its place."""
@@ -220,13 +214,12 @@ class Signals:
         mean_margin = scale * margin.float()
         is_number = log_sigma is None
         nll = logistic_loss(margin, scale) if is_number else probit_loss(mean_margin, variance_sum(log_sigma))
-        penalty = _sum(signal.penalty(opinions[key]) for key, signal in self.used.items())
         with torch.no_grad():
             logps = evidence.logps
             size = (evidence.rewards if logps is None else logps).float().abs().sum(0)
             mean_margin = mean_margin.masked_fill(margin.float().abs() <= TIE * size, 0)
             rewards, logps = scale * evidence.rewards.float(), None if logps is None else logps.detach()
-        return Comparison(mean_margin, nll, nll, penalty, rewards, logps, opinions)
+        return Comparison(mean_margin, nll, nll, rewards, logps, opinions)
 
 
 def scaled(beta: float, log_s: Tensor | None) -> Tensor | float:
@@ -237,17 +230,6 @@ def scaled(beta: float, log_s: Tensor | None) -> Tensor | float:
 def variance_sum(log_sigma: Tensor) -> Tensor:
     """(B,) sigma_w^2 + sigma_l^2 from (2, B) log(sigma/sigma0)."""
     return (SIGMA0 * log_sigma.exp()).square().sum(0)
-
-
-def around_zero(values: Tensor, mean_weight: float, spread_weight: float) -> Tensor | None:
-    """The penalty of each element, with the batch mean taken over all processes; None without training."""
-    if not torch.is_grad_enabled():
-        return None
-    batch_mean = values.detach().mean()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(batch_mean)
-        batch_mean /= torch.distributed.get_world_size()
-    return log_scale_penalty(values, mean_weight, spread_weight, batch_mean)
 
 
 def _sum(terms: Iterable[Tensor | None]) -> Tensor | None:

@@ -184,18 +184,23 @@ class Stage(nn.Module):
 
     def state(self) -> dict:
         """What a checkpoint must keep beside weights and optimiser."""
-        return {}
+        return {"heads": dict(self.heads.named_buffers())}
 
     def restore(self, state: dict) -> None:
         """Go on from what `state` has returned."""
+        self.heads.load_state_dict(state["heads"], strict=False)  # their weights are with those that are trained
+
+    def end_step(self, accelerator: Accelerator) -> None:
+        """After each optimiser step."""
+        self.signals.end_step(lambda values: accelerator.reduce(values, "sum"))
 
     def compare(self, batch: Batch) -> Comparison:
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B,) objective and the per-pair statistics of a batch."""
+        """(B,) loss and the per-pair statistics of a batch."""
         comparison = self.compare(batch)
-        return comparison.objective, comparison.statistics()
+        return comparison.loss, comparison.statistics()
 
     def model_parameters(self) -> list[nn.Parameter]:
         """What is trained beside the variance and beta heads."""

@@ -166,12 +166,13 @@ def fit(
                     number += 1
                     batch = work.material.batch(indices).to(accelerator.device)
                     with nullcontext() if indices is passes[-1] else accelerator.no_sync(module):
-                        objective, statistics = module(batch)
+                        loss, statistics = module(batch)
                         # DDP averages over processes; this makes the gradient the mean over the minibatch's rows
-                        accelerator.backward(objective.sum() * (accelerator.num_processes / work.minibatch_rows))
+                        accelerator.backward(loss.sum() * (accelerator.num_processes / work.minibatch_rows))
                     means.add(statistics)
                 norms = clip_gradients(groups)
                 optimizer.step()
+                stage.end_step(accelerator)
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
             now = step + 1
