@@ -101,9 +101,9 @@ SCALE = {"noise": [1.0, 2.0, 1.0, 3.0], "familiarity": [0, 1, 1, 2]}
 @pytest.mark.parametrize(
     ("columns", "missing", "said"),
     [
-        ({"oracle_probability": [np.nan] * 4}, ["bayes_accuracy", "excess_nll"], "probability: 4 of 4 rows"),
+        ({"oracle_probability": [np.nan] * 4}, ["bayes_accuracy", "excess_kl"], "probability: 4 of 4 rows"),
         ({"oracle_probability": ["yes", "no", "", "?"]}, ["oracle_nll"], "no probability in [0, 1]"),
-        ({"oracle_probability": [0.0] * 4}, ["oracle_nll", "excess_nll"], "probability: 4 of 4 rows came out against"),
+        ({"oracle_probability": [0.0] * 4}, ["oracle_nll"], "probability: 4 of 4 rows came out against"),
         ({"oracle_probability": [0.0, 1.0, 1.5, -0.5]}, [], "probability: 2 of 4 rows hold no probability"),
         ({"oracle_probability": [True, True, False, True]}, [], "probability: 1 of 4 rows came out against"),
         (SCALE | {"noise": [0, 0, 0, 0]}, ["log_s_noise", "log_s_familiarity"], "noise: 4 of 4 rows hold no number"),
@@ -128,6 +128,16 @@ def test_what_a_truth_leaves_undefined_is_left_out_and_said(columns, missing, sa
     assert all(line.startswith("discobeta: ") for line in lines)
 
 
+def test_labels_that_could_not_come_out_so_count_in_the_divergence_and_the_line_says_what_is_without_them(capsys):
+    found = preference_metrics(pairs_of(oracle_probability=[0.0] * 4))
+    # the mean of -log(1 - exp(-nll)), with thirty digits and rounded
+    assert found["excess_kl"] == pytest.approx(1.6299497016)
+    assert found["bayes_accuracy"] == 1
+    said = capsys.readouterr().err
+    assert "-log is infinite; oracle_nll is without them\n" in said
+    assert "not in metrics.json: oracle_nll (" in said and "excess" not in said
+
+
 def test_a_truth_with_gaps_is_measured_where_it_is_known(capsys):
     examples = pairs_of(
         oracle_probability=["0.5", "?", "", "0.25"],  # partly text, so that tokenisation has made it text
@@ -139,7 +149,8 @@ def test_a_truth_with_gaps_is_measured_where_it_is_known(capsys):
     found = preference_metrics(examples)
     assert found["bayes_accuracy"] == pytest.approx((0.5 + 0.75) / 2)
     assert found["oracle_nll"] == pytest.approx((math.log(2) + math.log(4)) / 2)
-    assert found["excess_nll"] == pytest.approx((0.1 + 0.4) / 2 - (math.log(2) + math.log(4)) / 2)
+    # q log(q/p) + (1-q) log((1-q)/(1-p)) of q = .5, -log p = .1 and of .25, .4, with thirty digits and rounded
+    assert found["excess_kl"] == pytest.approx((0.5329370500 + 0.3698895541) / 2)
     assert found["sigma_spearman"] == pytest.approx(-1)  # of the chosen ones, 4, 2, 1 against 5, 7, 8
     assert {topic: part["examples"] for topic, part in found["by_topic"].items()} == {"a": 1, "b": 2}
     assert "log_s_noise" not in found  # two rows hold both: a line through two points leaves nothing
@@ -181,6 +192,10 @@ def test_a_run_whose_truth_is_full_of_holes_is_measured(run, tmp_path, stage, ca
     found = evaluate(run(stage, eval_dataset=str(held_out), **USED))
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == found
     assert found["examples"] == 12 and found["bayes_accuracy"] == 1 and found["oracle_nll"] == 0
+    # in the four rows with a truth it is sure, so that the divergence is minus the log of what p gives to it
+    p = pd.read_parquet(tmp_path / "run" / "examples.parquet").probability
+    of_truth = [1 - p[0], p[1], 1 - p[6], p[7]]
+    assert found["excess_kl"] == pytest.approx(-np.log(of_truth).mean())
     assert not {"log_s_noise", "log_s_familiarity", "sigma_spearman"} & set(found)
     assert {topic: part["examples"] for topic, part in found["by_topic"].items()} == {"3": 2, "a": 2}
     said = capsys.readouterr().err

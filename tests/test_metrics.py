@@ -65,24 +65,84 @@ def test_a_calibrated_predictor_has_a_small_error_and_an_overconfident_one_has_n
 
 
 def test_against_oracle():
-    found = metrics.against_oracle(nll=[1.0, 2.0], oracle_probability=[0.25, 0.5])
+    """Labels of true probability 1/4 and 1/2, to which the model gives 1/2 and 1/4. The divergences are
+    1/4 log(1/2) + 3/4 log(3/2) = 3/4 log 3 - log 2 = .130812 and
+    1/2 log 2 + 1/2 log(2/3) = log 2 - 1/2 log 3 = .143841.
+    """
+    found = metrics.against_oracle(nll=[math.log(2), math.log(4)], oracle_probability=[0.25, 0.5])
     assert found["bayes_accuracy"] == pytest.approx((0.75 + 0.5) / 2)
     assert found["oracle_nll"] == pytest.approx((math.log(4) + math.log(2)) / 2)
-    assert found["excess_nll"] == pytest.approx(1.5 - 1.5 * math.log(2))
+    assert found["excess_kl"] == pytest.approx((0.130812 + 0.143841) / 2, abs=1e-6)
+
+
+def kl(q, nll):
+    return metrics.against_oracle([nll], [q])["excess_kl"]
+
+
+def test_the_divergence_from_a_truth_that_is_sure_is_of_the_label_that_had_to_come():
+    """p = 1/4: of a label that had to come log 4; of one that could not, -log(3/4)."""
+    assert kl(1, math.log(4)) == pytest.approx(math.log(4))
+    assert kl(0, math.log(4)) == pytest.approx(math.log(4 / 3))
+    assert kl(1, 0) == 0 and kl(0, 1000) == 0  # and the model knows it
+    assert kl(1, 1000) == 1000
+
+
+def test_the_divergence_is_zero_where_the_model_is_the_truth():
+    for q in (1e-9, 0.3, 0.5, 0.999):
+        assert kl(q, -math.log(q)) == pytest.approx(0, abs=1e-15)
+
+
+def test_the_divergence_is_finite_and_exact_where_the_model_is_nearly_sure():
+    """q = 1/2 has the entropy log 2 and the divergence -log 2 + nll/2 - log(1-p)/2, where 1-p is nll if that is small,
+    though 1 - exp(-1e-20) is 0 in float64. What float32 rounds to 0 is at most 2^-149, its smallest positive number."""
+    assert kl(0.5, 1e-20) == pytest.approx(-math.log(2) + 10 * math.log(10), rel=1e-12)
+    assert kl(0.5, 1e-10) == pytest.approx(-math.log(2) + 5 * math.log(10), rel=1e-10)
+    assert kl(0.5, 1000) == pytest.approx(-math.log(2) + 500)
+    least = float(np.nextafter(np.float32(0), np.float32(1)))
+    for rounded in (0.0, -0.0):
+        assert kl(0.5, rounded) == kl(0.5, least) == pytest.approx(73.5 * math.log(2))
+        assert kl(0, rounded) == pytest.approx(149 * math.log(2))
+
+
+@pytest.mark.parametrize("margin", [-200.0, -15.0, 15.0, 200.0])
+def test_the_divergence_of_every_float32_loss_is_finite(margin):
+    for loss in (-torch.nn.functional.logsigmoid(torch.tensor(margin)), -torch.special.log_ndtr(torch.tensor(margin))):
+        for q in (0, 0.5, 1):
+            assert math.isfinite(kl(q, float(loss))) and kl(q, float(loss)) >= 0
+
+
+def test_the_divergence_is_the_mean_excess_over_drawn_labels_and_the_same_whatever_was_drawn():
+    """Labels of 400 pairs, drawn 4,000 times: mean(-log p) - mean(-log q) of the label has the divergence as its mean.
+    Tolerance: four standard errors of that mean, which must be small beside the divergence to tell it from another."""
+    random = np.random.default_rng(5)
+    truth = random.uniform(0.02, 0.98, 400)
+    model = 1 / (1 + np.exp(-(0.6 * np.log(truth / (1 - truth)) + random.normal(scale=0.5, size=400))))
+    sampled, exact = [], []
+    for _ in range(4_000):
+        first = random.uniform(size=400) < truth
+        q, p = np.where(first, truth, 1 - truth), np.where(first, model, 1 - model)
+        sampled.append(np.log(q).mean() - np.log(p).mean())
+        exact.append(metrics.against_oracle(-np.log(p), q)["excess_kl"])
+    standard_error = np.std(sampled) / 4_000**0.5
+    assert standard_error < 0.005 * exact[0]
+    assert np.mean(sampled) == pytest.approx(exact[0], abs=4 * standard_error)
+    assert exact == pytest.approx([exact[0]] * 4_000, rel=1e-12)
 
 
 def test_an_oracle_that_is_sure_or_does_not_say():
-    """q = 1, 0, NaN, .5 and nll = 1, 2, 4, 3: the best predictor is right with 1, 1 and .5; -log q is 0, infinite,
-    not known and log 2, so that NLLs are compared over the first row and the last."""
-    found = metrics.against_oracle([1.0, 2.0, 4.0, 3.0], [1, 0, np.nan, 0.5])
+    """q = 1, 0, NaN, .5 and p = 1/2, 1/4, 1/8, 1/2: the best predictor is right with 1, 1 and .5; -log q is 0,
+    infinite, not known and log 2, so that only the first row and the last have one; the divergences are log 2,
+    -log(3/4), not known and 0."""
+    found = metrics.against_oracle(-np.log([1 / 2, 1 / 4, 1 / 8, 1 / 2]), [1, 0, np.nan, 0.5])
     assert found["bayes_accuracy"] == pytest.approx(2.5 / 3)
     assert found["oracle_nll"] == pytest.approx(math.log(2) / 2)
-    assert found["excess_nll"] == pytest.approx(2 - math.log(2) / 2)
+    assert found["excess_kl"] == pytest.approx((math.log(2) + math.log(4 / 3)) / 3)
     sure = metrics.against_oracle([1.0], [1.0])
-    assert sure == {"bayes_accuracy": 1, "oracle_nll": 0, "excess_nll": 1} and math.copysign(1, sure["oracle_nll"]) == 1
-    nothing = {"bayes_accuracy": None, "oracle_nll": None, "excess_nll": None}
+    assert sure == {"bayes_accuracy": 1, "oracle_nll": 0, "excess_kl": 1} and math.copysign(1, sure["oracle_nll"]) == 1
+    nothing = {"bayes_accuracy": None, "oracle_nll": None, "excess_kl": None}
     assert metrics.against_oracle([1.0], [np.nan]) == nothing
-    assert metrics.against_oracle([1.0], [0.0]) == nothing | {"bayes_accuracy": 1}
+    impossible = metrics.against_oracle([math.log(4)], [0.0])
+    assert impossible == {"bayes_accuracy": 1, "oracle_nll": None, "excess_kl": pytest.approx(math.log(4 / 3))}
 
 
 def test_correlations_are_over_the_rows_where_all_is_known():
@@ -148,5 +208,6 @@ def test_what_is_measured_of_the_heads():
     assert found["mean_log_s"] == pytest.approx(-math.log(2) / 2) and found["sd_log_s"] == pytest.approx(
         math.log(2) / 2
     )
-    assert found["excess_nll"] == pytest.approx(0.25 - math.log(2))
+    # the mean of -log 2 + nll/2 - log(1 - exp(-nll))/2, with thirty digits and rounded
+    assert found["excess_kl"] == pytest.approx(0.2468276702)
     assert found["by_topic"]["b"]["nll"] == pytest.approx(0.35) and found["by_topic"]["b"]["examples"] == 2

@@ -20,6 +20,7 @@ from discobeta.design.arms import FLAGS
 from discobeta.files import write_sealed
 from discobeta.report import neutrality, tables
 from discobeta.report.collect import collect, provenance
+from discobeta.report.measures import METRICS
 from discobeta.report.render import Column, Panel, Table, escape, number
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -433,6 +434,26 @@ def test_latex_escapes():
     assert escape("a_b & 5 % {x} #1 $") == r"a\_b \& 5 \% \{x\} \#1 \$"
     assert escape("\\ ~ ^") == r"\textbackslash{} \textasciitilde{} \textasciicircum{}"
     assert escape("−0.1 ± 0.2 ↑") == r"$-$0.1 $\pm$ 0.2 $\uparrow$"
+    assert escape("p ‖ q") == r"p $\|$ q"
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=lambda metric: metric.name)
+def test_every_title_of_a_metric_has_a_spelling_in_latex(metric):
+    assert "?" not in escape(metric.header.replace("\n", " "))
+
+
+def test_the_divergence_from_the_truth_is_a_column_of_all_three_files():
+    made = study(stages=["rm"])
+    for run in made.runs():
+        finish(made, run, {"nll": 0.5, "excess_kl": 0.0731 if run.seed == 1 else 0.0701})
+    tables.write(results(made))
+    directory = made.directory / "tables"
+    frame = pd.read_csv(directory / "rm.csv")
+    assert frame.excess_kl[0] == pytest.approx(0.0716)
+    header, row = (line for line in (directory / "rm.md").read_text().splitlines()[2:5:2])
+    assert header.split("|")[-2].strip() == "KL(truth ‖ model) ↓"
+    assert row.split("|")[-2].strip() == "0.0716 ± 0.0191"  # 12.706 * .003 / 2
+    assert r"\shortstack{KL(truth $\|$\\model)~$\downarrow$} \\" in (directory / "rm.tex").read_text()
 
 
 def test_one_frame_gives_three_formats():

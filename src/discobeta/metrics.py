@@ -29,6 +29,9 @@ have. Not among them is `probability`, which a truth may hold and which then sta
 CONSTANT = 1e-9
 """A residual of a smaller norm, in units of the norm of what it is left of, is rounding, and has no correlation."""
 
+SMALLEST_FLOAT32 = 2.0**-149
+"""The smallest positive float32, a subnormal one."""
+
 BINS = 10
 """Equal bins of confidence over [1/2, 1] in the calibration error and the reliability diagram."""
 
@@ -87,24 +90,33 @@ def classification(nll: ArrayLike | None, margin: ArrayLike) -> dict[str, float]
 def against_oracle(nll: ArrayLike, oracle_probability: ArrayLike) -> dict[str, float | None]:
     """How far a model is from the truth that drew the labels.
 
+    nll: (N,) finite -log p of the label as it came out, computed in float32.
     oracle_probability: (N,) true probability q that the label comes out as it did, NaN where it is not known.
-    bayes_accuracy is the expected accuracy of the best predictor, mean max(q, 1 - q); excess_nll is
-    mean(-log p) - mean(-log q), whose expectation is the mean KL divergence from truth to model. Each is over
-    the rows where it has a value, so these two are without rows of q = 0; None where there is none.
+
+    bayes_accuracy is the expected accuracy of the best predictor, mean max(q, 1 - q). excess_kl is the mean KL
+    divergence from truth to model in nats, q log(q/p) + (1-q) log((1-q)/(1-p)) with 0 log 0 = 0. It is the
+    expectation of -log p + log q, the label's excess over the oracle, given the pair; so which labels were drawn
+    does not matter. oracle_nll, mean -log q, is without rows of q = 0. None where there is no row.
     """
-    nll, q = np.asarray(nll, float), np.asarray(oracle_probability, float)
-    known, possible = ~np.isnan(q), q > 0
-    if not known.any():
-        return {"bayes_accuracy": None, "oracle_nll": None, "excess_nll": None}
-    measured = {
-        "bayes_accuracy": float(np.maximum(q[known], 1 - q[known]).mean()),
-        "oracle_nll": None,
-        "excess_nll": None,
+    known = ~np.isnan(np.asarray(oracle_probability, float))
+    nll, q = np.asarray(nll, float)[known], np.asarray(oracle_probability, float)[known]
+    if not len(q):
+        return {"bayes_accuracy": None, "oracle_nll": None, "excess_kl": None}
+    # log(1-p), by expm1 because 1 - exp(-nll) is 0 from nll = 1e-16 down. An nll that float32 has rounded to 0 says
+    # that 1-p is below the smallest positive one, not that it is 0: that number keeps the row's KL, and the mean,
+    # finite, and bounds it from below.
+    log_other = np.log(-np.expm1(-np.maximum(nll, SMALLEST_FLOAT32)))
+    kl = _x_log_x(q) + q * nll + _x_log_x(1 - q) - (1 - q) * log_other
+    possible = q[q > 0]
+    return {
+        "bayes_accuracy": float(np.maximum(q, 1 - q).mean()),
+        "oracle_nll": float(-np.log(possible).mean()) + 0.0 if len(possible) else None,  # if all are 1: 0 and not -0
+        "excess_kl": float(kl.mean()),
     }
-    if possible.any():
-        oracle = float(-np.log(q[possible]).mean()) + 0.0  # if all q are 1: 0 and not -0
-        measured |= {"oracle_nll": oracle, "excess_nll": float(nll[possible].mean()) - oracle}
-    return measured
+
+
+def _x_log_x(x: Array) -> Array:
+    return x * np.log(np.where(x > 0, x, 1))
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float | None:

@@ -27,7 +27,7 @@ PANELS = {
     "predictions": [
         Metric("accuracy", "Accuracy", 3, "↑"),
         Metric("nll", "NLL", 4, "↓"),
-        Metric("excess_nll", "Excess\nNLL", 4, "↓"),
+        Metric("excess_kl", "KL(truth ‖\nmodel)", 4, "↓"),
         Metric("brier", "Brier", 4, "↓"),
         Metric("ece", "ECE", 3, "↓"),
     ],

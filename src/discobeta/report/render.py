@@ -17,7 +17,7 @@ LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     | {"<": "$<$", ">": "$>$", "|": r"\textbar{}", "\u00a0": "~"}
-    | {"±": r"$\pm$", "−": "$-$", "×": r"$\times$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
+    | {"±": r"$\pm$", "−": "$-$", "×": r"$\times$", "‖": r"$\|$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
     | {"–": "--", "β": r"$\beta$", "ρ": r"$\rho$", "σ": r"$\sigma$", "₀": r"$_0$"}
 )
 

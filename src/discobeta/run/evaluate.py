@@ -149,7 +149,7 @@ def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
         if count := int((q == 0).sum()):
             say(
                 f"truth column probability: {count} of {len(q)} rows came out against a probability of 0, whose "
-                "-log is infinite; oracle_nll and excess_nll are without them"
+                "-log is infinite; oracle_nll is without them"
             )
         measured |= metrics.against_oracle(examples["nll"], q)
     if "variance_sum" in examples:
