@@ -35,6 +35,14 @@ def test_beta_head_standardises_by_the_training_prompts():
     assert head.log_s(torch.tensor([[3.0, 10.0]])).item() == pytest.approx(k * math.tanh(0.5 / k), rel=1e-5)
 
 
+def test_s_of_a_prompt_unlike_the_trainings_stays_within_a_factor_of_three():
+    """Prompts of random tokens were seen up to 137 standard deviations from the mean, with log s of 33 unbounded."""
+    head = BetaHead(2)
+    head.weight.data = torch.tensor([0.5, -0.2])
+    s = head.log_s(torch.tensor([[137.0, 0.0], [0.0, 137.0], [1e6, 1e6]])).exp()
+    assert s.tolist() == pytest.approx([3, 1 / 3, 3])
+
+
 def test_the_mean_is_a_copy_of_the_score_and_not_the_score():
     score = torch.nn.Linear(4, 1, bias=False)
     head = DiscoHead(4, score.weight.detach())

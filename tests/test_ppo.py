@@ -694,7 +694,7 @@ def test_policy_and_reference_draw_apart(go):
 def test_a_score_does_not_depend_on_its_batch(upstream):
     judge = discobeta.load_reward_model(upstream["rm-disco"])
     generator = torch.Generator().manual_seed(0)  # six steps have hardly moved sigma
-    torch.nn.init.normal_(judge.heads.disco.net[-1].weight, std=0.2, generator=generator)  # within its bound
+    torch.nn.init.normal_(judge.heads.disco.net[-1].weight, std=0.2, generator=generator)
     prompts = [f"user {' '.join(['red'] * n)} assistant" for n in (1, 4, 2, 3)]
     responses = ["one two .", "seven ?", "eight eight eight .", "one ."]
     mean, variance = judge.score(prompts, responses, batch_size=3)

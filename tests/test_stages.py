@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import preference_rows, write_rows
 from safetensors.torch import load_file
 
 import discobeta
-from conftest import preference_rows, write_rows
 from discobeta import record
 from discobeta.data.batches import Pairs, pack
 from discobeta.data.tokens import load_or_tokenise

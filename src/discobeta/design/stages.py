@@ -58,7 +58,7 @@ _ROWS = (
         "discobeta.method.rm:RewardModelling",
         rows="pairs",
         trains="reward",
-        compared=("nll", "accuracy"),
+        compared=("nll", "excess_kl", "accuracy"),
         defaults={"num_eval_generations": 0},
     ),
     StageRow(
@@ -67,7 +67,7 @@ _ROWS = (
         "discobeta.method.dpo:DirectPreference",
         rows="pairs",
         trains="policy",
-        compared=("nll", "accuracy", "true_reward", "kl_per_sequence"),
+        compared=("nll", "excess_kl", "accuracy", "true_reward", "kl_per_sequence"),
         defaults={"num_eval_generations": 0},
         reference_pass=True,
     ),

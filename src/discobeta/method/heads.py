@@ -21,7 +21,7 @@ from discobeta.files import read_mapping, replacing, write_json
 from discobeta.seeds import global_stream
 
 BOUND = math.log(3.0)
-"""k: log sigma/sigma0 and log s stay within [-k, k], a factor of 3 either way."""
+"""k: log s stays within [-k, k], a factor of 3 either way, also for a prompt unlike those of the training."""
 
 SIGMA0 = 2 / math.sqrt(math.pi)
 """sigma of a fresh Disco Head. Two fresh responses have sigma_w^2 + sigma_l^2 = 8/pi, at which the
@@ -46,7 +46,7 @@ def full_precision(like: Tensor) -> torch.autocast:
 
 
 class DiscoHead(nn.Module):
-    """N(mu, sigma^2) instead of a number: sigma = sigma0 * exp(l), l = k * tanh(net(h - m) / k).
+    """N(mu, sigma^2) instead of a number: sigma = sigma0 * exp(l), l = net(h - m).
 
     h is (N, hidden_size), the trunk's last hidden state pooled over a response; m is its mean over the responses of
     the earlier optimiser steps, a plain one over the first 1 / NEWEST of them and an exponential one from there on.
@@ -63,9 +63,7 @@ class DiscoHead(nn.Module):
 
     def __init__(self, hidden_size: int, score_weight: Tensor | None = None):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(hidden_size, WIDTH, bias=False), nn.Tanh(), nn.Linear(WIDTH, 1, bias=False)
-        )
+        self.net = nn.Sequential(nn.Linear(hidden_size, WIDTH, bias=False), nn.Tanh(), nn.Linear(WIDTH, 1, bias=False))
         nn.init.zeros_(self.net[-1].weight)
         self.register_buffer("state_mean", torch.zeros(hidden_size))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -90,14 +88,14 @@ class DiscoHead(nn.Module):
         return {"hidden_size": len(self.state_mean), "mean": self.mean is not None, "centred": True}
 
     def log_sigma(self, hidden: Tensor) -> Tensor:
-        """(N,) float32, l = log(sigma / sigma0), in [-k, k]. In training, what `end_step` averages is added up."""
+        """(N,) float32, l = log(sigma / sigma0). In training, what `end_step` averages is added up."""
         with full_precision(hidden):
             states = hidden.float()
             if self.training and torch.is_grad_enabled():
                 ones = states.new_ones(len(states), 1)
                 self.sums = self.sums.to(states.device) + torch.cat([states.detach(), ones], 1).double().sum(0)
             is_centred = self.steps > 0
-            return bounded(self.net(states - self.state_mean)).squeeze(-1) * is_centred
+            return self.net(states - self.state_mean).squeeze(-1) * is_centred
 
     @torch.no_grad()
     def end_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
