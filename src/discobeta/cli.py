@@ -286,8 +286,8 @@ def _of_the_world(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     """What is said of the world, with a study's defaults of what is not."""
     from discobeta.design.study_file import World
 
-    said = {name: getattr(arguments, name) for name in names}
-    return {name: getattr(World(), name) if value is None else value for name, value in said.items()}
+    said = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return {name: getattr(World(), name) for name in names} | said
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -313,8 +313,7 @@ def report(arguments: argparse.Namespace) -> None:
 
     results = _results(arguments, curves=True)
     study_report.write(results)
-    directory = results.study.directory
-    print(f"tables: {directory / 'tables'}   figures: {directory / 'figures'}")
+    print(f"tables: {results.study.tables_directory}   figures: {results.study.figures_directory}")
 
 
 def tables(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from itertools import groupby
@@ -16,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from discobeta.design import config, config_names
+from discobeta.design.config_names import REFUSED
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.design.study_sections import may_stand_in
-from discobeta.design.values import NUMBER, as_schema, in_words
+from discobeta.design.values import NUMBER, in_words
 
 STEPS = {
     "data": "the rows",
@@ -39,10 +39,10 @@ class Key:
     group: str  # the heading that it stands under
     type: str
     default: dict[str, Any]  # by stage, or under "study"; nothing where it must be said
-    stages: tuple[str, ...]  # that read it
-    decides: str
     meaning: str
-    elsewhere: tuple[str, ...]  # its names in other programs
+    stages: tuple[str, ...] = ()  # that read it; this and what follows are of keys of a run
+    decides: str = ""
+    elsewhere: tuple[str, ...] = ()  # its names in other programs
 
     @property
     def default_text(self) -> str:
@@ -63,11 +63,11 @@ def run_keys(stage: str | None = None) -> list[Key]:
         Key(
             name,
             groups[name],
-            in_words(value_schema(name)),
+            in_words(config.schema_of(name)),
             {} if entry.default is MISSING else {reader: config.default_of(name, reader) for reader in readers},
+            entry.metadata["help"],
             tuple(readers),
             _decides(entry.metadata),
-            entry.metadata["help"],
             elsewhere[name],
         )
         for name, entry in config.FIELDS.items()
@@ -78,11 +78,6 @@ def run_keys(stage: str | None = None) -> list[Key]:
 def _decides(metadata: Mapping[str, Any]) -> str:
     trains = f", training of {' and '.join(metadata['trains'])}" if metadata["trains"] else ""
     return f"{STEPS[metadata['of']]}{trains}"
-
-
-def value_schema(name: str) -> dict[str, Any]:
-    """The JSON schema of what a run key may be."""
-    return as_schema(config.hint_of(name), config.FIELDS[name].metadata)
 
 
 def _groups() -> dict[str, str]:
@@ -104,11 +99,8 @@ def _elsewhere() -> dict[str, tuple[str, ...]]:
 
 def run_schema() -> dict[str, Any]:
     """The JSON schema of a run YAML: also of names that are ignored, and of refused ones that ask for nothing."""
-    others = {}
-    for name, why in config_names.IGNORED.items():
-        others.setdefault(("ignored", why, "{}"), []).append(name)
-    for name, (neutral, why) in config_names.REFUSED.items():
-        others.setdefault(("not supported", why, json.dumps({"enum": neutral})), []).append(name)
+    others = [(f"ignored: {why}", {}, name) for name, why in config_names.IGNORED.items()]
+    others += [(f"not supported: {why}", {"enum": neutral}, name) for name, (neutral, why) in REFUSED.items()]
     return {
         "$schema": DIALECT,
         "title": "A run of discobeta",
@@ -116,12 +108,14 @@ def run_schema() -> dict[str, Any]:
         "required": [name for name, entry in config.FIELDS.items() if entry.default is MISSING],
         "properties": {key.name: _described(key) for key in run_keys()},
         "patternProperties": {
-            f"^({'|'.join(names)})$": {"description": f"{fate}: {why}"} | json.loads(values)
-            for (fate, why, values), names in others.items()
+            f"^({'|'.join(name for *_, name in group)})$": {"description": fate} | values
+            for (fate, values), group in groupby(others, key=lambda other: other[:2])
         },
         "additionalProperties": False,
     }
 
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 SPELLED_OTHERWISE = {
     "optim": {"enum": config_names.SAME_ADAMW},
@@ -134,42 +128,32 @@ SPELLED_OTHERWISE = {
 
 
 def _described(key: Key) -> dict[str, Any]:
-    found, other = value_schema(key.name), SPELLED_OTHERWISE.get(key.name)
-    said = {"description": f"{key.meaning} ({', '.join(key.stages)})"} | _default(key)
-    return said | ({"anyOf": [found, other]} if other else found)
-
-
-def _default(key: Key) -> dict[str, Any]:
-    """Where it is one."""
-    values = list(key.default.values())
-    return {"default": values[0]} if values and all(value == values[0] for value in values) else {}
+    said = {"description": f"{key.meaning} ({', '.join(key.stages)})"}
+    first, *others = key.default.values() or [MISSING]
+    if first is not MISSING and all(value == first for value in others):
+        said["default"] = first
+    values = config.schema_of(key.name)
+    if key.name in SPELLED_OTHERWISE:
+        values = {"anyOf": [values, SPELLED_OTHERWISE[key.name]]}
+    return said | values
 
 
 # --- keys of a study
 
 
 def study_keys() -> list[Key]:
-    """Of a study, section by section; what keys of a run its sections hold is in their meaning."""
-    from discobeta.design import study_file
-
+    """The keys of a study's sections; what keys of a run a section holds is no part of it."""
     schema = study_schema()
-    parts = {
-        "": study_file.StudyFile,
-        "data": study_file.Data,
-        "data: world": study_file.World,
-        "prompts": study_file.Prompts,
-        "base": study_file.Base,
-    }
-    found = []
-    for place, model in parts.items():
-        properties = (schema["$defs"][model.__name__] if place else schema)["properties"]
-        for name, field in model.model_fields.items():
-            is_run_key = properties[name].get("$ref", "").startswith(RUN_KEY)
-            words = in_words(value_schema(name) if is_run_key else properties[name])
-            default = config.FIELDS[name].default if is_run_key else field.get_default(call_default_factory=True)
-            default = {} if field.is_required() else {"study": default}
-            found.append(Key(name, place, words, default, (), "", field.description, ()))
-    return found
+    parts = {"": schema} | {place: schema["$defs"][model] for place, model in MODELS.items()}
+    return [
+        Key(name, place, in_words(said), {"study": said["default"]} if "default" in said else {}, said["description"])
+        for place, part in parts.items()
+        for name, said in part["properties"].items()
+    ]
+
+
+MODELS = {"data": "Data", "data: world": "World", "prompts": "Prompts", "base": "Base"}
+"""Section of a study -> its model in study_file."""
 
 
 def study_schema() -> dict[str, Any]:
@@ -177,30 +161,19 @@ def study_schema() -> dict[str, Any]:
     from discobeta.design import study_file
 
     schema = _without_titles(study_file.json_schema())
-    runs = {key.name: key for key in run_keys()}
-    models = schema["$defs"]
-    for part in (models["Data"], models["Prompts"], models["Base"]):
-        part["properties"] |= {name: {"$ref": RUN_KEY + name} for name in part["properties"].keys() & runs}
-    sections = {name: (schema, name) for name in ("common", *STAGES)} | {BASE_STAGE: (models["Base"], "sft")}
-    for stage, (part, name) in sections.items():
-        own = {} if stage == "common" else {key.name: _default(key) for key in run_keys(stage)}
-        part["properties"][name] = {
-            "description": part["properties"][name]["description"],
+    for section in ("common", *STAGES, BASE_STAGE):
+        properties = (schema["$defs"]["Base"] if section == BASE_STAGE else schema)["properties"]
+        own = config.STAGE_DEFAULTS.get(section, {})
+        properties[section] |= {
             "type": ["object", "null"],
             "properties": {
-                key: {"$ref": RUN_KEY + key} | (own.get(key, {}) if not _default(runs[key]) else {})
-                for key in may_stand_in(stage)
+                key: {"$ref": f"run.schema.json#/properties/{key}"} | ({"default": own[key]} if key in own else {})
+                for key in may_stand_in(section)
             },
             "additionalProperties": False,
         }
     schema.pop("required")
-    text = str(schema)
-    models |= {f"run-{name}": _described(key) for name, key in runs.items() if f"'{RUN_KEY}{name}'" in text}
     return {"$schema": DIALECT, "title": "A study of discobeta"} | schema
-
-
-RUN_KEY = "#/$defs/run-"
-DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def _without_titles(schema: Any) -> Any:
@@ -299,7 +272,7 @@ def _json_text(schema: dict[str, Any]) -> str:
 
     def written(value: Any, indent: str) -> str:
         line = json.dumps(value, ensure_ascii=False)
-        if not isinstance(value, dict) or len(line) + len(indent) <= 120:
+        if not isinstance(value, dict) or len(line) <= 240:
             return line
         parts = [f"{indent} {json.dumps(key)}: {written(part, indent + ' ')}" for key, part in value.items()]
         return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
@@ -322,4 +295,4 @@ if __name__ == "__main__":
     from discobeta.files import write_text
 
     for name, text in pages().items():
-        write_text(Path(sys.argv[1]) / name, text)
+        write_text(Path(name), text)

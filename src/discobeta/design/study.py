@@ -48,7 +48,12 @@ class Run:
 
 
 class Study:
-    """A checked study. Construction validates the merged config of every run that it holds."""
+    """A checked study: which runs there are, the settings and folder of each, and what they share.
+
+    `runs`, `config` and `upstream` say what is trained, `draw` and the folders of a draw which rows it sees, the
+    `…_settings` what a step of the workflow is told, `decides_…` what makes it stale. The run config of every run is
+    checked when the study is made. Raises UserError.
+    """
 
     def __init__(self, settings: dict[str, Any], where: str = "study config"):
         self._where = where
@@ -56,6 +61,9 @@ class Study:
         self.settings = settings
         self.name = said.study
         self.directory = Path("results") / self.name
+        self.tables_directory, self.figures_directory = self.directory / "tables", self.directory / "figures"
+        self.shared_directory = self.directory / "shared"
+        self.world_directory, self.base_directory = self.shared_directory / "world", self.shared_directory / "base"
         self.environment = said.environment
         self.seeds: list[int] = said.seeds
         self.stages: list[str] = said.stages
@@ -216,18 +224,6 @@ class Study:
     def model(self) -> dict[str, Any]:
         """Run keys of the model that reference and policy start from."""
         return {"model_name_or_path": str(self.base_directory)} if self.sft else self._model
-
-    @property
-    def shared_directory(self) -> Path:
-        return self.directory / "shared"
-
-    @property
-    def world_directory(self) -> Path:
-        return self.shared_directory / "world"
-
-    @property
-    def base_directory(self) -> Path:
-        return self.shared_directory / "base"
 
     def draw(self, seed: int) -> str:
         """Which data the runs of `seed` see: their own if the seed decides (fresh pairs, val_size), else the same."""
@@ -390,7 +386,7 @@ def plan(study: Study) -> str:
     for run in study.runs():
         steps = study.proof_text(run.stage) if run.proof else "whole run"
         lines.append(f"{run.stage:4} {run.arm.name:29} seed {run.seed:<4} {steps:16} {run.directory}")
-    lines.append(f"tables: {study.directory / 'tables'}   figures: {study.directory / 'figures'}")
+    lines.append(f"tables: {study.tables_directory}   figures: {study.figures_directory}")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ LONGEST_FILE = 4_000_000
 """Bytes of a YAML file: what is larger is no config."""
 
 MOST_VALUES = 100_000
-"""Of a YAML file, each counted as often as aliases repeat it."""
+"""In a YAML file, each counted as often as aliases repeat it."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
