@@ -14,8 +14,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from discobeta.design import config, config_names
-from discobeta.design.config_names import REFUSED
+from discobeta.design import config
+from discobeta.design.config_names import IGNORED, NEUTRAL, REFUSED, RENAMED, SAME_ADAMW
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.design.study_sections import may_stand_in
 from discobeta.design.values import NUMBER, in_words
@@ -93,32 +93,36 @@ def _groups() -> dict[str, str]:
 
 def _elsewhere() -> dict[str, tuple[str, ...]]:
     """Run key -> other programs' names of it."""
-    words = {name: re.findall(r"\w+", key) for name, key in config_names.RENAMED.items()}
+    words = {name: re.findall(r"\w+", key) for name, key in RENAMED.items()}
     return {key: tuple(name for name in words if key in words[name]) for key in config.FIELDS}
 
 
 def run_schema() -> dict[str, Any]:
     """The JSON schema of a run YAML: also of names that are ignored, and of refused ones that ask for nothing."""
-    others = [(f"ignored: {why}", {}, name) for name, why in config_names.IGNORED.items()]
-    others += [(f"not supported: {why}", {"enum": neutral}, name) for name, (neutral, why) in REFUSED.items()]
+    ignored = [(names, {"description": f"ignored: {why}"}) for why, names in _alike(IGNORED)]
+    refused = [
+        (names, {"description": f"not supported: {why}", "enum": neutral}) for (neutral, why), names in _alike(REFUSED)
+    ]
     return {
         "$schema": DIALECT,
         "title": "A run of discobeta",
         "type": "object",
         "required": [name for name, entry in config.FIELDS.items() if entry.default is MISSING],
         "properties": {key.name: _described(key) for key in run_keys()},
-        "patternProperties": {
-            f"^({'|'.join(name for *_, name in group)})$": {"description": fate} | values
-            for (fate, values), group in groupby(others, key=lambda other: other[:2])
-        },
+        "patternProperties": {f"^({'|'.join(names)})$": said for names, said in ignored + refused},
         "additionalProperties": False,
     }
+
+
+def _alike(fates: dict[str, Any]) -> list[tuple[Any, list[str]]]:
+    """What becomes of names, with the names that follow each other and share it."""
+    return [(fate, list(names)) for fate, names in groupby(fates, fates.get)]
 
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 SPELLED_OTHERWISE = {
-    "optim": {"enum": config_names.SAME_ADAMW},
+    "optim": {"enum": SAME_ADAMW},
     "report_to": {"type": ["null", "array"], "items": {"type": "string"}, "maxItems": 1},
     "warmup_steps": {"type": ["number", "string"], "pattern": NUMBER, "exclusiveMinimum": 0, "exclusiveMaximum": 1},
     "output_dir": {"type": "null"},
@@ -191,6 +195,7 @@ def pages() -> dict[str, str]:
     return {
         "docs/reference/run.md": _run_page(),
         "docs/reference/study.md": _study_page(),
+        "docs/reference/names.md": _names_page(),
         "workflow/schemas/run.schema.json": _json_text(run_schema()),
         "workflow/schemas/study.schema.json": _json_text(study_schema()),
     }
@@ -204,9 +209,9 @@ RUN_PAGE = f"""{MADE}
 A run is one flat YAML. Types and bounds are checked before anything is loaded; an unknown key is refused with the
 nearest known one, and a key that the stage does not read is named as unused and keeps its default. *Decides* says what
 a change of the key changes, and so [what runs again](../workflow.md#the-rules). *Elsewhere* are names in other
-programs, which are refused with the name here; those that are the same there, and what else their files hold, are in
-[llama-factory.md](../llama-factory.md). The same in a terminal: `discobeta keys STAGE`; for editors:
-`workflow/schemas/run.schema.json`.
+programs, which are refused with the name here; those that are the same there are in
+[llama-factory.md](../llama-factory.md), those that are no keys in [names.md](names.md). The same in a terminal:
+`discobeta keys STAGE`; for editors: `workflow/schemas/run.schema.json`.
 """
 
 STUDY_PAGE = f"""{MADE}
@@ -225,6 +230,15 @@ goes to the stages that read it.
 
 """
 
+NAMES_PAGE = f"""{MADE}
+# Names that are no keys
+
+Files of LLaMA-Factory and of transformers' Trainer hold names on which nothing of a result depends here: they are
+ignored, with a line. Others would change the result: they are refused, unless their value asks for nothing. What is
+used, and how it differs, is in [llama-factory.md](../llama-factory.md); keys that are called otherwise there are in
+[run.md](run.md).
+"""
+
 
 def _run_page() -> str:
     def cells(key: Key) -> list[str]:
@@ -232,34 +246,44 @@ def _run_page() -> str:
         return [f"`{key.name}`", key.type, key.default_text, stages, key.decides, key.meaning, _code(key.elsewhere)]
 
     heads = ["key", "type", "default", "stages", "decides", "meaning", "elsewhere"]
-    parts = [
-        f"\n## {group[0].upper()}{group[1:]}\n\n" + _table(heads, map(cells, keys))
-        for group, keys in groupby(run_keys(), key=lambda key: key.group)
-    ]
-    return RUN_PAGE + "".join(parts)
+    groups = groupby(run_keys(), key=lambda key: key.group)
+    return RUN_PAGE + "".join(
+        _titled(f"{group[0].upper()}{group[1:]}", heads, map(cells, keys)) for group, keys in groups
+    )
 
 
 def _study_page() -> str:
-    parts = [
-        f"\n## {f'`{place}:`' if place else 'The study'}\n\n"
-        + _table(
-            ["key", "type", "default", "meaning"],
-            ([f"`{key.name}`", key.type, key.default_text, key.meaning] for key in keys),
-        )
-        for place, keys in groupby(study_keys(), key=lambda key: key.group)
-    ]
-    held = {name: may_stand_in(name) for name in ("common", *STAGES, BASE_STAGE)}
-    rows = [["`common:`", _code(held["common"])]]
+    def cells(key: Key) -> list[str]:
+        return [f"`{key.name}`", key.type, key.default_text, key.meaning]
+
+    heads = ["key", "type", "default", "meaning"]
+    groups = groupby(study_keys(), key=lambda key: key.group)
+    parts = [_titled(f"`{place}:`" if place else "The study", heads, map(cells, keys)) for place, keys in groups]
+    common = may_stand_in("common")
+    rows = [["`common:`", _code(common)]]
     for stage in STAGES:
-        rows.append(
-            [f"`{stage}:`", f"as `common:`, but {_code(name for name in held['common'] if name not in held[stage])}"]
-        )
-    rows.append(["`base: sft:`", _code(held[BASE_STAGE])])
+        held = may_stand_in(stage)
+        rows.append([f"`{stage}:`", f"as `common:`, but {_code(name for name in common if name not in held)}"])
+    rows.append(["`base: sft:`", _code(may_stand_in(BASE_STAGE))])
     return STUDY_PAGE + "".join(parts) + RUN_KEYS_OF_A_STUDY + _table(["section", "keys"], rows)
+
+
+def _names_page() -> str:
+    ignored = [[why, _code(names)] for why, names in _alike(IGNORED)]
+    refused = []
+    for (neutral, why), names in _alike(REFUSED):
+        unless = "" if neutral is NEUTRAL else f" unless {' or '.join(_code([json.dumps(value)]) for value in neutral)}"
+        refused.append([why, f"{_code(names)}{unless}"])
+    heads = ["because", "names"]
+    return NAMES_PAGE + _titled("Ignored", heads, ignored) + _titled("Refused", heads, refused)
 
 
 def _code(names: Iterable[str]) -> str:
     return " ".join(f"`{name}`" for name in names)
+
+
+def _titled(title: str, heads: list[str], rows: Iterable[list[str]]) -> str:
+    return f"\n## {title}\n\n{_table(heads, rows)}"
 
 
 def _table(heads: list[str], rows: Iterable[list[str]]) -> str:

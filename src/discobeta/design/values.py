@@ -22,8 +22,7 @@ def typed(value: Any, hint: Any, bounds: Mapping[str, Any]) -> Any:
 
     bounds: `least` and `most` of a number; None where it has none.
     """
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for kind in options:
+    for kind in _options(hint):
         if kind is types.NoneType:
             if value is None or value == "null":
                 return None
@@ -51,7 +50,7 @@ WHOLE, NUMBER = r"^[-+]?[0-9]+(\.0*)?$", r"^[-+]?[0-9]*\.?[0-9]+\.?([eE][-+]?[0-
 def as_schema(hint: Any, bounds: Mapping[str, Any]) -> dict[str, Any]:
     """What `typed` takes, as a JSON schema; of a number that stands there as a text the bounds are not said."""
     found: dict[str, Any] = {"type": []}
-    for kind in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+    for kind in _options(hint):
         if typing.get_origin(kind) is Literal:
             choices = typing.get_args(kind)
             return {"enum": [*choices, False] if "no" in choices else list(choices)}
@@ -95,6 +94,10 @@ def in_words(schema: dict[str, Any]) -> str:
     nouns |= {"string": "text", "object": "a mapping", "null": "null"}
     unsaid = {"array", "string"} if {"integer", "number"} & set(kinds) else {"array"}
     return ", or ".join(nouns[kind] for kind in kinds if kind not in unsaid)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
 def finite_number(value: Any) -> int | float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -77,18 +78,9 @@ def _count_values(value: Any, counted: dict[int, int]) -> int:
         return total
     if not isinstance(value, str | int | float | None):
         raise UserError(f"is no config: {shown(value)} is neither text nor a number")
-    if isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):  # half a surrogate pair is no character
         raise UserError(f"is no config: {shown(value)} holds characters that no text has")
     return 1
-
-
-def _is_unicode(text: str) -> bool:
-    """Half a surrogate pair ("\\ud83d") is no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
