@@ -17,7 +17,7 @@ from typing import Any
 from discobeta.design import config
 from discobeta.design.config_names import IGNORED, NEUTRAL, REFUSED, RENAMED, SAME_ADAMW
 from discobeta.design.stages import BASE_STAGE, STAGES
-from discobeta.design.study_sections import may_stand_in
+from discobeta.design.study_sections import BELONGS, SET_OF_BASE, may_stand_in
 from discobeta.design.values import NUMBER, in_words
 
 STEPS = {
@@ -115,7 +115,7 @@ def run_schema() -> dict[str, Any]:
 
 
 def _alike(fates: dict[str, Any]) -> list[tuple[Any, list[str]]]:
-    """What becomes of names, with the names that follow each other and share it."""
+    """What is said of names, each with the names that follow each other and share it."""
     return [(fate, list(names)) for fate, names in groupby(fates, fates.get)]
 
 
@@ -201,6 +201,10 @@ def pages() -> dict[str, str]:
     }
 
 
+def _code(names: Iterable[str]) -> str:
+    return " ".join(f"`{name}`" for name in names)
+
+
 MADE = "<!-- written by `make keys`: change the key in src/discobeta/design, not this page -->"
 
 RUN_PAGE = f"""{MADE}
@@ -218,15 +222,17 @@ STUDY_PAGE = f"""{MADE}
 # Keys of a study
 
 A study is one YAML with sections, or several, later ones on top key by key. It is checked whole, with every run that
-it holds, before anything runs. The same in a terminal: `discobeta keys study`; for editors:
+it holds, before anything runs. In `data:`, `prompts:` and `base:`, null is as if the key were not there, and so takes
+away what an earlier file says. The same in a terminal: `discobeta keys study`; for editors:
 `workflow/schemas/study.schema.json`.
 """
 
-RUN_KEYS_OF_A_STUDY = """
+RUN_KEYS_OF_A_STUDY = f"""
 ## Keys of a run in a study
 
-They are explained in [run.md](run.md). A key that a stage does not read may not stand in its section; one of `common`
-goes to the stages that read it.
+A stage's section holds keys of [run.md](run.md) that the stage reads; one of `common:` goes to the stages that read it.
+`base: sft:` holds those that sft reads, but not {_code(SET_OF_BASE)}, which the study sets.
+These stand in neither a stage's section nor `common:`:
 
 """
 
@@ -259,13 +265,8 @@ def _study_page() -> str:
     heads = ["key", "type", "default", "meaning"]
     groups = groupby(study_keys(), key=lambda key: key.group)
     parts = [_titled(f"`{place}:`" if place else "The study", heads, map(cells, keys)) for place, keys in groups]
-    common = may_stand_in("common")
-    rows = [["`common:`", _code(common)]]
-    for stage in STAGES:
-        held = may_stand_in(stage)
-        rows.append([f"`{stage}:`", f"as `common:`, but {_code(name for name in common if name not in held)}"])
-    rows.append(["`base: sft:`", _code(may_stand_in(BASE_STAGE))])
-    return STUDY_PAGE + "".join(parts) + RUN_KEYS_OF_A_STUDY + _table(["section", "keys"], rows)
+    rows = [[_code(names), why] for why, names in _alike(BELONGS)]
+    return STUDY_PAGE + "".join(parts) + RUN_KEYS_OF_A_STUDY + _table(["keys", "why not there"], rows)
 
 
 def _names_page() -> str:
@@ -276,10 +277,6 @@ def _names_page() -> str:
         refused.append([why, f"{_code(names)}{unless}"])
     heads = ["because", "names"]
     return NAMES_PAGE + _titled("Ignored", heads, ignored) + _titled("Refused", heads, refused)
-
-
-def _code(names: Iterable[str]) -> str:
-    return " ".join(f"`{name}`" for name in names)
 
 
 def _titled(title: str, heads: list[str], rows: Iterable[list[str]]) -> str:
