@@ -133,7 +133,6 @@ BAD_STUDIES = {
     "a key that the study sets": {"base": {"sft": {"model_type": "qwen3", "output_dir": "o"}}},
     "a list for a section": {"dpo": [1]},
     "a key of others that asks for nothing": {"common": {"packing": False}},
-    "no world and no rows": {"data": {"world": None, "datset": "a"}},
 }
 
 

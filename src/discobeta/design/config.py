@@ -51,7 +51,7 @@ def option(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _What:
+class _WhatIsTrained:
     stage: Literal[(BASE_STAGE, *STAGES)] = option(dataclasses.MISSING, "what is trained")
     output_dir: str = option("", "directory of this run", of="bookkeeping")
     seed: int = option(42, "every random stream of the run is derived from it", least=0)
@@ -65,7 +65,7 @@ _FLAGS = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), frozen=True, kw_only=True)):
+class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrained,), frozen=True, kw_only=True)):
     """One run. Construct it with `from_mapping` or `read`, which check; never by hand."""
 
     # --- model
@@ -208,7 +208,7 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), fro
 
         A key that the stage does not read keeps its default, whatever was written.
         """
-        settings, notes = _said_as_here(settings)
+        settings, notes = _as_spelled_here(settings)
         values = {}
         for name, value in settings.items():
             if name in FIELDS:
@@ -308,7 +308,7 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), fro
                 )
 
 
-def _said_as_here(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _as_spelled_here(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The settings with transformers' spellings of a value in ours, and a line where one is another word."""
     settings, notes = dict(settings), []
     report_to = settings.get("report_to", "none")

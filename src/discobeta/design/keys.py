@@ -47,10 +47,10 @@ class Key:
     @property
     def default_text(self) -> str:
         """E.g. `0.95`, or `0.01 (rm), 0.1 (dpo)`."""
-        said = {stage: json.dumps(value, ensure_ascii=False) for stage, value in self.default.items()}
-        if len(set(said.values())) < 2:
-            return next(iter(said.values()), "required")
-        return ", ".join(f"{value} ({stage})" for stage, value in said.items())
+        texts = {stage: json.dumps(value, ensure_ascii=False) for stage, value in self.default.items()}
+        if len(set(texts.values())) < 2:
+            return next(iter(texts.values()), "required")
+        return ", ".join(f"{text} ({stage})" for stage, text in texts.items())
 
 
 # --- keys of a run
@@ -109,13 +109,13 @@ def run_schema() -> dict[str, Any]:
         "type": "object",
         "required": [name for name, entry in config.FIELDS.items() if entry.default is MISSING],
         "properties": {key.name: _described(key) for key in run_keys()},
-        "patternProperties": {f"^({'|'.join(names)})$": said for names, said in ignored + refused},
+        "patternProperties": {f"^({'|'.join(names)})$": values for names, values in ignored + refused},
         "additionalProperties": False,
     }
 
 
 def _alike(fates: dict[str, Any]) -> list[tuple[Any, list[str]]]:
-    """What is said of names, each with the names that follow each other and share it."""
+    """Each fate or reason, with the names that follow each other and share it."""
     return [(fate, list(names)) for fate, names in groupby(fates, fates.get)]
 
 
@@ -132,14 +132,14 @@ SPELLED_OTHERWISE = {
 
 
 def _described(key: Key) -> dict[str, Any]:
-    said = {"description": f"{key.meaning} ({', '.join(key.stages)})"}
+    described = {"description": f"{key.meaning} ({', '.join(key.stages)})"}
     first, *others = key.default.values() or [MISSING]
     if first is not MISSING and all(value == first for value in others):
-        said["default"] = first
+        described["default"] = first
     values = config.schema_of(key.name)
     if key.name in SPELLED_OTHERWISE:
         values = {"anyOf": [values, SPELLED_OTHERWISE[key.name]]}
-    return said | values
+    return described | values
 
 
 # --- keys of a study
@@ -150,9 +150,9 @@ def study_keys() -> list[Key]:
     schema = study_schema()
     parts = {"": schema} | {place: schema["$defs"][model] for place, model in MODELS.items()}
     return [
-        Key(name, place, in_words(said), {"study": said["default"]} if "default" in said else {}, said["description"])
+        Key(name, place, in_words(key), {"study": key["default"]} if "default" in key else {}, key["description"])
         for place, part in parts.items()
-        for name, said in part["properties"].items()
+        for name, key in part["properties"].items()
     ]
 
 

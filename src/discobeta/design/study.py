@@ -57,33 +57,33 @@ class Study:
 
     def __init__(self, settings: dict[str, Any], where: str = "study config"):
         self._where = where
-        said = study_file.read(settings, where)
+        file = study_file.read(settings, where)
         self.settings = settings
-        self.name = said.study
+        self.name = file.study
         self.directory = Path("results") / self.name
         self.tables_directory, self.figures_directory = self.directory / "tables", self.directory / "figures"
         self.shared_directory = self.directory / "shared"
         self.world_directory, self.base_directory = self.shared_directory / "world", self.shared_directory / "base"
-        self.environment = said.environment
-        self.seeds: list[int] = said.seeds
-        self.stages: list[str] = said.stages
-        self.idle_arms = said.idle_arms
-        self.prove_steps = said.prove_steps
-        self.gpus_per_run = said.gpus_per_run
-        self.arms = [Arm.from_name(name) for name in said.arms]
-        self.world = said.data.world and said.data.world.model_dump()
-        self._data = said.data.given()
-        self._prompts = said.prompts.given() if said.prompts else {}
+        self.environment = file.environment
+        self.seeds: list[int] = file.seeds
+        self.stages: list[str] = file.stages
+        self.idle_arms = file.idle_arms
+        self.prove_steps = file.prove_steps
+        self.gpus_per_run = file.gpus_per_run
+        self.arms = [Arm.from_name(name) for name in file.arms]
+        self.world = file.data.world and file.data.world.model_dump()
+        self._data = file.data.given()
+        self._prompts = file.prompts.given() if file.prompts else {}
         if self._prompts:
             self._prompts = {key: self._data[key] for key in HOW_ROWS_ARE_READ if key in self._data} | self._prompts
-        self.sft, self._model = said.base.sft, said.base.given()
-        self._sections = {name: self._section(said, name) for name in STAGES}
+        self.sft, self._model = file.base.sft, file.base.given()
+        self._sections = {name: self._section(file, name) for name in STAGES}
         self._first_configs: dict[tuple[str, Arm, bool], tuple[dict[str, Any], RunConfig]] = {}
         self._configs: dict[Run, RunConfig] = {}
         self._proof_lengths: dict[str, int] = {}
         self._runs = [run for stage in self.stages for arm in self.arms_of(stage) for run in self._runs_of(stage, arm)]
         self._by_place = {(run.stage, run.arm, run.seed, run.proof): run for run in self._runs}
-        self._check(said)
+        self._check(file)
 
     @classmethod
     def read(cls, configfiles: str | Path | Iterable[str | Path], overrides: Iterable[str] = ()) -> Study:
@@ -99,10 +99,10 @@ class Study:
         return cls(settings, ", ".join(map(str, configfiles)))
 
     @staticmethod
-    def _section(said: StudyFile, stage: str) -> dict[str, Any]:
+    def _section(file: StudyFile, stage: str) -> dict[str, Any]:
         """The run keys for one stage: those of `common` that it reads, and on top those of its own section."""
-        common = {key: value for key, value in said.common.items() if key not in FIELDS or stage in read_by(key)}
-        return common | getattr(said, stage)
+        common = {key: value for key, value in file.common.items() if key not in FIELDS or stage in read_by(key)}
+        return common | getattr(file, stage)
 
     # --- what is trained
 
@@ -356,7 +356,7 @@ class Study:
             kinds = [False, True] if is_twin else [False]
         return [run(seed, proof) for proof in kinds for seed in self.seeds]
 
-    def _check(self, said: StudyFile) -> None:
+    def _check(self, file: StudyFile) -> None:
         """Every run config of the study, through the same checks as `discobeta train`."""
         if self.sft:
             self.base_config()
@@ -364,7 +364,7 @@ class Study:
             if run.seed == self.seeds[0]:
                 self.config(run)
         for stage in STAGES:
-            if stage not in self.stages and (section := getattr(said, stage)):  # where a slip is one too
+            if stage not in self.stages and (section := getattr(file, stage)):  # where a slip is one too
                 self._checked({"stage": stage, "model_name_or_path": "-", "tokenized_path": "-"} | section, stage)
         if self._prompts and all(STAGES[stage].has_pairs for stage in self.stages):
             self._checked(self.prompt_settings(self.prompt_draw(self.seeds[0])), "prompts")

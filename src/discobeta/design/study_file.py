@@ -105,7 +105,7 @@ class Section(BaseModel):
         return settings
 
     def given(self) -> dict[str, Any]:
-        """The run keys that are said."""
+        """The run keys that are there, and not null."""
         return self.model_dump(exclude_unset=True, exclude_none=True, exclude={"world", "sft"})
 
 
@@ -313,7 +313,7 @@ def _first_fault(error: ValidationError, settings: Any) -> str:
     fault = error.errors(include_url=False)[0]
     where, value, kind = fault["loc"], fault["input"], fault["type"]
     is_item = bool(where) and isinstance(where[-1], int)
-    if is_item and not (kind in SAID_OF_ITEMS and isinstance(value, int | str)):
+    if is_item and not (kind in ITEM_FAULTS and isinstance(value, int | str)):
         where, value, kind = where[:-1], settings[where[0]], "list_type"  # so all of the list is shown
     place = "".join(f": {part}" for part in where if not isinstance(part, int))
     if kind == "missing":
@@ -329,7 +329,7 @@ def _first_fault(error: ValidationError, settings: Any) -> str:
     return f"{place}: {shown(value)} should be {in_words(_schema_at(where))}"
 
 
-SAID_OF_ITEMS = ("literal_error", "greater_than_equal", "less_than_equal", "value_error")
+ITEM_FAULTS = ("literal_error", "greater_than_equal", "less_than_equal", "value_error")
 
 
 json_schema = cache(StudyFile.model_json_schema)
