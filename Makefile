@@ -77,7 +77,7 @@ dry-run: $(READY)
 	$(foreach overlay,$(OVERLAYS),$(call dry_run,config/hh-rlhf.yaml $(overlay)))
 
 keys: $(READY)
-	$(RUN) python -m discobeta.design.keys .
+	$(RUN) python -m discobeta.design.keys
 
 # What a study computed is not removed here: it may have taken days.
 clean:

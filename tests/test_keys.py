@@ -28,9 +28,12 @@ SMOKE = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())
 
 def validator(schema: Path):
     jsonschema = pytest.importorskip("jsonschema")  # which Snakemake brings
+    from referencing import Registry, Resource
+
     found = json.loads(schema.read_text())
     jsonschema.Draft202012Validator.check_schema(found)
-    return jsonschema.Draft202012Validator(found)
+    beside = Registry(retrieve=lambda name: Resource.from_contents(json.loads((schema.parent / name).read_text())))
+    return jsonschema.Draft202012Validator(found, registry=beside)
 
 
 def run(**settings: Any) -> tuple[RunConfig, list[str]]:
@@ -69,7 +72,7 @@ def test_the_pages_hold_every_key():
     page = (ROOT / "docs" / "reference" / "study.md").read_text()
     assert '| `idle_arms` | run or prove | "run" |' in page and "| `study` | text | required |" in page
     assert '| `noise` | heteroscedastic or homoscedastic | "heteroscedastic" |' in page
-    assert "| `cutoff_len` | a whole number, at least 2 | 2048 |" in page
+    assert "| `cutoff_len` | a whole number, at least 2, or null | 2048 |" in page
 
 
 def test_the_schema_says_what_a_key_of_a_study_may_be():
@@ -128,6 +131,7 @@ BAD_STUDIES = {
     "a rank of nothing": {"common": {"lora_rank": 0}},
     "a key that the study sets": {"base": {"sft": {"model_type": "qwen3", "output_dir": "o"}}},
     "a list for a section": {"dpo": [1]},
+    "a key of others that asks for nothing": {"common": {"packing": False}},
 }
 
 
@@ -367,6 +371,7 @@ def test_the_command_says_which_key_is_unused(tmp_path: Path, capsys: pytest.Cap
             {"base": {"model_name_or_path": "m", "trust_remote_code": "yes"}},
             "x.yaml: base: trust_remote_code: 'yes' should be true or false",
         ),
+        ({"common": {"packing": False}}, "x.yaml: common: packing may not stand here: pairs are not packed"),
         ({"base": {"model_nam": "m"}}, "x.yaml: base: unknown key 'model_nam'; the keys are model_name_or_path, "),
         ({"prove_steps": math.nan}, "x.yaml: prove_steps: nan should be a whole number, at least 1"),
         ({"seeds": []}, "x.yaml: seeds: [] should be a list of different whole numbers"),
@@ -405,7 +410,30 @@ def test_a_world_has_its_defaults_and_what_is_said_of_it():
     assert made.world == {
         "sft_examples": 6000, "train": 64, "evaluation": 1600, "noise": "heteroscedastic", "seed": 1,
     }  # fmt: skip
-    assert study(data={"world": None}, base={"sft": {"model_type": "qwen3"}}).world["train"] == 9600
+    assert study(data={"world": {}}, base={"sft": {"model_type": "qwen3"}}).world["train"] == 9600
+
+
+ROWS = {"dataset": "a", "eval_dataset": "b"}
+
+
+@pytest.mark.parametrize(
+    "data, has_world",
+    [
+        ({"world": None} | ROWS, False),
+        ({"world": {}} | dict.fromkeys(ROWS), True),
+        ({"world": {"seed": 2}} | dict.fromkeys(study_sections.DATA_KEYS), True),
+    ],
+)
+def test_a_null_takes_away_what_a_layer_below_says(data: dict, has_world: bool):
+    made = study(data=data, base={"sft": {"model_type": "qwen3"}})
+    assert bool(made.world) == has_world
+    given = made.data("all").get("dataset")
+    assert given == ("results/s/shared/data/all/pairs/train.jsonl" if has_world else "a")
+    assert list(validator(STUDY_SCHEMA).iter_errors({"data": data})) == []
+
+
+def test_a_world_that_is_null_is_none():
+    assert refusal(data={"world": None}) == "x.yaml: data: give dataset (a file, a hub id or a name) or world"
 
 
 def test_the_world_of_the_command_line_is_that_of_a_study(monkeypatch: pytest.MonkeyPatch):

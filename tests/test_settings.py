@@ -526,10 +526,6 @@ def test_a_base_has_no_checkpoints_to_go_on_from():
 # --- what the documents say of all this
 
 
-def test_the_document_holds_the_table():
-    assert config_names.table() in DOCS.read_text(encoding="utf-8")
-
-
 def test_the_document_lists_the_names_that_are_used():
     listed = DOCS.read_text(encoding="utf-8").partition("## Used\n")[2].partition("\n\n")[2].partition("\n\n")[0]
     theirs = {*LLAMA_FACTORY, *EARLIER, *trainer_defaults()} & KEYS

@@ -272,22 +272,22 @@ def compare(arguments: argparse.Namespace) -> int:
 def world_corpus(arguments: argparse.Namespace) -> None:
     from discobeta.inputs import world
 
-    world.write_corpus(arguments.output, **_of_the_world(arguments, "seed", "sft_examples", "noise"))
+    world.write_corpus(arguments.output, **_world_settings(arguments, "seed", "sft_examples", "noise"))
 
 
 def world_pairs(arguments: argparse.Namespace) -> None:
     from discobeta.inputs import world
 
-    sizes = _of_the_world(arguments, "train", "evaluation")
+    sizes = _world_settings(arguments, "train", "evaluation")
     world.write_pairs(arguments.world, arguments.base, arguments.output, seed=arguments.seed, **sizes)
 
 
-def _of_the_world(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """What is said of the world, with a study's defaults of what is not."""
+def _world_settings(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """What is given of the world, and a study's defaults for the rest."""
     from discobeta.design.study_file import World
 
-    said = {name: getattr(arguments, name) for name in names}
-    return {name: getattr(World(), name) if value is None else value for name, value in said.items()}
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return {name: getattr(World(), name) for name in names} | given
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -313,8 +313,7 @@ def report(arguments: argparse.Namespace) -> None:
 
     results = _results(arguments, curves=True)
     study_report.write(results)
-    directory = results.study.directory
-    print(f"tables: {directory / 'tables'}   figures: {directory / 'figures'}")
+    print(f"tables: {results.study.tables_directory}   figures: {results.study.figures_directory}")
 
 
 def tables(arguments: argparse.Namespace) -> None:

@@ -5,8 +5,8 @@ localrules:
     figures,
 
 
-TABLES = study.directory / "tables"
-FIGURES = study.directory / "figures"
+TABLES = study.tables_directory
+FIGURES = study.figures_directory
 
 
 rule tables:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from discobeta.design.arms import FLAGS, IDEAS, Arm
 from discobeta.design.config_names import IGNORED, REFUSED, RENAMED, SAME_ADAMW, is_neutral
 from discobeta.design.stages import BASE_STAGE, STAGES, having
-from discobeta.design.values import finite_number, typed
+from discobeta.design.values import as_schema, finite_number, typed
 from discobeta.design.yaml_text import parse_overrides, read_yaml
 from discobeta.errors import UserError, did_you_mean, shown
 
@@ -51,7 +51,7 @@ def option(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _What:
+class _WhatIsTrained:
     stage: Literal[(BASE_STAGE, *STAGES)] = option(dataclasses.MISSING, "what is trained")
     output_dir: str = option("", "directory of this run", of="bookkeeping")
     seed: int = option(42, "every random stream of the run is derived from it", least=0)
@@ -65,7 +65,7 @@ _FLAGS = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), frozen=True, kw_only=True)):
+class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrained,), frozen=True, kw_only=True)):
     """One run. Construct it with `from_mapping` or `read`, which check; never by hand."""
 
     # --- model
@@ -202,12 +202,14 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), fro
 
         A key that the stage does not read keeps its default, whatever was written.
         """
-        known = FIELDS
-        settings, notes = _said_as_here(settings)
+        settings, notes = _as_spelled_here(settings)
         values = {}
         for name, value in settings.items():
-            if name in known:
-                values[name] = typed(name, value, hint_of(name), known[name], where)
+            if name in FIELDS:
+                try:
+                    values[name] = value_of(name, value)
+                except ValueError as error:
+                    raise UserError(f"{where}: {name}: {error}") from None
             elif name in IGNORED:
                 if name == "deepspeed":
                     _check_deepspeed(value, where)
@@ -219,7 +221,7 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), fro
             elif name in RENAMED:
                 raise UserError(f"{where}: unknown key {shown(name)}: it is {RENAMED[name]} here")
             else:
-                hint = did_you_mean(name, known) or did_you_mean(name, (*IGNORED, *REFUSED))
+                hint = did_you_mean(name, FIELDS) or did_you_mean(name, (*IGNORED, *REFUSED))
                 raise UserError(f"{where}: unknown key {shown(name)}{hint}")
         if "stage" not in values:
             raise UserError(f"{where}: stage is missing ({BASE_STAGE}, {', '.join(STAGES)})")
@@ -232,7 +234,7 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), fro
                 values[name] = value
         for name in ("lora_rank", "lora_dropout", "lora_target"):  # what is not written is as the adapter has it
             if values.get(name) is None:
-                values[name] = None if values.get("adapter_name_or_path") else known[name].default
+                values[name] = None if values.get("adapter_name_or_path") else FIELDS[name].default
         config = cls(**values)
         try:
             config._check()
@@ -300,7 +302,7 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_What,), fro
                 )
 
 
-def _said_as_here(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _as_spelled_here(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The settings with transformers' spellings of a value in ours, and a line where one is another word."""
     settings, notes = dict(settings), []
     report_to = settings.get("report_to", "none")
@@ -345,12 +347,17 @@ FIELDS = {entry.name: entry for entry in dataclasses.fields(RunConfig)}
 """Every key of a run -> its field."""
 
 
-def hint_of(name: str) -> Any:
-    """The type of a key of a run."""
-    return _hints(RunConfig)[name]
-
-
 _hints = cache(typing.get_type_hints)  # which compiles every annotation anew
+
+
+def value_of(name: str, value: Any) -> Any:
+    """What is written under a key of a run, in the key's type. Raises ValueError that says what would be right."""
+    return typed(value, _hints(RunConfig)[name], FIELDS[name].metadata)
+
+
+def schema_of(name: str) -> dict[str, Any]:
+    """The JSON schema of what a key of a run may be."""
+    return as_schema(_hints(RunConfig)[name], FIELDS[name].metadata)
 
 
 @cache

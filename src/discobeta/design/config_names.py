@@ -4,12 +4,11 @@ Each is either *ignored*, because nothing of the result depends on it, or *refus
 result, that is with any value but those that leave things as they are; or it is another program's name of a key.
 Read from LLaMA-Factory 0.9.5, transformers 5.23 and TRL 1.16's DPOConfig and RewardConfig, with names that earlier
 versions had.
-docs/llama-factory.md shows `table()`.
+docs/reference/names.md shows them.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 NEUTRAL = (None, False, 0, "", "none", [], {})
@@ -237,26 +236,3 @@ SAME_ADAMW = ("adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "
 def is_neutral(value: Any, neutral: tuple) -> bool:
     """Whether `value` is one of `neutral`; True and False are no numbers."""
     return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral)
-
-
-def table() -> str:
-    """All names as Markdown, by what becomes of them and why."""
-    ignored = [(why, _listed(names)) for why, names in _IGNORED_BECAUSE.items()]
-    refused = [(why, _listed(names)) for why, names in _REFUSED_BECAUSE.items()]
-    for name, (neutral, why) in _REFUSED_UNLESS.items():
-        values = " or ".join(f"`{json.dumps(value)}`" for value in neutral)
-        refused.append((why, f"`{name}` unless {values}"))
-    renamed = [(f"`{name}`", key) for name, key in RENAMED.items()]
-    parts = {
-        "Ignored, with a line": ("because", "names", ignored),
-        "Refused": ("because", "names", refused),
-        "Other names of keys": ("name", "key here", renamed),
-    }
-    return "\n".join(
-        f"### {title}\n\n| {left} | {right} |\n|---|---|\n" + "".join(f"| {a} | {b} |\n" for a, b in rows)
-        for title, (left, right, rows) in parts.items()
-    )
-
-
-def _listed(names: str) -> str:
-    return " ".join(f"`{name}`" for name in names.split())

@@ -24,6 +24,7 @@ from discobeta.errors import UserError, telling
 from discobeta.files import read_json
 
 PUBLISHED = Path("results/published")
+METRICS = "metrics.csv"
 RATES = {
     "seconds": "cost/seconds",
     "processes": "cost/processes",
@@ -131,13 +132,12 @@ def estimate(study: Study, measured: Measured | None) -> list[Step]:
 def find(study: Study, folder: Path | None) -> Measured | None:
     """The measurements in `folder`; else the study's own; else published ones on the same base."""
     if folder is not None:
-        if not (folder / "metrics.csv").is_file():
-            raise UserError(f"--measured: {folder} has no metrics.csv (the tables of a study that has run have one)")
+        if not (folder / METRICS).is_file():
+            raise UserError(f"--measured: {folder} has no {METRICS} (the tables of a study that has run have one)")
         return read(study, folder)
-    own = study.directory / "tables"
-    if (own / "metrics.csv").exists():
-        return read(study, own)
-    published = [read(study, path.parent) for path in sorted(PUBLISHED.glob("*/metrics.csv"))]
+    if (study.tables_directory / METRICS).exists():
+        return read(study, study.tables_directory)
+    published = [read(study, path.parent) for path in sorted(PUBLISHED.glob(f"*/{METRICS}"))]
     alike = [found for found in published if "base" not in found.differs]
     return min(alike, key=lambda found: len(found.differs), default=None)
 
@@ -149,14 +149,14 @@ def read(study: Study, folder: Path) -> Measured:
 
 
 def _read(study: Study, folder: Path) -> Measured:
-    long = pd.read_csv(folder / "metrics.csv", dtype={"stage": str, "arm": str, "metric": str, "value": float})
+    long = pd.read_csv(folder / METRICS, dtype={"stage": str, "arm": str, "metric": str, "value": float})
     wide = long.pivot_table(index=["stage", "arm", "seed"], columns="metric", values="value").reset_index()
     # what was measured before rows were counted under this name says nothing here
     wide = wide.reindex(columns=["stage", "arm", *RATES.values()]).dropna(subset=[RATES["rows"]])
     runs = wide.rename(columns={metric: name for name, metric in RATES.items()})
     amounts = runs[list(RATES)].astype(float)
     if ((amounts < 0) | amounts.isin([math.inf])).any(axis=None) or not (amounts.rows > 0).all():
-        raise UserError(f"{folder}/metrics.csv: costs should be positive numbers")
+        raise UserError(f"{folder / METRICS}: costs should be positive numbers")
     shared = pd.DataFrame(columns=["work", "seconds"])
     if (folder / "cost.csv").exists():
         costs = pd.read_csv(folder / "cost.csv")

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from discobeta.design import config, config_names
+from discobeta.design import config
+from discobeta.design.config_names import IGNORED, NEUTRAL, REFUSED, RENAMED, SAME_ADAMW
 from discobeta.design.stages import BASE_STAGE, STAGES
-from discobeta.design.study_sections import may_stand_in
-from discobeta.design.values import NUMBER, as_schema, in_words
+from discobeta.design.study_sections import BELONGS, SET_OF_BASE, may_stand_in
+from discobeta.design.values import NUMBER, in_words
 
 STEPS = {
     "data": "the rows",
@@ -39,18 +39,18 @@ class Key:
     group: str  # the heading that it stands under
     type: str
     default: dict[str, Any]  # by stage, or under "study"; nothing where it must be said
-    stages: tuple[str, ...]  # that read it
-    decides: str
     meaning: str
-    elsewhere: tuple[str, ...]  # its names in other programs
+    stages: tuple[str, ...] = ()  # that read it; this and what follows are of keys of a run
+    decides: str = ""
+    elsewhere: tuple[str, ...] = ()  # its names in other programs
 
     @property
     def default_text(self) -> str:
         """E.g. `0.95`, or `0.01 (rm), 0.1 (dpo)`."""
-        said = {stage: json.dumps(value, ensure_ascii=False) for stage, value in self.default.items()}
-        if len(set(said.values())) < 2:
-            return next(iter(said.values()), "required")
-        return ", ".join(f"{value} ({stage})" for stage, value in said.items())
+        texts = {stage: json.dumps(value, ensure_ascii=False) for stage, value in self.default.items()}
+        if len(set(texts.values())) < 2:
+            return next(iter(texts.values()), "required")
+        return ", ".join(f"{text} ({stage})" for stage, text in texts.items())
 
 
 # --- keys of a run
@@ -63,11 +63,11 @@ def run_keys(stage: str | None = None) -> list[Key]:
         Key(
             name,
             groups[name],
-            in_words(value_schema(name)),
+            in_words(config.schema_of(name)),
             {} if entry.default is MISSING else {reader: config.default_of(name, reader) for reader in readers},
+            entry.metadata["help"],
             tuple(readers),
             _decides(entry.metadata),
-            entry.metadata["help"],
             elsewhere[name],
         )
         for name, entry in config.FIELDS.items()
@@ -78,11 +78,6 @@ def run_keys(stage: str | None = None) -> list[Key]:
 def _decides(metadata: Mapping[str, Any]) -> str:
     trains = f", training of {' and '.join(metadata['trains'])}" if metadata["trains"] else ""
     return f"{STEPS[metadata['of']]}{trains}"
-
-
-def value_schema(name: str) -> dict[str, Any]:
-    """The JSON schema of what a run key may be."""
-    return as_schema(config.hint_of(name), config.FIELDS[name].metadata)
 
 
 def _groups() -> dict[str, str]:
@@ -98,33 +93,36 @@ def _groups() -> dict[str, str]:
 
 def _elsewhere() -> dict[str, tuple[str, ...]]:
     """Run key -> other programs' names of it."""
-    words = {name: re.findall(r"\w+", key) for name, key in config_names.RENAMED.items()}
+    words = {name: re.findall(r"\w+", key) for name, key in RENAMED.items()}
     return {key: tuple(name for name in words if key in words[name]) for key in config.FIELDS}
 
 
 def run_schema() -> dict[str, Any]:
     """The JSON schema of a run YAML: also of names that are ignored, and of refused ones that ask for nothing."""
-    others = {}
-    for name, why in config_names.IGNORED.items():
-        others.setdefault(("ignored", why, "{}"), []).append(name)
-    for name, (neutral, why) in config_names.REFUSED.items():
-        others.setdefault(("not supported", why, json.dumps({"enum": neutral})), []).append(name)
+    ignored = [(names, {"description": f"ignored: {why}"}) for why, names in _alike(IGNORED)]
+    refused = [
+        (names, {"description": f"not supported: {why}", "enum": neutral}) for (neutral, why), names in _alike(REFUSED)
+    ]
     return {
         "$schema": DIALECT,
         "title": "A run of discobeta",
         "type": "object",
         "required": [name for name, entry in config.FIELDS.items() if entry.default is MISSING],
         "properties": {key.name: _described(key) for key in run_keys()},
-        "patternProperties": {
-            f"^({'|'.join(names)})$": {"description": f"{fate}: {why}"} | json.loads(values)
-            for (fate, why, values), names in others.items()
-        },
+        "patternProperties": {f"^({'|'.join(names)})$": values for names, values in ignored + refused},
         "additionalProperties": False,
     }
 
 
+def _alike(fates: dict[str, Any]) -> list[tuple[Any, list[str]]]:
+    """Each fate or reason, with the names that follow each other and share it."""
+    return [(fate, list(names)) for fate, names in groupby(fates, fates.get)]
+
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
 SPELLED_OTHERWISE = {
-    "optim": {"enum": config_names.SAME_ADAMW},
+    "optim": {"enum": SAME_ADAMW},
     "report_to": {"type": ["null", "array"], "items": {"type": "string"}, "maxItems": 1},
     "warmup_steps": {"type": ["number", "string"], "pattern": NUMBER, "exclusiveMinimum": 0, "exclusiveMaximum": 1},
     "output_dir": {"type": "null"},
@@ -134,42 +132,32 @@ SPELLED_OTHERWISE = {
 
 
 def _described(key: Key) -> dict[str, Any]:
-    found, other = value_schema(key.name), SPELLED_OTHERWISE.get(key.name)
-    said = {"description": f"{key.meaning} ({', '.join(key.stages)})"} | _default(key)
-    return said | ({"anyOf": [found, other]} if other else found)
-
-
-def _default(key: Key) -> dict[str, Any]:
-    """Where it is one."""
-    values = list(key.default.values())
-    return {"default": values[0]} if values and all(value == values[0] for value in values) else {}
+    described = {"description": f"{key.meaning} ({', '.join(key.stages)})"}
+    first, *others = key.default.values() or [MISSING]
+    if first is not MISSING and all(value == first for value in others):
+        described["default"] = first
+    values = config.schema_of(key.name)
+    if key.name in SPELLED_OTHERWISE:
+        values = {"anyOf": [values, SPELLED_OTHERWISE[key.name]]}
+    return described | values
 
 
 # --- keys of a study
 
 
 def study_keys() -> list[Key]:
-    """Of a study, section by section; what keys of a run its sections hold is in their meaning."""
-    from discobeta.design import study_file
-
+    """The keys of a study's sections; what keys of a run a section holds is no part of it."""
     schema = study_schema()
-    parts = {
-        "": study_file.StudyFile,
-        "data": study_file.Data,
-        "data: world": study_file.World,
-        "prompts": study_file.Prompts,
-        "base": study_file.Base,
-    }
-    found = []
-    for place, model in parts.items():
-        properties = (schema["$defs"][model.__name__] if place else schema)["properties"]
-        for name, field in model.model_fields.items():
-            is_run_key = properties[name].get("$ref", "").startswith(RUN_KEY)
-            words = in_words(value_schema(name) if is_run_key else properties[name])
-            default = config.FIELDS[name].default if is_run_key else field.get_default(call_default_factory=True)
-            default = {} if field.is_required() else {"study": default}
-            found.append(Key(name, place, words, default, (), "", field.description, ()))
-    return found
+    parts = {"": schema} | {place: schema["$defs"][model] for place, model in MODELS.items()}
+    return [
+        Key(name, place, in_words(key), {"study": key["default"]} if "default" in key else {}, key["description"])
+        for place, part in parts.items()
+        for name, key in part["properties"].items()
+    ]
+
+
+MODELS = {"data": "Data", "data: world": "World", "prompts": "Prompts", "base": "Base"}
+"""Section of a study -> its model in study_file."""
 
 
 def study_schema() -> dict[str, Any]:
@@ -177,30 +165,19 @@ def study_schema() -> dict[str, Any]:
     from discobeta.design import study_file
 
     schema = _without_titles(study_file.json_schema())
-    runs = {key.name: key for key in run_keys()}
-    models = schema["$defs"]
-    for part in (models["Data"], models["Prompts"], models["Base"]):
-        part["properties"] |= {name: {"$ref": RUN_KEY + name} for name in part["properties"].keys() & runs}
-    sections = {name: (schema, name) for name in ("common", *STAGES)} | {BASE_STAGE: (models["Base"], "sft")}
-    for stage, (part, name) in sections.items():
-        own = {} if stage == "common" else {key.name: _default(key) for key in run_keys(stage)}
-        part["properties"][name] = {
-            "description": part["properties"][name]["description"],
+    for section in ("common", *STAGES, BASE_STAGE):
+        properties = (schema["$defs"]["Base"] if section == BASE_STAGE else schema)["properties"]
+        own = config.STAGE_DEFAULTS.get(section, {})
+        properties[section] |= {
             "type": ["object", "null"],
             "properties": {
-                key: {"$ref": RUN_KEY + key} | (own.get(key, {}) if not _default(runs[key]) else {})
-                for key in may_stand_in(stage)
+                key: {"$ref": f"run.schema.json#/properties/{key}"} | ({"default": own[key]} if key in own else {})
+                for key in may_stand_in(section)
             },
             "additionalProperties": False,
         }
     schema.pop("required")
-    text = str(schema)
-    models |= {f"run-{name}": _described(key) for name, key in runs.items() if f"'{RUN_KEY}{name}'" in text}
     return {"$schema": DIALECT, "title": "A study of discobeta"} | schema
-
-
-RUN_KEY = "#/$defs/run-"
-DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def _without_titles(schema: Any) -> Any:
@@ -218,9 +195,14 @@ def pages() -> dict[str, str]:
     return {
         "docs/reference/run.md": _run_page(),
         "docs/reference/study.md": _study_page(),
+        "docs/reference/names.md": _names_page(),
         "workflow/schemas/run.schema.json": _json_text(run_schema()),
         "workflow/schemas/study.schema.json": _json_text(study_schema()),
     }
+
+
+def _code(names: Iterable[str]) -> str:
+    return " ".join(f"`{name}`" for name in names)
 
 
 MADE = "<!-- written by `make keys`: change the key in src/discobeta/design, not this page -->"
@@ -231,25 +213,36 @@ RUN_PAGE = f"""{MADE}
 A run is one flat YAML. Types and bounds are checked before anything is loaded; an unknown key is refused with the
 nearest known one, and a key that the stage does not read is named as unused and keeps its default. *Decides* says what
 a change of the key changes, and so [what runs again](../workflow.md#the-rules). *Elsewhere* are names in other
-programs, which are refused with the name here; those that are the same there, and what else their files hold, are in
-[llama-factory.md](../llama-factory.md). The same in a terminal: `discobeta keys STAGE`; for editors:
-`workflow/schemas/run.schema.json`.
+programs, which are refused with the name here; those that are the same there are in
+[llama-factory.md](../llama-factory.md), those that are no keys in [names.md](names.md). The same in a terminal:
+`discobeta keys STAGE`; for editors: `workflow/schemas/run.schema.json`.
 """
 
 STUDY_PAGE = f"""{MADE}
 # Keys of a study
 
 A study is one YAML with sections, or several, later ones on top key by key. It is checked whole, with every run that
-it holds, before anything runs. The same in a terminal: `discobeta keys study`; for editors:
+it holds, before anything runs. In `data:`, `prompts:` and `base:`, null is as if the key were not there, and so takes
+away what an earlier file says. The same in a terminal: `discobeta keys study`; for editors:
 `workflow/schemas/study.schema.json`.
 """
 
-RUN_KEYS_OF_A_STUDY = """
+RUN_KEYS_OF_A_STUDY = f"""
 ## Keys of a run in a study
 
-They are explained in [run.md](run.md). A key that a stage does not read may not stand in its section; one of `common`
-goes to the stages that read it.
+A stage's section holds keys of [run.md](run.md) that the stage reads; one of `common:` goes to the stages that read it.
+`base: sft:` holds those that sft reads, but not {_code(SET_OF_BASE)}, which the study sets.
+These stand in neither a stage's section nor `common:`:
 
+"""
+
+NAMES_PAGE = f"""{MADE}
+# Names that are no keys
+
+Files of LLaMA-Factory and of transformers' Trainer hold names on which nothing of a result depends here: they are
+ignored, with a line. Others would change the result: they are refused, unless their value asks for nothing. What is
+used, and how it differs, is in [llama-factory.md](../llama-factory.md); keys that are called otherwise there are in
+[run.md](run.md).
 """
 
 
@@ -259,34 +252,35 @@ def _run_page() -> str:
         return [f"`{key.name}`", key.type, key.default_text, stages, key.decides, key.meaning, _code(key.elsewhere)]
 
     heads = ["key", "type", "default", "stages", "decides", "meaning", "elsewhere"]
-    parts = [
-        f"\n## {group[0].upper()}{group[1:]}\n\n" + _table(heads, map(cells, keys))
-        for group, keys in groupby(run_keys(), key=lambda key: key.group)
-    ]
-    return RUN_PAGE + "".join(parts)
+    groups = groupby(run_keys(), key=lambda key: key.group)
+    return RUN_PAGE + "".join(
+        _titled(f"{group[0].upper()}{group[1:]}", heads, map(cells, keys)) for group, keys in groups
+    )
 
 
 def _study_page() -> str:
-    parts = [
-        f"\n## {f'`{place}:`' if place else 'The study'}\n\n"
-        + _table(
-            ["key", "type", "default", "meaning"],
-            ([f"`{key.name}`", key.type, key.default_text, key.meaning] for key in keys),
-        )
-        for place, keys in groupby(study_keys(), key=lambda key: key.group)
-    ]
-    held = {name: may_stand_in(name) for name in ("common", *STAGES, BASE_STAGE)}
-    rows = [["`common:`", _code(held["common"])]]
-    for stage in STAGES:
-        rows.append(
-            [f"`{stage}:`", f"as `common:`, but {_code(name for name in held['common'] if name not in held[stage])}"]
-        )
-    rows.append(["`base: sft:`", _code(held[BASE_STAGE])])
-    return STUDY_PAGE + "".join(parts) + RUN_KEYS_OF_A_STUDY + _table(["section", "keys"], rows)
+    def cells(key: Key) -> list[str]:
+        return [f"`{key.name}`", key.type, key.default_text, key.meaning]
+
+    heads = ["key", "type", "default", "meaning"]
+    groups = groupby(study_keys(), key=lambda key: key.group)
+    parts = [_titled(f"`{place}:`" if place else "The study", heads, map(cells, keys)) for place, keys in groups]
+    rows = [[_code(names), why] for why, names in _alike(BELONGS)]
+    return STUDY_PAGE + "".join(parts) + RUN_KEYS_OF_A_STUDY + _table(["keys", "why not there"], rows)
 
 
-def _code(names: Iterable[str]) -> str:
-    return " ".join(f"`{name}`" for name in names)
+def _names_page() -> str:
+    ignored = [[why, _code(names)] for why, names in _alike(IGNORED)]
+    refused = []
+    for (neutral, why), names in _alike(REFUSED):
+        unless = "" if neutral is NEUTRAL else f" unless {' or '.join(_code([json.dumps(value)]) for value in neutral)}"
+        refused.append([why, f"{_code(names)}{unless}"])
+    heads = ["because", "names"]
+    return NAMES_PAGE + _titled("Ignored", heads, ignored) + _titled("Refused", heads, refused)
+
+
+def _titled(title: str, heads: list[str], rows: Iterable[list[str]]) -> str:
+    return f"\n## {title}\n\n{_table(heads, rows)}"
 
 
 def _table(heads: list[str], rows: Iterable[list[str]]) -> str:
@@ -299,7 +293,7 @@ def _json_text(schema: dict[str, Any]) -> str:
 
     def written(value: Any, indent: str) -> str:
         line = json.dumps(value, ensure_ascii=False)
-        if not isinstance(value, dict) or len(line) + len(indent) <= 120:
+        if not isinstance(value, dict) or len(line) <= 240:
             return line
         parts = [f"{indent} {json.dumps(key)}: {written(part, indent + ' ')}" for key, part in value.items()]
         return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
@@ -322,4 +316,4 @@ if __name__ == "__main__":
     from discobeta.files import write_text
 
     for name, text in pages().items():
-        write_text(Path(sys.argv[1]) / name, text)
+        write_text(Path(name), text)

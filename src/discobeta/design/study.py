@@ -48,34 +48,42 @@ class Run:
 
 
 class Study:
-    """A checked study. Construction validates the merged config of every run that it holds."""
+    """A checked study: which runs there are, the settings and folder of each, and what they share.
+
+    `runs`, `config` and `upstream` say what is trained, `draw` and the folders of a draw which rows it sees, the
+    `…_settings` what a step of the workflow is told, `decides_…` what makes it stale. The run config of every run is
+    checked when the study is made. Raises UserError.
+    """
 
     def __init__(self, settings: dict[str, Any], where: str = "study config"):
         self._where = where
-        said = study_file.read(settings, where)
+        file = study_file.read(settings, where)
         self.settings = settings
-        self.name = said.study
+        self.name = file.study
         self.directory = Path("results") / self.name
-        self.environment = said.environment
-        self.seeds: list[int] = said.seeds
-        self.stages: list[str] = said.stages
-        self.idle_arms = said.idle_arms
-        self.prove_steps = said.prove_steps
-        self.gpus_per_run = said.gpus_per_run
-        self.arms = [Arm.from_name(name) for name in said.arms]
-        self.world = said.data.world and said.data.world.model_dump()
-        self._data = said.data.given()
-        self._prompts = said.prompts.given() if said.prompts else {}
+        self.tables_directory, self.figures_directory = self.directory / "tables", self.directory / "figures"
+        self.shared_directory = self.directory / "shared"
+        self.world_directory, self.base_directory = self.shared_directory / "world", self.shared_directory / "base"
+        self.environment = file.environment
+        self.seeds: list[int] = file.seeds
+        self.stages: list[str] = file.stages
+        self.idle_arms = file.idle_arms
+        self.prove_steps = file.prove_steps
+        self.gpus_per_run = file.gpus_per_run
+        self.arms = [Arm.from_name(name) for name in file.arms]
+        self.world = file.data.world and file.data.world.model_dump()
+        self._data = file.data.given()
+        self._prompts = file.prompts.given() if file.prompts else {}
         if self._prompts:
             self._prompts = {key: self._data[key] for key in HOW_ROWS_ARE_READ if key in self._data} | self._prompts
-        self.sft, self._model = said.base.sft, said.base.given()
-        self._sections = {name: self._section(said, name) for name in STAGES}
+        self.sft, self._model = file.base.sft, file.base.given()
+        self._sections = {name: self._section(file, name) for name in STAGES}
         self._first_configs: dict[tuple[str, Arm, bool], tuple[dict[str, Any], RunConfig]] = {}
         self._configs: dict[Run, RunConfig] = {}
         self._proof_lengths: dict[str, int] = {}
         self._runs = [run for stage in self.stages for arm in self.arms_of(stage) for run in self._runs_of(stage, arm)]
         self._by_place = {(run.stage, run.arm, run.seed, run.proof): run for run in self._runs}
-        self._check(said)
+        self._check(file)
 
     @classmethod
     def read(cls, configfiles: str | Path | Iterable[str | Path], overrides: Iterable[str] = ()) -> Study:
@@ -91,10 +99,10 @@ class Study:
         return cls(settings, ", ".join(map(str, configfiles)))
 
     @staticmethod
-    def _section(said: StudyFile, stage: str) -> dict[str, Any]:
+    def _section(file: StudyFile, stage: str) -> dict[str, Any]:
         """The run keys for one stage: those of `common` that it reads, and on top those of its own section."""
-        common = {key: value for key, value in said.common.items() if key not in FIELDS or stage in read_by(key)}
-        return common | getattr(said, stage)
+        common = {key: value for key, value in file.common.items() if key not in FIELDS or stage in read_by(key)}
+        return common | getattr(file, stage)
 
     # --- what is trained
 
@@ -216,18 +224,6 @@ class Study:
     def model(self) -> dict[str, Any]:
         """Run keys of the model that reference and policy start from."""
         return {"model_name_or_path": str(self.base_directory)} if self.sft else self._model
-
-    @property
-    def shared_directory(self) -> Path:
-        return self.directory / "shared"
-
-    @property
-    def world_directory(self) -> Path:
-        return self.shared_directory / "world"
-
-    @property
-    def base_directory(self) -> Path:
-        return self.shared_directory / "base"
 
     def draw(self, seed: int) -> str:
         """Which data the runs of `seed` see: their own if the seed decides (fresh pairs, val_size), else the same."""
@@ -360,7 +356,7 @@ class Study:
             kinds = [False, True] if is_twin else [False]
         return [run(seed, proof) for proof in kinds for seed in self.seeds]
 
-    def _check(self, said: StudyFile) -> None:
+    def _check(self, file: StudyFile) -> None:
         """Every run config of the study, through the same checks as `discobeta train`."""
         if self.sft:
             self.base_config()
@@ -368,7 +364,7 @@ class Study:
             if run.seed == self.seeds[0]:
                 self.config(run)
         for stage in STAGES:
-            if stage not in self.stages and (section := getattr(said, stage)):  # where a slip is one too
+            if stage not in self.stages and (section := getattr(file, stage)):  # where a slip is one too
                 self._checked({"stage": stage, "model_name_or_path": "-", "tokenized_path": "-"} | section, stage)
         if self._prompts and all(STAGES[stage].has_pairs for stage in self.stages):
             self._checked(self.prompt_settings(self.prompt_draw(self.seeds[0])), "prompts")
@@ -390,7 +386,7 @@ def plan(study: Study) -> str:
     for run in study.runs():
         steps = study.proof_text(run.stage) if run.proof else "whole run"
         lines.append(f"{run.stage:4} {run.arm.name:29} seed {run.seed:<4} {steps:16} {run.directory}")
-    lines.append(f"tables: {study.directory / 'tables'}   figures: {study.directory / 'figures'}")
+    lines.append(f"tables: {study.tables_directory}   figures: {study.figures_directory}")
     return "\n".join(lines)
 
 

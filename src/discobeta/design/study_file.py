@@ -30,13 +30,23 @@ from discobeta.design import config
 from discobeta.design.arms import ARMS, Arm
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.design.study_sections import DATA_KEYS, MODEL_KEYS, path_fault, place_of
-from discobeta.design.values import LARGEST, in_words, typed
+from discobeta.design.values import LARGEST, in_words
 from discobeta.errors import UserError, did_you_mean, shown
 
 LONGEST_NAME = 100
 """Characters of a study's name, which becomes a folder, and of a key."""
 
 MOST_SEEDS = 1000
+
+
+def _texts(settings: Any) -> list[str]:
+    """The keys of a mapping, which must be texts; of anything else, none."""
+    keys = list(settings) if isinstance(settings, dict) else []
+    for key in keys:
+        if not isinstance(key, str):
+            raise ValueError(f"the key {shown(key)} should be text (write it in quotes)")
+    return keys
+
 
 # --- run keys in a study
 
@@ -46,9 +56,7 @@ def _run_keys(settings: Any, info: ValidationInfo) -> Any:
     section = info.field_name
     if section == BASE_STAGE and not settings and settings is not None:
         raise ValueError("say what is trained (model_type, or model_name_or_path)")
-    for key in settings if isinstance(settings, dict) else ():
-        if not isinstance(key, str):
-            raise ValueError(f"the key {shown(key)} should be text (write it in quotes)")
+    for key in _texts(settings):
         if len(key) > LONGEST_NAME:
             raise ValueError(f"unknown key {shown(key)}")
         if place := place_of(key, section):
@@ -61,22 +69,22 @@ def _run_keys(settings: Any, info: ValidationInfo) -> Any:
 RunKeys = Annotated[dict[str, Any], BeforeValidator(_run_keys)]
 
 
-def _of_a_run(name: str) -> tuple[Any, Any]:
-    """A run key as a field, read as in a run; null is as if it were not there."""
+def _as_in_a_run(name: str) -> tuple[Any, Any]:
+    """The field for a run key, which is read as in a run; null is as if it were not there."""
 
     def read(value: Any) -> Any:
         is_list = isinstance(value, list) and all(isinstance(word, str) for word in value)
         if name in ("dataset", "eval_dataset") and not (is_list or isinstance(value, str | None)):
             raise ValueError(f"{shown(value)} should be a name, or a list of names")
-        try:
-            value = None if value is None else typed(name, value, config.hint_of(name), config.FIELDS[name], "")
-        except UserError as error:
-            raise ValueError(str(error).removeprefix(f": {name}: ")) from None
+        value = None if value is None else config.value_of(name, value)
         if fault := path_fault(name, value):
             raise ValueError(fault)
         return value
 
-    return Annotated[Any, BeforeValidator(read)], Field(None, description=config.FIELDS[name].metadata["help"])
+    entry, schema = config.FIELDS[name], config.schema_of(name)
+    schema["type"] = list(dict.fromkeys([*schema["type"], "null"]))
+    field = Field(entry.default, description=entry.metadata["help"])
+    return Annotated[Any, BeforeValidator(read), WithJsonSchema(schema)], field
 
 
 # --- the sections
@@ -90,16 +98,14 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _keys_are_known(cls, settings: Any) -> Any:
-        for key in settings if isinstance(settings, dict) else ():
-            if not isinstance(key, str):
-                raise ValueError(f"the key {shown(key)} should be text (write it in quotes)")
+        for key in _texts(settings):
             if key not in cls.model_fields:
                 near = did_you_mean(key, cls.model_fields) or f"; the keys are {', '.join(cls.model_fields)}"
                 raise ValueError(f"unknown key {shown(key)}{near if len(key) <= LONGEST_NAME else ''}")
         return settings
 
     def given(self) -> dict[str, Any]:
-        """The run keys that are said."""
+        """The run keys that are there, and not null."""
         return self.model_dump(exclude_unset=True, exclude_none=True, exclude={"world", "sft"})
 
 
@@ -119,22 +125,25 @@ class World(Section):
     seed: Seed = Field(1, description="of the corpus and of what the topics are")
 
 
-Rows = create_model("Rows", __base__=Section, **{name: _of_a_run(name) for name in DATA_KEYS})
+Rows = create_model("Rows", __base__=Section, **{name: _as_in_a_run(name) for name in DATA_KEYS})
 
 
 class Data(Rows):
     """Either the embedded world or a preference data set, whose rows are the same for every seed."""
 
-    model_config = ConfigDict(json_schema_extra={"if": {"required": ["world"]}, "then": {"maxProperties": 1}})
-
-    world: Annotated[World | None, BeforeValidator(lambda world: {} if world is None else world)] = Field(
-        None, description="makes its own rows; next to it stands nothing else"
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"world": {"type": "object"}}, "required": ["world"]},
+            "then": {"properties": dict.fromkeys(DATA_KEYS, {"type": "null"})},
+        }
     )
+
+    world: World | None = Field(None, description="makes its own rows ({}: by default); next to it stands nothing else")
 
     @model_validator(mode="after")
     def _rows_to_compare_runs_on(self) -> Self:
         if self.world:
-            if beside := next(iter(self.model_fields_set - {"world"}), None):
+            if beside := next(iter(self.given()), None):
                 raise ValueError(f"world makes its own rows: leave {beside} out")
         elif not self.dataset:
             raise ValueError("give dataset (a file, a hub id or a name) or world")
@@ -148,14 +157,15 @@ class Prompts(Rows):
 
     @model_validator(mode="after")
     def _prompts_to_measure_on(self) -> Self:
-        if self.model_fields_set and not self.dataset:
+        given = self.given()
+        if given and not self.dataset:
             raise ValueError("give dataset, or leave prompts out to use those of data")
-        if self.model_fields_set and not self.eval_dataset and not self.val_size:
+        if given and not self.eval_dataset and not self.val_size:
             raise ValueError("give eval_dataset or val_size (prompts to measure policies on)")
         return self
 
 
-Model = create_model("Model", __base__=Section, **{name: _of_a_run(name) for name in MODEL_KEYS})
+Model = create_model("Model", __base__=Section, **{name: _as_in_a_run(name) for name in MODEL_KEYS})
 
 
 class Base(Model):
@@ -175,6 +185,9 @@ class Base(Model):
 # --- the study
 
 
+PLAIN_NAME = "^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+
 def _plain_name(name: Any) -> Any:
     is_plain = isinstance(name, str) and re.fullmatch(PLAIN_NAME, name)
     if not is_plain or name == "published" or len(name) > LONGEST_NAME:
@@ -184,13 +197,14 @@ def _plain_name(name: Any) -> Any:
     return name
 
 
-PLAIN_NAME = "^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-
-
 def _different(values: list) -> list:
     if len(set(values)) < len(values):
         raise PydanticCustomError("not_different", "said twice")
     return values
+
+
+DIFFERENT = FailFast(), AfterValidator(_different), Field(min_length=1, json_schema_extra={"uniqueItems": True})
+"""What makes of a list one of different values."""
 
 
 def _an_arm(name: str) -> str:
@@ -200,7 +214,7 @@ def _an_arm(name: str) -> str:
 
 
 ARM_NAMES = [arm.name for arm in ARMS]
-DIFFERENT = {"uniqueItems": True}
+ARMS_SCHEMA = {"type": "array", "items": {"type": "string", "enum": ARM_NAMES}, "minItems": 1, "uniqueItems": True}
 
 
 class StudyKeys(Section):
@@ -213,16 +227,12 @@ class StudyKeys(Section):
     environment: Literal["cpu", "cuda"] = Field(
         "cpu", description="the conda environment of the jobs, with `snakemake --sdm conda`: envs/<environment>.yaml"
     )
-    seeds: Annotated[list[Seed], FailFast(), AfterValidator(_different)] = Field(
+    seeds: Annotated[list[Seed], *DIFFERENT] = Field(
         [1, 2],
         description="one run per arm and seed; arms share a seed's data, initial weights and data order",
-        min_length=1,
         max_length=MOST_SEEDS,
-        json_schema_extra=DIFFERENT,
     )
-    stages: Annotated[list[Literal[tuple(STAGES)]], FailFast(), AfterValidator(_different)] = Field(
-        list(STAGES), description="what is trained", min_length=1, json_schema_extra=DIFFERENT
-    )
+    stages: Annotated[list[Literal[tuple(STAGES)]], *DIFFERENT] = Field(list(STAGES), description="what is trained")
     idle_arms: Literal["run", "prove"] = Field(
         "run",
         description="run: train an arm with an idle head like any other; prove: train it and its twin for prove_steps "
@@ -236,18 +246,10 @@ class StudyKeys(Section):
     )
     arms: Annotated[
         list[Annotated[str, AfterValidator(_an_arm)]],
-        FailFast(),
-        AfterValidator(_different),
+        *DIFFERENT,
         BeforeValidator(lambda arms: ARM_NAMES if arms == "all" else arms),
-        WithJsonSchema(
-            {
-                "anyOf": [
-                    {"type": "array", "items": {"type": "string", "enum": ARM_NAMES}, "minItems": 1, **DIFFERENT},
-                    {"const": "all"},
-                ]
-            }
-        ),
-    ] = Field("all", description="the arms that are trained, by name", min_length=1, validate_default=True)
+        WithJsonSchema({"anyOf": [ARMS_SCHEMA, {"const": "all"}]}),
+    ] = Field("all", description="the arms that are trained, by name", validate_default=True)
     data: Data = Field(description="the rows that are trained and measured on")
     prompts: Prompts | None = Field(
         None, description="the prompts of ppo, if they are not those of `data`; only next to a preference data set"
@@ -278,7 +280,7 @@ class StudyKeys(Section):
                         f"stages: {stage} reads the runs of {reading.stage} ({reading.key} of {needing[0]}): add "
                         f"{reading.stage}"
                     )
-        if self.prompts and self.prompts.model_fields_set and self.data.world:
+        if self.prompts and self.prompts.given() and self.data.world:
             raise ValueError("prompts: a base of the world knows the world's prompts only: leave it out")
         for key in self.common:
             if key in config.FIELDS and not set(self.stages) & set(config.read_by(key)):
@@ -311,7 +313,7 @@ def _first_fault(error: ValidationError, settings: Any) -> str:
     fault = error.errors(include_url=False)[0]
     where, value, kind = fault["loc"], fault["input"], fault["type"]
     is_item = bool(where) and isinstance(where[-1], int)
-    if is_item and not (kind in SAID_OF_ITEMS and isinstance(value, int | str)):
+    if is_item and not (kind in ITEM_FAULTS and isinstance(value, int | str)):
         where, value, kind = where[:-1], settings[where[0]], "list_type"  # so all of the list is shown
     place = "".join(f": {part}" for part in where if not isinstance(part, int))
     if kind == "missing":
@@ -327,7 +329,7 @@ def _first_fault(error: ValidationError, settings: Any) -> str:
     return f"{place}: {shown(value)} should be {in_words(_schema_at(where))}"
 
 
-SAID_OF_ITEMS = ("literal_error", "greater_than_equal", "less_than_equal", "value_error")
+ITEM_FAULTS = ("literal_error", "greater_than_equal", "less_than_equal", "value_error")
 
 
 json_schema = cache(StudyFile.model_json_schema)

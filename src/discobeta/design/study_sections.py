@@ -6,6 +6,7 @@ from typing import Any
 
 from discobeta.design.arms import FLAGS
 from discobeta.design.config import FIELDS, read_by, who_reads
+from discobeta.design.config_names import REFUSED
 from discobeta.design.stages import BASE_STAGE, READ_KEYS, STAGES
 from discobeta.errors import shown
 
@@ -21,7 +22,7 @@ PATH_KEYS = (
 )
 DATA_KEYS = tuple(name for name, entry in FIELDS.items() if entry.metadata["of"] == "data" and name not in PATH_KEYS)
 HOW_ROWS_ARE_READ = ("dataset_dir", "cutoff_len", "max_unusable_rows")
-"""Of DATA_KEYS, those that say nothing about which rows: `prompts:` has them from `data:` unless it has its own."""
+"""Those of DATA_KEYS that say nothing about which rows: `prompts:` has them from `data:` unless it has its own."""
 
 MODEL_KEYS = ("model_name_or_path", "model_revision", "adapter_name_or_path", "trust_remote_code", "cache_dir")
 
@@ -44,13 +45,15 @@ def may_stand_in(section: str) -> list[str]:
 
 
 def place_of(key: str, section: str) -> str | None:
-    """Where a run key belongs that may not stand in a section; None where it may, or is none."""
+    """Why a key may not stand in a section, or where it belongs; None where it may, or where nobody knows it."""
     if section in STAGES and not STAGES[section].has_pairs and key in DATA_KEYS:
         return "it belongs in `prompts:`"
     if key in BELONGS and (section != BASE_STAGE or key in SET_OF_BASE):
         return BELONGS[key]
     if section != "common" and key in FIELDS and section not in read_by(key):
         return f"{section} does not read it ({who_reads(key)})"
+    if key in REFUSED:
+        return REFUSED[key][1]
     return None
 
 

@@ -5,23 +5,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from discobeta.errors import UserError, shown
+from discobeta.errors import shown
 
 LARGEST = 2**63 - 1
-"""Of whole numbers: what the tables can hold."""
+"""The largest whole number that the tables can hold."""
 
 
-def typed(name: str, value: Any, hint: Any, entry: dataclasses.Field, where: str) -> Any:
-    """The value in the field's type, or an error that names both."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for kind in options:
+def typed(value: Any, hint: Any, bounds: Mapping[str, Any]) -> Any:
+    """The value in the type `hint`. Raises ValueError that says what would be right.
+
+    bounds: `least` and `most` of a number; None where it has none.
+    """
+    for kind in _options(hint):
         if kind is types.NoneType:
             if value is None or value == "null":
                 return None
@@ -32,14 +33,14 @@ def typed(name: str, value: Any, hint: Any, entry: dataclasses.Field, where: str
         elif kind is bool and isinstance(value, bool):
             return value
         elif kind is float and (number := finite_number(value)) is not None:
-            return _bounded(name, float(number), entry, where)
+            return _bounded(float(number), bounds)
         elif kind is int and (number := finite_number(value)) is not None and number == int(number):
-            return _bounded(name, int(number), entry, where)
+            return _bounded(int(number), bounds)
         elif kind is str and isinstance(value, str):
             return value
         elif kind is str and isinstance(value, list) and all(isinstance(word, str) for word in value):
             return ",".join(value)  # `dataset: [a, b]` is `dataset: a,b`
-    raise UserError(f"{where}: {name}: {shown(value)} should be {in_words(as_schema(hint, {}))}")
+    raise ValueError(f"{shown(value)} should be {in_words(as_schema(hint, {}))}")
 
 
 WHOLE, NUMBER = r"^[-+]?[0-9]+(\.0*)?$", r"^[-+]?[0-9]*\.?[0-9]+\.?([eE][-+]?[0-9]+)?$"
@@ -49,7 +50,7 @@ WHOLE, NUMBER = r"^[-+]?[0-9]+(\.0*)?$", r"^[-+]?[0-9]*\.?[0-9]+\.?([eE][-+]?[0-
 def as_schema(hint: Any, bounds: Mapping[str, Any]) -> dict[str, Any]:
     """What `typed` takes, as a JSON schema; of a number that stands there as a text the bounds are not said."""
     found: dict[str, Any] = {"type": []}
-    for kind in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+    for kind in _options(hint):
         if typing.get_origin(kind) is Literal:
             choices = typing.get_args(kind)
             return {"enum": [*choices, False] if "no" in choices else list(choices)}
@@ -95,6 +96,10 @@ def in_words(schema: dict[str, Any]) -> str:
     return ", or ".join(nouns[kind] for kind in kinds if kind not in unsaid)
 
 
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
 def finite_number(value: Any) -> int | float | None:
     """A finite number, also one that YAML reads as text: `1e-4` has no dot, so YAML 1.1 says str.
 
@@ -111,11 +116,11 @@ def finite_number(value: Any) -> int | float | None:
     return None
 
 
-def _bounded(name: str, value: float, entry: dataclasses.Field, where: str) -> float:
-    least, most = entry.metadata["least"], entry.metadata["most"]
+def _bounded(value: float, bounds: Mapping[str, Any]) -> float:
+    least, most = bounds["least"], bounds["most"]
     if isinstance(value, int):
         most = LARGEST if most is None and value > LARGEST else most  # not said where nobody comes near it
     if (least is not None and value < least) or (most is not None and value > most):
         span = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise UserError(f"{where}: {name}: {shown(value)} should be {span}")
+        raise ValueError(f"{shown(value)} should be {span}")
     return value

@@ -238,7 +238,7 @@ def _sum(terms: Iterable[Tensor | None]) -> Tensor | None:
 
 
 def _only(terms: Iterable[Tensor | None]) -> Tensor | None:
-    """Of terms that only one signal may give."""
+    """The term that is there, which only one signal may give; None without any."""
     there = [term for term in terms if term is not None]
     if len(there) > 1:
         raise TypeError("two heads say what sigma is")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 def write(results: Results) -> None:
     """The figures that `outputs` names, into `study.directory`/figures."""
     study = results.study
-    directory = study.directory / "figures"
+    directory = study.figures_directory
     figures = outputs.figures(study)
     claim(directory, "discobeta figures", [name for output in figures for name in output.files])
     for output in figures:

@@ -12,7 +12,7 @@ from discobeta.report.results import Results
 def write(results: Results) -> None:
     """The tables that `outputs` names, and the config of the digest, into `study.directory`/tables."""
     study = results.study
-    directory = study.directory / "tables"
+    directory = study.tables_directory
     tables = [(output, output.make(results)) for output in outputs.tables(study)]
     claim(directory, "discobeta tables", ["config.yaml", *(name for output, _ in tables for name in output.files)])
     write_text(directory / "config.yaml", config_text(study))
