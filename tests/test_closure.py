@@ -116,7 +116,7 @@ def test_a_step_is_known_by_what_is_in_its_files(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(closure, "ROOT", tmp_path)
-    closure._imports.cache_clear()
+    closure.imports_of.cache_clear()
     try:
         before = closure.files_of("train", "rm")
         assert list(before) == ["deep/er", "inner", "method/rm", "method/stage", "run/train"]
@@ -125,7 +125,7 @@ def test_a_step_is_known_by_what_is_in_its_files(tmp_path, monkeypatch):
         after = closure.files_of("train", "rm")
         assert {name for name in before if before[name] != after[name]} == {"deep/er"}
     finally:
-        closure._imports.cache_clear()
+        closure.imports_of.cache_clear()
 
 
 def test_of_a_function_only_what_it_reaches_counts(tmp_path, monkeypatch):
@@ -139,12 +139,12 @@ def test_of_a_function_only_what_it_reaches_counts(tmp_path, monkeypatch):
     for name in ("top", "other", "lazy", "late"):
         (tmp_path / f"{name}.py").write_text("")
     monkeypatch.setattr(closure, "ROOT", tmp_path)
-    closure._imports.cache_clear()
+    closure.imports_of.cache_clear()
     try:
         assert set(closure.files_of("world_corpus")) == {"inputs/world", "top", "lazy"}
         assert set(closure.files_of("world_pairs")) == {"inputs/world", "other", "late"}
     finally:
-        closure._imports.cache_clear()
+        closure.imports_of.cache_clear()
 
 
 COMMANDS = {
@@ -158,7 +158,7 @@ COMMANDS = {
 def test_a_step_begins_where_its_command_does(function: str, step: str):
     tree = ast.parse(Path(cli.__file__).read_text())
     (part,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
-    begins = {module for node in ast.walk(part) for _, module in closure._imported(node)}
+    begins = {module for node in ast.walk(part) for _, module in closure.bound_by(node)}
     files = {name for one in step.split() for name in closure.files_of(one)}
     assert begins and begins - closure.BOOKKEEPING.keys() <= files
 

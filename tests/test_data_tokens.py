@@ -635,7 +635,7 @@ def test_a_full_disk_leaves_nothing(make_config, folder, monkeypatch):
 
 
 def test_the_first_of_two_writers_wins(make_config, folder, monkeypatch):
-    config, write = make_config(twenty(), tokenized_path=str(folder)), tokens._write
+    config, write = make_config(twenty(), tokenized_path=str(folder)), tokens.write_folder
     started = []
 
     def write_after_another(data, recipe, temporary):
@@ -647,7 +647,7 @@ def test_the_first_of_two_writers_wins(make_config, folder, monkeypatch):
             (folder / "train.parquet").touch()
             started.append((folder / "train.parquet").stat().st_ino)
 
-    monkeypatch.setattr(tokens, "_write", write_after_another)
+    monkeypatch.setattr(tokens, "write_folder", write_after_another)
     assert len(load_or_tokenise(config, word_tokenizer()).train) == 20
     assert (folder / "train.parquet").stat().st_ino == started[1]
     assert names(folder.parent) == ["tokens"]
@@ -932,7 +932,7 @@ def test_the_end_of_a_prompt_is_enough_to_go_on_from(byte_level, name):
         if not prompt.strip() or whole[: len(alone)] != alone:
             continue
         rendered = templates.Rendered(prompt, [response])
-        assert next(encoding._ids_of([rendered], tokenizer)) == [alone, whole[len(alone) :]], (prompt, response)
+        assert next(encoding.token_ids([rendered], tokenizer)) == [alone, whole[len(alone) :]], (prompt, response)
         compared += 1
     assert compared > 200
 

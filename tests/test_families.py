@@ -201,10 +201,10 @@ def test_a_model_that_draws_at_random_in_training_is_refused(base, monkeypatch):
         return read(states) * (1 + 0.01 * torch.randn(states.shape) * norm.training)
 
     before = torch.get_rng_state()
-    pretrained._check_padding(model, "quiet")
+    pretrained.check_padding(model, "quiet")
     monkeypatch.setattr(norm, "forward", noisy)
     with pytest.raises(UserError, match="^noisy: Qwen3ForCausalLM .* in training, .* draws at random$"):
-        pretrained._check_padding(model, "noisy")
+        pretrained.check_padding(model, "noisy")
     assert torch.equal(torch.get_rng_state(), before)  # whatever it has drawn
     assert not model.training
 

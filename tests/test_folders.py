@@ -174,7 +174,7 @@ def test_a_holder_that_cannot_be_read_holds_nothing_up(tmp_path, monkeypatch, co
         (tmp_path / lock.NAME).write_text(content)  # and if it happens to the one who holds it
         time.sleep(0.5)
         hold.confirm()
-        assert lock._read(tmp_path / lock.NAME) == hold.me
+        assert lock.read_holder(tmp_path / lock.NAME) == hold.me
     assert "names no process" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
@@ -234,7 +234,7 @@ def test_a_finished_run_is_cleared_of_what_a_kill_left(run):
     run("dpo", save_steps=2)
     assert not (path / "checkpoints").exists()
     dead = subprocess.run(
-        [sys.executable, "-c", "from discobeta import lock; import json; print(json.dumps(lock._me()))"],
+        [sys.executable, "-c", "from discobeta import lock; import json; print(json.dumps(lock.this_holder()))"],
         capture_output=True,
         text=True,
     )

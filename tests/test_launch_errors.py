@@ -127,15 +127,15 @@ def script(tmp_path, text):
 def test_what_another_process_than_the_first_says_is_shown_if_it_fails(tmp_path, capfd):
     text = "if rank == 2:\n print('discobeta: it is me', file=sys.stderr); sys.exit(2)\ntime.sleep(60)"
     start = time.monotonic()
-    assert launch._run(script(tmp_path, text), 3, {}, tmp_path) == 2
+    assert launch.run_processes(script(tmp_path, text), 3, {}, tmp_path) == 2
     assert capfd.readouterr().err == "discobeta: it is me\n" and time.monotonic() - start < 20
 
 
 def test_what_others_say_is_not_shown_if_the_first_fails_or_all_end_well(tmp_path, capfd):
     text = "print(rank, file=sys.stderr)\nif rank == 0:\n time.sleep(0.5); sys.exit(3)\ntime.sleep(60)"
-    assert launch._run(script(tmp_path, text), 3, {}, tmp_path) == 3
+    assert launch.run_processes(script(tmp_path, text), 3, {}, tmp_path) == 3
     assert capfd.readouterr().err == "0\n"
-    assert launch._run(script(tmp_path, "print(rank, file=sys.stderr)"), 3, {}, tmp_path) == 0
+    assert launch.run_processes(script(tmp_path, "print(rank, file=sys.stderr)"), 3, {}, tmp_path) == 0
     assert capfd.readouterr().err == "0\n"
 
 
@@ -150,7 +150,7 @@ def test_what_others_say_is_not_shown_if_the_first_fails_or_all_end_well(tmp_pat
 )
 def test_a_killed_process_is_named(tmp_path, capfd, rank, text, status, name):
     text = f"if rank == {rank}: {text}\nprint(rank, file=sys.stderr)\ntime.sleep(60)"
-    assert launch._run(script(tmp_path, text), 2, {}, tmp_path) == status
+    assert launch.run_processes(script(tmp_path, text), 2, {}, tmp_path) == status
     assert capfd.readouterr().err.endswith(
         f"discobeta: process {rank} of 2 was killed ({name}); the others were ended\n"
     )
@@ -165,7 +165,7 @@ def test_a_process_that_does_not_end_itself_is_killed(tmp_path, monkeypatch):
         "if rank == 0: time.sleep(0.5); sys.exit(2)\ntime.sleep(600)"
     )
     monkeypatch.chdir(tmp_path)
-    assert launch._run(script(tmp_path, text), 2, {}, tmp_path) == 2
+    assert launch.run_processes(script(tmp_path, text), 2, {}, tmp_path) == 2
     assert not is_running(int((tmp_path / "pid-1").read_text()))
 
 

@@ -29,7 +29,7 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 def imports() -> dict[str, set[str]]:
     """Module -> modules of the package that it imports."""
     names = [path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")]
-    return {name: set(closure._imports(name)) for name in names}
+    return {name: set(closure.imports_of(name)) for name in names}
 
 
 def test_imports_run_down():

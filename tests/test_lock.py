@@ -93,7 +93,7 @@ def test_of_many_processes_one_writes_at_a_time(tmp_path):
 
 def test_a_directory_that_went_away_meanwhile_is_made_again(tmp_path):
     """Its holder had made it, and took it away empty while another one waited."""
-    assert not lock._acquire(tmp_path / "gone" / lock.NAME, lock._me())
+    assert not lock.acquire(tmp_path / "gone" / lock.NAME, lock.this_holder())
     assert (tmp_path / "gone" / lock.NAME).exists()
 
 
@@ -108,17 +108,17 @@ def test_only_the_dead_holders_file_is_taken_away(tmp_path):
     """A living process may have put its own file there since the dead one's was read."""
     path, living = tmp_path / lock.NAME, {"id": "living"}
     path.write_text(json.dumps(living))
-    lock._take_away(path, {"id": "dead"})
+    lock.take_away(path, {"id": "dead"})
     assert json.loads(path.read_text()) == living and len(list(tmp_path.iterdir())) == 1
-    lock._take_away(path, living)
+    lock.take_away(path, living)
     assert not any(tmp_path.iterdir())
 
 
 def test_a_living_holder_outlasts_its_file_being_put_aside(tmp_path, monkeypatch):
-    """What `_take_away` does for an instant when the dead holder's file has been replaced by a living one's."""
+    """What `take_away` does for an instant when the dead holder's file has been replaced by a living one's."""
     me, ended = {"id": "me"}, []
     read = iter([None, me, me])
-    monkeypatch.setattr(lock, "_read", lambda path: next(read, me))
+    monkeypatch.setattr(lock, "read_holder", lambda path: next(read, me))
     monkeypatch.setattr(os, "kill", lambda pid, number: ended.append(number))
     (tmp_path / lock.NAME).touch()
     hold = lock.Hold(tmp_path / lock.NAME, me, waited=False)

@@ -389,7 +389,7 @@ def test_a_model_that_changes_its_logits_is_refused(base, monkeypatch):
 
     monkeypatch.setattr(model, "forward", capped)
     with pytest.raises(UserError, match="or its logits after it, in a way that is not known"):
-        pretrained._check_head(model, "capped")
+        pretrained.check_output_layer(model, "capped")
 
 
 def test_two_processes_train_as_one(settings, tmp_path):

@@ -549,14 +549,14 @@ def test_refusals(config: dict[str, Any], message: str):
 
 def test_an_arm_that_a_setting_breaks_is_named(monkeypatch: pytest.MonkeyPatch):
     """Every arm's merged config is checked, not only the baseline's."""
-    check = RunConfig._check
+    check = RunConfig.check
 
     def refuse_ledpo(config: RunConfig) -> None:
         check(config)
         if config.use_dynamic_beta and not config.add_disco_head:
             raise UserError("broken")
 
-    monkeypatch.setattr(RunConfig, "_check", refuse_ledpo)
+    monkeypatch.setattr(RunConfig, "check", refuse_ledpo)
     with pytest.raises(UserError, match="^x.yaml: dpo, arm disco-absent_beta-used, seed 3: broken$"):
         Study(settings(), "x.yaml")
 

@@ -94,25 +94,25 @@ def _reached(entries: Iterable[str]) -> set[str]:
     while waiting:
         name, _, function = waiting.pop().partition(":")
         reached.add(name)
-        waiting += _imports(name, function) - reached - BOOKKEEPING.keys()
+        waiting += imports_of(name, function) - reached - BOOKKEEPING.keys()
     return reached
 
 
 @cache
-def _imports(name: str, function: str = "") -> frozenset[str]:
+def imports_of(name: str, function: str = "") -> frozenset[str]:
     """The modules of the package that a module imports, or those of its imports that one function of it uses."""
     tree = ast.parse((ROOT / f"{name}.py").read_bytes())
     if not function:
-        return frozenset(module for statement in _statements(tree) for _, module in _imported(statement))
+        return frozenset(module for statement in _statements(tree) for _, module in bound_by(statement))
     parts = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     modules, named, waiting = set(), {function}, [function]
     while waiting:
         part = parts[waiting.pop()]
-        modules |= {module for statement in _statements(part) for _, module in _imported(statement)}
+        modules |= {module for statement in _statements(part) for _, module in bound_by(statement)}
         names = {node.id for node in ast.walk(part) if isinstance(node, ast.Name)} - named
         waiting += names & parts.keys()
         named |= names
-    return frozenset(modules | {module for node in tree.body for bound, module in _imported(node) if bound in named})
+    return frozenset(modules | {module for node in tree.body for bound, module in bound_by(node) if bound in named})
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
@@ -124,7 +124,7 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
             yield from _statements(statement)
 
 
-def _imported(node: ast.AST) -> list[tuple[str, str]]:
+def bound_by(node: ast.AST) -> list[tuple[str, str]]:
     """(name that an import binds, module of the package that it stands for)."""
     if isinstance(node, ast.Import):
         words = [(alias.asname or "discobeta", alias.name) for alias in node.names]

@@ -67,10 +67,10 @@ def train(config: RunConfig, processes: int, *, evaluate: bool) -> int:
         settings = Path(folder) / "run.yaml"
         write_yaml(config.resolved(), settings)
         command = [sys.executable, "-m", "discobeta.worker", str(os.getpid()), "train", str(settings)]
-        return _run([*command, *([] if evaluate else ["--no-evaluate"])], processes, shared, Path(folder))
+        return run_processes([*command, *([] if evaluate else ["--no-evaluate"])], processes, shared, Path(folder))
 
 
-def _run(command: list[str], processes: int, shared: dict[str, str], folder: Path) -> int:
+def run_processes(command: list[str], processes: int, shared: dict[str, str], folder: Path) -> int:
     """The command in each process, until all have ended well or one has not; then the others are ended too."""
     children: list[subprocess.Popen] = []
     with ExitStack() as stack:

@@ -52,14 +52,14 @@ class Hold:
             now = _now()
             try:
                 os.utime(self.path)
-                holder = _read(self.path)
+                holder = read_holder(self.path)
             except FileNotFoundError:
                 holder = None
             except OSError:  # the file system is away; as long as it is, nothing is confirmed
                 continue
-            if holder is None:  # gone, or put aside for an instant by `_take_away`, which puts back what is not dead
+            if holder is None:  # gone, or put aside for an instant by `take_away`, which puts back what is not dead
                 time.sleep(BEAT / 10)
-                holder = _read(self.path)
+                holder = read_holder(self.path)
             if holder == {}:  # damaged: no process leaves it so (see `_create`), and we have just touched it
                 with suppress(OSError):
                     files.write_text(self.path, json.dumps(self.me))
@@ -84,11 +84,11 @@ def holding(directory: Path) -> Iterator[Hold]:
     Waits, and says so once, while another live process holds it. A process that has been still for
     so long that another took its place (a suspended one, say) ends itself when it moves again.
     """
-    path, me = directory / NAME, _me()
+    path, me = directory / NAME, this_holder()
     created = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        hold = Hold(path, me, _acquire(path, me))
+        hold = Hold(path, me, acquire(path, me))
         files.sweep_all(directory)  # nobody else is writing here
     except OSError as error:
         raise files.writing_error(path, error) from error
@@ -100,23 +100,23 @@ def holding(directory: Path) -> Iterator[Hold]:
         hold.stop.set()
         beating.join()
         with suppress(OSError):  # of a file system that has become read-only: what is held is then seen to be dead
-            if _read(path) == me:
+            if read_holder(path) == me:
                 path.unlink(missing_ok=True)
             if created and not any(directory.iterdir()):
                 directory.rmdir()
 
 
-def _acquire(path: Path, me: dict) -> bool:
+def acquire(path: Path, me: dict) -> bool:
     waited = announced = False
     while not _create(path, me):
         path.parent.mkdir(parents=True, exist_ok=True)  # whoever held it may have taken an empty one away
-        holder = _read(path)
+        holder = read_holder(path)
         if holder is None:  # gone meanwhile
             continue
         if path.is_dir():
             raise UserError(f"{path} is a directory, where a run says by whom it is being written; move it away")
         if _is_dead(holder):
-            _take_away(path, holder)
+            take_away(path, holder)
             continue
         if not announced:
             print(f"{path.parent} {_said_of(holder)}: waiting", file=sys.stderr, flush=True)
@@ -124,7 +124,7 @@ def _acquire(path: Path, me: dict) -> bool:
         if _changes(path):
             waited = True
         else:
-            _take_away(path, holder)
+            take_away(path, holder)
     return waited
 
 
@@ -158,7 +158,7 @@ def _create(path: Path, me: dict) -> bool:
         mine.unlink(missing_ok=True)
 
 
-def _me() -> dict[str, str | int | None]:
+def this_holder() -> dict[str, str | int | None]:
     return {
         "id": uuid.uuid4().hex,
         "host": socket.gethostname(),
@@ -168,7 +168,7 @@ def _me() -> dict[str, str | int | None]:
     }
 
 
-def _read(path: Path) -> dict | None:
+def read_holder(path: Path) -> dict | None:
     """The holder; None if there is none, empty if what stands there names none."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
@@ -199,7 +199,7 @@ def _changes(path: Path) -> bool:
     return False
 
 
-def _take_away(path: Path, holder: dict) -> None:
+def take_away(path: Path, holder: dict) -> None:
     """Remove the file of a dead holder. Of several processes that try one succeeds; a file that a living
     one has put there meanwhile goes back to its place."""
     aside = files.beside(path, "partial")
@@ -207,7 +207,7 @@ def _take_away(path: Path, holder: dict) -> None:
         os.rename(path, aside)
     except FileNotFoundError:
         return
-    if _read(aside) == holder:
+    if read_holder(aside) == holder:
         aside.unlink()
     else:
         os.rename(aside, path)

@@ -89,7 +89,7 @@ def _encode_chunk(
     with ending(f"the chat template of {tokenizer.name_or_path!r}") as watched:
         rendered = [render_or_refuse(example, tokenizer) for example in watched(chunk)]
     usable = [item for item in rendered if isinstance(item, Rendered)]
-    ids = iter(_ids_of(usable, tokenizer) if usable else [])
+    ids = iter(token_ids(usable, tokenizer) if usable else [])
     for example, item in zip(chunk, rendered, strict=True):
         if isinstance(item, Unusable):
             yield item
@@ -116,7 +116,7 @@ def _encode_chunk(
             yield [prompt, *cut], sum(len(response) > room for response in responses)
 
 
-def _ids_of(items: list[Rendered], tokenizer: Any) -> Iterator[list[list[int]]]:
+def token_ids(items: list[Rendered], tokenizer: Any) -> Iterator[list[list[int]]]:
     """[prompt ids, response ids …] of each item: prompt and response tokenised as one text, cut at the prompt.
 
     Where they would merge across the border, the prompt keeps the ids that it has alone, which are those that an

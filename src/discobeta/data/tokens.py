@@ -88,7 +88,7 @@ def load_or_tokenise(
     try:
         with files.replacing(folder, lambda: _check_free(folder)) as temporary:
             temporary.mkdir()
-            _write(data, recipe, temporary)
+            write_folder(data, recipe, temporary)
     except UserError:
         if not os.path.lexists(folder / "tokens.json"):
             raise
@@ -180,7 +180,7 @@ def _difference(name: str, saved: Any, asked: Any) -> str:
     return f"{name} was {saved}, here {asked}"
 
 
-def _write(data: TokenisedData, recipe: dict[str, Any], folder: Path) -> None:
+def write_folder(data: TokenisedData, recipe: dict[str, Any], folder: Path) -> None:
     for part, rows in data.parts().items():
         _write_rows(rows, folder / f"{part}.parquet")
     files.write_sealed(

@@ -237,7 +237,7 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
                 values[name] = None if values.get("adapter_name_or_path") else FIELDS[name].default
         config = cls(**values)
         try:
-            config._check()
+            config.check()
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         return config, notes
@@ -265,7 +265,7 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
         """
         return {name: getattr(self, name) for step in steps for name in keys_of(step, self.stage)}
 
-    def _check(self) -> None:
+    def check(self) -> None:
         arm = self.arm  # raises on a use without its head
         is_base = self.stage == BASE_STAGE
         if is_base and arm != Arm():

@@ -62,7 +62,7 @@ AFTER_OUTPUT_LAYER: dict[str, Callable[[Tensor, float], Tensor]] = {
     "final_logit_softcapping": lambda logits, cap: cap * torch.tanh(logits / cap),  # Gemma 2
     "logits_soft_cap": lambda logits, cap: cap * torch.tanh(logits / cap),  # RecurrentGemma
 }
-"""What a model does to its logits by its config. That this is all it does is what `_check_head` checks."""
+"""What a model does to its logits by its config. That this is all it does is what `check_output_layer` checks."""
 
 
 def logits_of(model: nn.Module, states: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ def load_causal_lm(config: RunConfig) -> PreTrainedModel:
         )  # fmt: skip
     _check_weights(model, config, info)
     if config.flash_attn != "fa2":  # which has no CPU kernels
-        _check_head(model, config.model_name_or_path)
-        _check_padding(model, config.model_name_or_path)
+        check_output_layer(model, config.model_name_or_path)
+        check_padding(model, config.model_name_or_path)
     return model
 
 
@@ -77,7 +77,7 @@ def load_scorer(
         raise UserError(f"{name} has a `score` of another size than a reward model's, which has one output")
     _check_weights(model, config, info, fresh="score.")
     if config.flash_attn != "fa2":  # which has no CPU kernels
-        _check_padding(model, name)
+        check_padding(model, name)
         _check_score(model, name)
     model.score.float()
     if any(key.startswith("score.") for key in info["missing_keys"]):
@@ -218,7 +218,7 @@ def non_finite(model: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel, name: str) -> None:
+def check_output_layer(model: PreTrainedModel, name: str) -> None:
     """Refuse a model whose logits are not `logits_of` its trunk's last state."""
     ids = torch.tensor([[1, 2, 3]])
     with telling(f"{name}: {type(model).__name__} cannot be used as a language model here"):
@@ -233,7 +233,7 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
 
 
 @torch.no_grad()
-def _check_padding(model: PreTrainedModel, name: str) -> None:
+def check_padding(model: PreTrainedModel, name: str) -> None:
     """Refuse a model that says something else of a text in training, or with padding behind it, than of it alone: one
     that looks ahead, counts positions in a way of its own, lets the rows of a batch compete, or draws at random.
 
