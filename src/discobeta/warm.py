@@ -45,7 +45,8 @@ RIGHTS = (
 """Lines of /proc/self/status that a fork would have from here."""
 
 NEEDED = (
-    "accelerate pandas pyarrow.parquet peft transformers.models.auto.modeling_auto "
+    "accelerate pandas pyarrow.pandas_compat pyarrow.parquet peft.utils.transformers_weight_conversion "
+    "torch.utils.serialization.config transformers.optimization transformers.models.auto.modeling_auto "
     "transformers.models.auto.tokenization_auto transformers.models.qwen3.modeling_qwen3 discobeta.run.train "
     "discobeta.run.loop discobeta.run.evaluate discobeta.method.rm discobeta.method.dpo discobeta.method.ppo "
     "discobeta.inputs.world discobeta.inputs.reference discobeta.cli"
@@ -181,7 +182,8 @@ def _is_ready(command) -> bool:
     import gc
     import importlib
 
-    from discobeta import cli
+    from discobeta import cli, closure
+    from discobeta.design.stages import STAGES
 
     os.environ |= ONE_THREAD
     os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # pyarrow's allocator would start one
@@ -191,6 +193,8 @@ def _is_ready(command) -> bool:
             return False
         with suppress(ImportError):  # whoever needs it will say so
             importlib.import_module(name)
+    for stage in STAGES:  # read from the sources, which are those of whoever comes: `likeness`
+        closure.code_hash(stage)
     gc.freeze()  # no fork goes through what is here, and copies it by that
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1 or "libcuda.so" in Path("/proc/self/maps").read_text():
@@ -250,8 +254,13 @@ def serve(listener: socket.socket, command: int, interrupt: object) -> int | Non
 
 
 def _work(received: list[int], interrupt: object, server: int) -> int:
-    """Become the process that has asked, and do what it was asked for."""
+    """Become the process that has asked, and do what it was asked for. Returns only if the server has ended already."""
+    import atexit
     import tempfile
+    import threading
+
+    import numpy as np
+    import torch
 
     from discobeta import cli, processes, record
 
@@ -279,7 +288,18 @@ def _work(received: list[int], interrupt: object, server: int) -> int:
     os.environ.update(request["variables"])
     sys.argv, sys.path = request["argv"], request["path"]
     record.STARTED, tempfile.tempdir = request["begun"], None
-    return cli.main(request["words"])
+    np.random.seed()  # as in a new process; nothing of ours draws from these
+    torch.default_generator.seed()
+    try:
+        status = cli.main(request["words"])
+    except SystemExit as end:  # of a signal, or of words that are no command
+        status = int(end.code or 0)
+    # what an interpreter does at its end, without taking all modules apart, which takes a third of a second
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
