@@ -139,7 +139,7 @@ class Job:
 
 
 def main(words: list[str]) -> int:
-    """COMMAND with warm starts. Returns its exit status; in a fork, that of the fork's own command."""
+    """COMMAND with warm starts. Returns its exit status, or minus the signal that ended it."""
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if words else 2
@@ -171,7 +171,7 @@ def main(words: list[str]) -> int:
             if os.getpid() != me:
                 return status
         listener.close()
-        return _end_like(command.wait())
+        return command.wait()
     finally:
         if os.getpid() == me:
             shutil.rmtree(folder, ignore_errors=True)
@@ -303,4 +303,4 @@ def _work(received: list[int], interrupt: object, server: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(_end_like(main(sys.argv[1:])))
