@@ -324,6 +324,13 @@ def test_the_status_is_the_commands():
     assert (done.returncode, done.stderr) == (127, "discobeta.warm: ./nothing: No such file or directory\n")
 
 
+def test_in_a_job_of_slurm_there_is_only_the_command():
+    line = 'echo "$PPID ${DISCOBETA_WARM:-none}"'
+    words = [*PYTHON, "discobeta.warm", "sh", "-c", line]
+    done = subprocess.run(words, env=ENVIRONMENT | {"SLURM_JOB_ID": "7"}, capture_output=True, text=True)
+    assert done.stdout == f"{os.getpid()} none\n"
+
+
 @pytest.mark.parametrize("end", ["input", "SIGTERM", "SIGKILL"])
 def test_nothing_is_left_when_it_ends(settings, tmp_path, end):
     with warm_process() as (process, folder):

@@ -20,9 +20,12 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 VARIABLE = "DISCOBETA_WARM"
 """The environment variable that names the folder of the socket. The socket's own name is `likeness`."""
@@ -143,6 +146,9 @@ def main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if words else 2
+    if sys.platform != "linux" or "SLURM_JOB_ID" in os.environ:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        return _begin(words[0], lambda: os.execvp(words[0], words)) or 127
     import shutil
     import subprocess
     import tempfile
@@ -157,16 +163,14 @@ def main(words: list[str]) -> int:
             listener.bind(f"{folder}/{likeness(dict(os.environ) | ONE_THREAD)}")
             listener.listen(128)
         environment = dict(os.environ) | {VARIABLE: folder}
-        try:
-            command = subprocess.Popen(words, env=environment, preexec_fn=lambda: processes.end_with(me))
-        except OSError as error:
-            print(f"discobeta.warm: {words[0]}: {error.strerror}", file=sys.stderr)
+        start = partial(subprocess.Popen, words, env=environment, preexec_fn=lambda: processes.end_with(me))
+        if (command := _begin(words[0], start)) is None:
             return 127
         # the terminal's interrupt goes to the command too, which knows what to do; it does not inherit a handler
         if interrupt != signal.SIG_IGN:
             signal.signal(signal.SIGINT, lambda number, frame: None)
         signal.signal(signal.SIGTERM, lambda number, frame: command.send_signal(number))
-        if sys.platform == "linux" and "SLURM_JOB_ID" not in os.environ and _is_ready(command):
+        if _is_ready(command):
             status = serve(listener, os.pidfd_open(command.pid), interrupt)
             if os.getpid() != me:
                 return status
@@ -175,6 +179,15 @@ def main(words: list[str]) -> int:
     finally:
         if os.getpid() == me:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _begin(name: str, start: Callable[[], Any]) -> Any:
+    """What `start` returns; None, which is said, if the system has no such command."""
+    try:
+        return start()
+    except OSError as error:
+        print(f"discobeta.warm: {name}: {error.strerror}", file=sys.stderr)
+        return None
 
 
 def _is_ready(command) -> bool:
@@ -231,7 +244,10 @@ def serve(listener: socket.socket, command: int, interrupt: object) -> int | Non
                     job.connection.close()
             elif len(received) == 5:
                 signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-                job.number = os.fork()
+                try:
+                    job.number = os.fork()
+                except OSError:  # no memory, or too many processes: it starts by itself, or says so
+                    job.number = -1
                 if not job.number:
                     for other in jobs:
                         other.connection.close()
@@ -241,10 +257,11 @@ def serve(listener: socket.socket, command: int, interrupt: object) -> int | Non
                     os.close(command)
                     return _work(received, interrupt, me)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
-                job.handle = os.pidfd_open(job.number)
-                with suppress(OSError):
-                    job.connection.send(b"!")
-            else:
+                if job.number > 0:
+                    job.handle = os.pidfd_open(job.number)
+                    with suppress(OSError):
+                        job.connection.send(b"!")
+            if job.number <= 0:
                 job.connection.close()
                 jobs.remove(job)
             for handle in received:
@@ -280,7 +297,8 @@ def _work(received: list[int], interrupt: object, server: int) -> int:
     for handle in (*streams, here):
         os.close(handle)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        old, buffering = getattr(sys, name), 1 if number == 2 else -1
+        old = getattr(sys, name)
+        buffering = 1 if number == 2 or old.write_through else -1
         new = open(number, "w" if number else "r", buffering, old.encoding, old.errors, closefd=False)  # noqa: SIM115
         setattr(sys, name, new)
         setattr(sys, f"__{name}__", new)
