@@ -1,4 +1,4 @@
-"""LoRA as one step of autograd: PEFT's layer with its weights, names and files, computed in fewer passes over memory."""
+"""LoRA as one step of autograd: PEFT's layer, weights, names and files, in fewer passes over memory."""
 
 from __future__ import annotations
 
