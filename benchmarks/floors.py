@@ -1,6 +1,6 @@
 """Floating-point operations per pair that each way of training needs: docs/performance.md derives them.
 
-    python benchmarks/floors.py
+python benchmarks/floors.py
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ class Shape:
     head: int
 
     @classmethod
-    def of(
-        cls, *, hidden: int, layers: int, intermediate: int, query: int, key_value: int, vocabulary: int
-    ) -> Shape:
+    def of(cls, *, hidden: int, layers: int, intermediate: int, query: int, key_value: int, vocabulary: int) -> Shape:
         """query, key_value: width of all query heads, and of all key (or value) heads, together."""
         attention = hidden * query + 2 * hidden * key_value + query * hidden
         return cls(layers * (attention + 3 * hidden * intermediate), hidden * vocabulary)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +82,8 @@ def word_tokenizer(words: int):
 
 def write_pairs(path: Path, size: Size, count: int) -> None:
     """{"prompt", "chosen", "rejected"} per line; a prompt ends in a space, which no tokenizer here sees."""
+    import numpy as np
+
     draw = world_pair if size.lengths is None else words_pair
     of_words, of_lengths = random.Random(0), np.random.default_rng(0)
     with path.open("w") as stream:
@@ -102,7 +103,7 @@ def world_pair(size: Size, of_words: random.Random, _) -> tuple[str, str, str]:
     return prompt, chosen, rejected
 
 
-def words_pair(size: Size, of_words: random.Random, of_lengths: np.random.Generator) -> tuple[str, ...]:
+def words_pair(size: Size, of_words: random.Random, of_lengths: Any) -> tuple[str, ...]:
     """Words at random, as many as geometric distributions say, up to 5 times the mean; a response gets an <eos>."""
     prompt, chosen, rejected = (min(int(of_lengths.geometric(1 / mean)), 5 * mean) for mean in size.lengths)
     lengths = (prompt, max(chosen - 1, 1), max(rejected - 1, 1))

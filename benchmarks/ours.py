@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:
     """Train the run. Returns seconds and loss of each step, and the sha256 of the tokens in the order of the steps."""
@@ -65,6 +63,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def adapter_distance(first: Path, second: Path) -> float:
     """Relative L2 distance of two adapters, score included."""
+    from safetensors.torch import load_file
+
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
     if ours.keys() != theirs.keys():
         raise ValueError(f"{first} and {second} hold other weights: {sorted(ours.keys() ^ theirs.keys())[:4]}")

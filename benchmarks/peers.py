@@ -81,8 +81,10 @@ def train(settings: dict[str, Any], peer: Peer, start: Path | None = None) -> di
         processing_class=AutoTokenizer.from_pretrained(settings["model_name_or_path"]),
     )  # fmt: skip
     if start:
-        set_peft_model_state_dict(trainer.model, load_file(start / "adapter/adapter_model.safetensors"))
-        assert get_peft_model_state_dict(trainer.model).keys() == load_file(start / "adapter/adapter_model.safetensors").keys()
+        weights = load_file(start / "adapter/adapter_model.safetensors")
+        set_peft_model_state_dict(trainer.model, weights)
+        if get_peft_model_state_dict(trainer.model).keys() != weights.keys():
+            raise ValueError("TRL trains other weights than ours")
     trainer.train()
     trainer.model.save_pretrained(f"{settings['output_dir']}/adapter")
     return {"seconds": log.seconds, "losses": log.losses, "tokens": tokens_of(trainer.train_dataset) if start else None}
@@ -92,9 +94,9 @@ def tokens_of(dataset) -> str:
     """The sha256 of what TRL made of the rows, as `ours.train` has it."""
     import ours
 
-    if "prompt_ids" in dataset.column_names:
-        return ours.hash_of([[row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")] for row in dataset])
-    return ours.hash_of([[row["chosen_ids"], row["rejected_ids"]] for row in dataset])
+    prompts = dataset["prompt_ids"] if "prompt_ids" in dataset.column_names else [[]] * len(dataset)
+    rows = zip(prompts, dataset["chosen_ids"], dataset["rejected_ids"], strict=True)
+    return ours.hash_of([[prompt + chosen, prompt + rejected] for prompt, chosen, rejected in rows])
 
 
 if __name__ == "__main__":
