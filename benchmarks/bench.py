@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -144,20 +145,20 @@ class Bench:
 
     def gate(self, stage: str, size: str, name: str, found: dict[str, list[Found]]) -> dict[str, float]:
         """How far a side is from ours, at most, over steps and rounds. What is too far is noted as a failure."""
-        who, distances = f"{stage}, {size}: {name}", {"loss": 0.0, "adapter": 0.0}
+        who, losses, adapters = f"{stage}, {size}: {name}", [], []
         for i, (mine, theirs) in enumerate(zip(found["ours"], found[name], strict=True)):
             if theirs["tokens"] != mine["tokens"]:
                 self.failures.append(f"{who}: other tokens than ours, or in another order")
             if len(theirs["losses"]) != len(mine["losses"]):
                 self.failures.append(f"{who}: {len(theirs['losses'])} steps, ours {len(mine['losses'])}")
                 continue
-            losses = zip(mine["losses"], theirs["losses"], strict=True)
+            losses += [abs(a - b) for a, b in zip(mine["losses"], theirs["losses"], strict=True)]
             places = [self.folder / size / stage / f"{side}-{i}/adapter" for side in ("ours", name)]
-            now = {"loss": max(abs(a - b) for a, b in losses), "adapter": ours.adapter_distance(*places)}
-            distances = {what: max(distances[what], now[what]) for what in now}
+            adapters.append(ours.adapter_distance(*places))
             weights = [(place / "adapter_model.safetensors").read_bytes() for place in places]
-            if name == "heads idle" and (weights[0] != weights[1] or now["loss"]):
+            if name == "heads idle" and (weights[0] != weights[1] or mine["losses"] != theirs["losses"]):
                 self.failures.append(f"{who}: not the adapter and losses of the arm without heads")
+        distances = {"loss": largest(losses), "adapter": largest(adapters)}
         for what, most in (("loss", LOSS_TOLERANCE), ("adapter", ADAPTER_TOLERANCE)):
             if not distances[what] <= most:  # nor is NaN
                 self.failures.append(f"{who}: {what} at {distances[what]:.2g} from ours (at most {most:g})")
@@ -243,6 +244,11 @@ class Bench:
 def milliseconds_of(run: Found) -> float:
     """Of a step of a run, its first ones not counted."""
     return 1000 * statistics.median(run["seconds"][DROPPED:])
+
+
+def largest(distances: list[float]) -> float:
+    """0 of none, and NaN if one is."""
+    return max(distances, key=lambda distance: (math.isnan(distance), distance), default=0.0)
 
 
 def compared(values: dict[str, list[float]], unit: str) -> Found:
