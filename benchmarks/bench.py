@@ -81,7 +81,7 @@ class Bench:
     def settings(self, stage: str, size: str, steps: int, name: str, **more: Any) -> dict[str, Any]:
         """A run of ours; `peers.train` reads it too."""
         of = self.sizes[size]
-        dpo = {"pref_beta": 0.5} if stage == "dpo" else {}
+        dpo = {"pref_beta": of.pref_beta} if stage == "dpo" else {}
         return {
             "stage": stage, "model_name_or_path": str(self.folder / size / "base"),
             "dataset": str(self.folder / size / f"pairs-{steps * of.pairs_per_step}.jsonl"),
@@ -391,13 +391,13 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--rounds", type=int, help="of steps (default 5; quick: 2)")
-    parser.add_argument("--whole-rounds", type=int, help="of whole processes (default 3; quick: 1)")
+    parser.add_argument("--whole-rounds", type=int, help="of whole processes (default 2; quick: 1)")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="processes at once in the grid")
     parser.add_argument("--ppo-python", type=Path, help="python of an environment with trl 1.12 (default: make one)")
     parser.add_argument("--output", type=Path, default=ROOT / "results/published/bench")
     options = parser.parse_args(words)
     options.rounds = options.rounds or (2 if options.quick else 5)
-    options.whole_rounds = options.whole_rounds or (1 if options.quick else 3)
+    options.whole_rounds = options.whole_rounds or (1 if options.quick else 2)
     if find_spec("discobeta") is None:
         stop("discobeta is not installed in this environment: pip install -c constraints.txt -e .")
     with tempfile.TemporaryDirectory() as scratch:

@@ -7,7 +7,9 @@ split between them, so both sides read the same ids from the same lines.
 from __future__ import annotations
 
 import json
+import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ class Size:
     model: dict[str, Any]
     lengths: tuple[int, int, int] | None
     learning_rates: dict[str, float]
+    pref_beta: float
     steps: int  # that are counted
 
 
@@ -41,14 +44,14 @@ LONG = {
 }  # fmt: skip
 
 SIZES = {
-    # config/config.yaml: its base, its batch, its learning rates
-    "embedded": Size(32, embedded_model(), None, {"dpo": 1e-3, "rm": 3e-3}, steps=30),
+    # config/config.yaml: its base, its batch, its learning rates and beta
+    "embedded": Size(32, embedded_model(), None, {"dpo": 1e-3, "rm": 3e-3}, 0.5, steps=20),
     # the lengths of hh-rlhf's harmless subset
-    "long": Size(8, LONG, (118, 44, 56), {"dpo": 2e-4, "rm": 2e-4}, steps=6),
+    "long": Size(8, LONG, (118, 44, 56), {"dpo": 2e-4, "rm": 2e-4}, 0.1, steps=4),
 }
 QUICK = {
-    "embedded": Size(8, embedded_model(), None, {"dpo": 1e-3, "rm": 3e-3}, steps=2),
-    "long": Size(4, LONG | {"num_hidden_layers": 2}, (30, 11, 14), {"dpo": 2e-4, "rm": 2e-4}, steps=2),
+    "embedded": Size(8, embedded_model(), None, {"dpo": 1e-3, "rm": 3e-3}, 0.5, steps=2),
+    "long": Size(4, LONG | {"num_hidden_layers": 2}, (30, 11, 14), {"dpo": 2e-4, "rm": 2e-4}, 0.1, steps=2),
 }
 
 
@@ -82,29 +85,31 @@ def word_tokenizer(words: int):
 
 def write_pairs(path: Path, size: Size, count: int) -> None:
     """{"prompt", "chosen", "rejected"} per line; a prompt ends in a space, which no tokenizer here sees."""
-    import numpy as np
-
-    draw = world_pair if size.lengths is None else words_pair
-    of_words, of_lengths = random.Random(0), np.random.default_rng(0)
+    draws = random.Random(0)
+    pairs = world_pairs(count, draws) if size.lengths is None else word_pairs(count, size, draws)
     with path.open("w") as stream:
-        for _ in range(count):
-            prompt, chosen, rejected = draw(size, of_words, of_lengths)
+        for prompt, chosen, rejected in pairs:
             stream.write(json.dumps({"prompt": f"{prompt} ", "chosen": chosen, "rejected": rejected}) + "\n")
 
 
-def world_pair(size: Size, of_words: random.Random, _) -> tuple[str, str, str]:
-    """A prompt of the embedded world and two different completions."""
+def world_pairs(count: int, draws: random.Random) -> Iterator[tuple[str, str, str]]:
+    """Prompts of the embedded world, each with two different completions."""
     from discobeta.inputs import world
 
-    prompt = world.draw_prompt(of_words, held_out=False)
-    chosen = rejected = world.draw_completion(of_words, world.topic_of(prompt))
-    while rejected == chosen:
-        rejected = world.draw_completion(of_words, world.topic_of(prompt))
-    return prompt, chosen, rejected
+    for _ in range(count):
+        prompt = world.draw_prompt(draws, held_out=False)
+        chosen = rejected = world.draw_completion(draws, world.topic_of(prompt))
+        while rejected == chosen:
+            rejected = world.draw_completion(draws, world.topic_of(prompt))
+        yield prompt, chosen, rejected
 
 
-def words_pair(size: Size, of_words: random.Random, of_lengths: Any) -> tuple[str, ...]:
-    """Words at random, as many as geometric distributions say, up to 5 times the mean; a response gets an <eos>."""
-    prompt, chosen, rejected = (min(int(of_lengths.geometric(1 / mean)), 5 * mean) for mean in size.lengths)
-    lengths = (prompt, max(chosen - 1, 1), max(rejected - 1, 1))
-    return tuple(" ".join(f"w{of_words.randrange(2, size.model['vocab_size'])}" for _ in range(n)) for n in lengths)
+def word_pairs(count: int, size: Size, draws: random.Random) -> Iterator[tuple[str, ...]]:
+    """Words at random. Lengths are quantiles of exponential distributions, shuffled: few of them have their mean."""
+    columns = [[round(-mean * math.log(1 - (i + 0.5) / count)) for i in range(count)] for mean in size.lengths]
+    for column in columns:
+        draws.shuffle(column)
+    for prompt, *responses in zip(*columns, strict=True):
+        lengths = [prompt, *(length - 1 for length in responses)]  # an <eos> comes behind a response
+        words = [[f"w{draws.randrange(2, size.model['vocab_size'])}" for _ in range(max(n, 2))] for n in lengths]
+        yield tuple(map(" ".join, words))
