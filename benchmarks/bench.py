@@ -7,7 +7,7 @@ Optimiser steps of dpo and rm at two sizes (inputs.py), whole dpo processes, the
 Equal on both sides: base, tokens, pairs of each step, adapter at the start, loss, AdamW with its settings, linear
 decay, clipping, float32, one thread, a log line at every step. Not equal: what each does to get there. TRL asks its
 reference at every step but in A2, scores every position on a CPU, pads the pairs of a microbatch in the order in which
-they come and gathers more metrics; we ask the reference before the first step, as A2 does, and sort a step by length.
+they come and gathers more metrics; we ask the reference before the first step, as A2 does, and cut the step as we like.
 Whole processes and the grid start from adapters and orders of each side's own, and log every tenth step.
 
 **The gate.** A timing counts only if the same work was done: the same tokens, |loss - ours| <= 1e-4 at each step,

@@ -19,8 +19,8 @@ Not equal, as each side is what it is:
   small head, so there is no second trunk to train.
 - TRL takes log pi from the sampler's logits, and makes logits of prompts too when it trains; here log pi is a
   pass of its own, and there are logits only where a response token is predicted.
-- Here sampling is by inverse CDF in float64, and gradients are clipped; TRL does neither, its AdamW is the
-  fused one, and it calls the garbage collector twice per update (a row of the table).
+- Here sampling is by inverse CDF in float64, and gradients are clipped; TRL does neither, and it calls the
+  garbage collector twice per update (a row of the table, and a ratio of its own without them).
 - TRL's reference is given as a model of its own; its default, the policy with LoRA off, says the same.
 
 TRL's "per device" batch is the 192 rows, without accumulation, in 3 minibatches of 64: under its accumulation
