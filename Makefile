@@ -23,17 +23,19 @@ STUDIES := $(filter-out config/datasets.yaml $(OVERLAYS),$(wildcard config/*.yam
 READY := $(VENV)/.ready
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SNAKEMAKE := $(RUN) snakemake
+# Jobs are forks of one process that has imported what they need (docs/decisions/0024-warm-starts.md).
+WARM := $(RUN) python -m discobeta.warm snakemake
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: ablation smoke test test-kernels slurm-test test-faults lint dry-run bench keys report clean
 .NOTPARALLEL:
 
 ablation: $(READY)
-	$(SNAKEMAKE) --cores $(CORES) --configfile $(CONFIG)
+	$(WARM) --cores $(CORES) --configfile $(CONFIG)
 	@$(RUN) discobeta plan --configfile $(CONFIG) | tail -n 1
 
 smoke: $(READY)
-	$(SNAKEMAKE) --cores $(CORES) --configfile config/smoke.yaml
+	$(WARM) --cores $(CORES) --configfile config/smoke.yaml
 	@$(RUN) discobeta plan --configfile config/smoke.yaml | tail -n 1
 
 report: $(READY)

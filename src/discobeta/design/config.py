@@ -169,7 +169,7 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
     save_steps: int = option(500, "optimiser steps between checkpoints; 0: none", least=0, of="bookkeeping")
     eval_strategy: Literal["no", "steps", "epoch"] = option("no", "held-out loss during training")
     eval_steps: int | None = option(None, "for eval_strategy: steps; default logging_steps", least=1, of="log")
-    plot_loss: bool = option(False, "write loss.png", of="bookkeeping")
+    plot_loss: bool = option(False, "draw loss.png; in a study only the base's", of="bookkeeping")
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "tracker", of="bookkeeping")
     run_name: str | None = option(None, "name in the tracker", of="bookkeeping")
     resume_from_checkpoint: str | bool | None = option(
