@@ -4,6 +4,7 @@
 # make smoke        a study in small, for real   make dry-run   every shipped study, planned only
 # make slurm-test   the same on a real Slurm of one node, which is installed, started and removed (root, Debian)
 # make test-faults  kills and hostile inputs, an hour of them on two cores; FAULTS=0.1: a tenth
+# make bench        speed beside TRL, a quarter of an hour on two cores; BENCH="--quick" only tries whether it works
 # make keys         the pages and JSON schemas of all keys, from the source
 # make report       the HTML report of a study that has run
 #
@@ -26,7 +27,7 @@ SNAKEMAKE := $(RUN) snakemake
 WARM := $(RUN) python -m discobeta.warm snakemake
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: ablation smoke test test-kernels slurm-test test-faults lint dry-run keys report clean
+.PHONY: ablation smoke test test-kernels slurm-test test-faults lint dry-run bench keys report clean
 .NOTPARALLEL:
 
 ablation: $(READY)
@@ -77,6 +78,10 @@ endef
 dry-run: $(READY)
 	$(foreach study,$(STUDIES),$(call dry_run,$(study)))
 	$(foreach overlay,$(OVERLAYS),$(call dry_run,config/hh-rlhf.yaml $(overlay)))
+
+# Nothing else should run on the machine meanwhile.
+bench: $(READY)
+	$(RUN) python benchmarks/bench.py $(BENCH)
 
 keys: $(READY)
 	$(RUN) python -m discobeta.design.keys
