@@ -233,7 +233,7 @@ def test_what_is_killed_is_dead_at_once_and_somebody_goes_on(server, settings, t
     """As when the process that works is killed itself: its claim stays, and the next one takes it."""
     asking, worker, directory = start_long(settings, tmp_path, server[1])
     asking.send_signal(number)
-    asking.communicate()
+    asking.communicate(timeout=30)
     assert asking.returncode == -number
     wait_for(lambda: is_gone(worker), seconds=5)
     wait_for(lambda: worker not in children(server[0].pid), seconds=5)  # no zombie, so the claim is seen to be dead
