@@ -290,7 +290,7 @@ def world_pairs(arguments: argparse.Namespace) -> None:
 def _world_settings(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     """What is given of the world, and a study's defaults for the rest."""
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if len(given) == len(names):  # as in a study's jobs, which need not load pydantic for it
+    if len(given) == len(names):  # as in the jobs of a study, which need not read what a study is
         return given
     from discobeta.design.study_file import World
 

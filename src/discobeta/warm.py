@@ -7,7 +7,8 @@ working directory, environment, lock, exit status and end; it writes the bytes t
 
 A command starts by itself, as if this were not there, where its process could differ from a fork: other code or
 Python, another environment (thread counts too), other limits, rights or processors, open files beyond the standard
-streams; in a job of Slurm; and on systems other than Linux. It ends with COMMAND, and COMMAND and all forks with it.
+streams; so also in a job of Slurm, whose environment is another one. In a job of Slurm, and on systems other than
+Linux, COMMAND itself is all that is started. It ends with COMMAND, and COMMAND and all forks with it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ NEEDED = (
     "accelerate pandas pyarrow.pandas_compat pyarrow.parquet peft.utils.transformers_weight_conversion "
     "torch.utils.serialization.config transformers.optimization transformers.models.auto.modeling_auto "
     "transformers.models.auto.tokenization_auto transformers.models.qwen3.modeling_qwen3 discobeta.run.train "
-    "discobeta.run.loop discobeta.run.evaluate discobeta.method.rm discobeta.method.dpo discobeta.method.ppo "
+    "discobeta.run.loop discobeta.run.evaluate discobeta.method.rm discobeta.method.dpo discobeta.method.ppo discobeta.model.lora "
     "discobeta.inputs.world discobeta.inputs.reference discobeta.cli"
 )
 """What is imported here; a fork imports the rest itself."""
@@ -87,7 +88,7 @@ def ask(words: list[str]) -> int | None:
     """Exit status of `discobeta WORDS`, done by a fork of the warm process; None if it is to be done here."""
     begun = time.monotonic()
     folder = os.environ.get(VARIABLE)
-    if not folder or "SLURM_JOB_ID" in os.environ:
+    if not folder:
         return None
     try:
         if len(os.listdir("/proc/self/fd")) != 4:  # the standard streams, and the listing itself
