@@ -52,8 +52,8 @@ NEEDED = (
     "accelerate pandas pyarrow.pandas_compat pyarrow.parquet peft.utils.transformers_weight_conversion "
     "torch.utils.serialization.config transformers.optimization transformers.models.auto.modeling_auto "
     "transformers.models.auto.tokenization_auto transformers.models.qwen3.modeling_qwen3 discobeta.run.train "
-    "discobeta.run.loop discobeta.run.evaluate discobeta.method.rm discobeta.method.dpo discobeta.method.ppo discobeta.model.lora "
-    "discobeta.inputs.world discobeta.inputs.reference discobeta.cli"
+    "discobeta.run.loop discobeta.run.evaluate discobeta.method.rm discobeta.method.dpo discobeta.method.ppo "
+    "discobeta.model.lora discobeta.inputs.world discobeta.inputs.reference discobeta.cli"
 )
 """What is imported here; a fork imports the rest itself."""
 
