@@ -297,6 +297,15 @@ def test_a_proof_of_ppo_is_counted_in_updates():
         assert [line for line in text.splitlines() if line.startswith("| ppo") and "steps" in line] == []
 
 
+def test_neutrality_counts_proofs_as_proofs():
+    made = study(idle_arms="prove", seeds=[1, 2, 3])
+    finish_all(made)
+    tables.write(results(made))
+    text = (made.directory / "tables" / "neutrality.md").read_text()
+    assert "33 of 33 proofs of an idle head equal their twin's byte for byte. A proof is trained" in text  # 1 + 5 + 5 arms
+    assert "| disco-idle_beta-absent | baseline               | 1, 2, 3 |" in text
+
+
 # --- ppo
 
 

@@ -25,7 +25,7 @@ pytest.importorskip("snakemake")
 
 ROOT = Path(__file__).parent.parent
 ALWAYS = {"tables": 1, "figures": 1, "all": 1}
-EMBEDDED = ALWAYS | {
+WHOLE = ALWAYS | {
     "world_corpus": 1,
     "sft": 1,
     "world_pairs": 2,
@@ -37,11 +37,22 @@ EMBEDDED = ALWAYS | {
     "train_ppo": 18,
     "evaluate": 42,
 }
+EMBEDDED = WHOLE | {
+    "world_pairs": 6,
+    "prepare": 6,
+    "prepare_prompts": 6,
+    "reference": 6,
+    "train_rm": 24,
+    "train_dpo": 72,
+    "train_ppo": 72,
+    "evaluate": 60,
+}
 TOKENS = {"prepare": 1, "prepare_prompts": 1, "reference": 1}
 PROVED = ALWAYS | TOKENS | {"train_rm": 8, "train_dpo": 24, "train_ppo": 24, "evaluate": 20}
 SHIPPED = {
     "config": EMBEDDED,
-    "smoke": EMBEDDED,
+    "config neutrality": WHOLE,
+    "smoke": WHOLE,
     "hh-rlhf": PROVED,
     "qwen3-0.6b": PROVED,
     "hh-rlhf hh-rlhf-tiny": ALWAYS
