@@ -259,7 +259,15 @@ def test_the_command_needs_neither_torch_nor_pydantic():
 def test_no_run_imports_the_models_of_a_study():
     """pydantic takes a tenth of a second, which a run would pay for nothing."""
     imports, seen = test_layout.imports(), set()
-    waiting = ["run/train", "run/evaluate", "inputs/base", "inputs/reference", "data/tokens", "record"]
+    waiting = [
+        "run/train",
+        "run/evaluate",
+        "inputs/base",
+        "inputs/reference",
+        "inputs/answers",
+        "data/tokens",
+        "record",
+    ]
     while waiting:
         seen.add(name := waiting.pop())
         waiting += imports[name] - seen

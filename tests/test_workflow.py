@@ -32,6 +32,7 @@ WHOLE = ALWAYS | {
     "prepare": 2,
     "prepare_prompts": 2,
     "reference": 2,
+    "answers": 4,  # of dpo and ppo, each for two seeds
     "train_rm": 6,
     "train_dpo": 18,
     "train_ppo": 18,
@@ -42,12 +43,13 @@ EMBEDDED = WHOLE | {
     "prepare": 6,
     "prepare_prompts": 6,
     "reference": 6,
+    "answers": 12,
     "train_rm": 24,
     "train_dpo": 72,
     "train_ppo": 72,
     "evaluate": 60,
 }
-TOKENS = {"prepare": 1, "prepare_prompts": 1, "reference": 1}
+TOKENS = {"prepare": 1, "prepare_prompts": 1, "reference": 1, "answers": 4}
 PROVED = ALWAYS | TOKENS | {"train_rm": 8, "train_dpo": 24, "train_ppo": 24, "evaluate": 20}
 SHIPPED = {
     "config": EMBEDDED,
@@ -119,6 +121,20 @@ def test_ppo_waits_for_its_reward_model_and_its_beta_head(tmp_path: Path):
         f"{runs}/rm/disco-used_beta-absent/seed-2/provenance.json",
         f"{runs}/dpo/disco-used_beta-used/seed-2/provenance.json",
     }  # fmt: skip
+
+
+def test_an_evaluation_waits_for_the_references_answers_and_they_for_their_prompts(tmp_path: Path):
+    done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"])
+    run, shared = "results/smoke/runs/{}/baseline/seed-2", "results/smoke/shared"
+    for stage, rows in (("dpo", "tokens"), ("ppo", "prompts")):
+        answers = f"{shared}/answers/{stage}/seed-2/answers.json"
+        directory = run.format(stage)
+        assert inputs_of(done.stdout, f"{directory}/metrics.json") == {f"{directory}/provenance.json", answers}
+        assert inputs_of(done.stdout, answers) == {
+            f"{shared}/base/provenance.json", f"{shared}/data/seed-2/{rows}/tokens.json",
+        }  # fmt: skip
+    directory = run.format("rm")
+    assert inputs_of(done.stdout, f"{directory}/metrics.json") == {f"{directory}/provenance.json"}
 
 
 def test_prompts_of_their_own_are_watched_and_a_proof_waits_for_what_it_reads(tmp_path: Path):
@@ -234,12 +250,13 @@ def test_jobs_are_asked_for_resolved_settings(tmp_path: Path):
 
 def test_shared_steps_are_asked_for_with_the_defaults_that_they_depend_on_and_no_others(tmp_path: Path):
     done = dry_run(tmp_path, [ROOT / "config" / "hh-rlhf.yaml"], "--printshellcmds")
-    for program in ("prepare", "reference"):
+    for program in ("prepare", "reference", "answers"):
         asked = [json.loads(words[2]) for words in commands(done.stdout, program)]
         for settings in asked:
             assert {"cutoff_len", "split", "max_unusable_rows", "max_samples", "model_revision"} <= set(settings)
             assert not {"learning_rate", "pref_beta", "lora_rank", "ppo_epochs", "save_steps"} & set(settings)
-            assert ("per_device_eval_batch_size" in settings) == (program == "reference")
+            assert ("per_device_eval_batch_size" in settings) == (program != "prepare")
+            assert ("temperature" in settings) == (program == "answers")
             RunConfig.from_mapping(settings)
 
 
