@@ -158,7 +158,7 @@ CODE = {
     "losses": TRAINED,
     "method/dpo": DPO,
     "inputs/base": ALL_BUT_THE_CORPUS,
-    "inputs/answers": {"answers": 4} | {name: MEASURED[name] for name in ("evaluate dpo", "evaluate ppo")} | REPORT,
+    "inputs/answers": {"answers": 4} | MEASURED,
 }
 
 

@@ -186,6 +186,56 @@ def test_profiles_give_every_stage_what_dpo_gets(profile: str):
     assert resources["train_ppo"] == resources["train_rm"] == resources["train_dpo"]
 
 
+COUNTED = """
+import inspect, sys
+asked, signature = [], inspect.signature
+inspect.signature = lambda *words, **more: asked.append(words) or signature(*words, **more)
+from snakemake.cli import main
+try:
+    main()
+finally:
+    print(f"signatures: {len(asked)}")
+"""
+
+
+def test_a_plan_does_not_ask_each_job_anew_what_its_functions_take(tmp_path: Path):
+    """Snakemake by itself asks for 22 signatures a job here, which was a tenth of a plan of thousands."""
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    command = [
+        sys.executable,
+        "-c",
+        COUNTED,
+        "--snakefile",
+        ROOT / "workflow" / "Snakefile",
+        "--dry-run",
+        "--quiet",
+        "rules",
+    ]
+    command += ["--profile", ROOT / "slurm", "--directory", tmp_path, "--configfile", ROOT / "config" / "smoke.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = sum(job_counts(done.stdout + done.stderr).values())
+    assert int(re.search(r"signatures: (\d+)", done.stdout)[1]) < 5 * jobs
+
+
+def test_with_the_slurm_profile_every_job_asks_for_its_memory_and_time(tmp_path: Path):
+    done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"], "--profile", str(ROOT / "slurm"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    asked = set()
+    for rule, resources in re.findall(r"^rule (\w+):\n(?:    .*\n)*?    resources: (.*)$", done.stdout, re.MULTILINE):
+        found = dict(re.findall(r"(\w+)=([^,]+)", resources))
+        asked.add((rule, found["mem_mb"], found["runtime"], found.get("gpu")))
+    scoring, training = ("32000", "240", "1"), ("32000", "720", "1")
+    assert asked == {
+        *(
+            (rule, "8000", "30", None)
+            for rule in ("world_corpus", "world_pairs", "prepare", "prepare_prompts", *ALWAYS)
+        ),
+        *((rule, *scoring) for rule in ("sft", "reference", "answers", "evaluate")),
+        *((f"train_{stage}", *training) for stage in ("rm", "dpo", "ppo")),
+    }
+
+
 def refusal(tmp_path: Path, study: dict) -> str:
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(study))
