@@ -348,6 +348,7 @@ def test_nothing_is_left_when_it_ends(settings, tmp_path, end):
         assert asking.returncode == -signal.SIGTERM
         assert not (directory / ".running.json").exists()
         assert end == "SIGKILL" or not Path(folder).exists()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_an_interrupt_is_the_commands_affair():
