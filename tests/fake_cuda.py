@@ -78,7 +78,7 @@ def pretended_cuda():
     from torch.utils._pytree import tree_leaves
     from transformers import GenerationMixin
 
-    from discobeta.model.memory import attention_on_gpu
+    from discobeta.run.memory import attention_on_gpu
 
     aten = torch.ops.aten
     INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
