@@ -132,8 +132,8 @@ def pretended_cuda():
             """`Module.to`, which would exchange a real tensor for one without values only in part."""
             assert torch.device(device).type == "cuda"
             moved = {}
-            places = [place for part in module.modules() for place in (part._parameters, part._buffers)]
-            for place, name in [(place, name) for place in places for name in place]:
+            dictionaries = [kept for part in module.modules() for kept in (part._parameters, part._buffers)]
+            for place, name in [(kept, name) for kept in dictionaries for name in kept]:
                 tensor = place[name]
                 if tensor is not None and not isinstance(tensor, FakeTensor):
                     if id(tensor) not in moved:
@@ -150,17 +150,20 @@ def pretended_cuda():
                 if index is not None and not isinstance(index, FakeTensor):
                     self.wait(f"{function}, indices of the host")
                 elif index is not None and index.dtype in (torch.bool, torch.uint8):
-                    if function is aten.index.Tensor or args[2].numel() != 1:  # else it is a masked_fill
-                        self.wait(f"{function}, a mask")
+                    is_fill = function is not aten.index.Tensor and args[2].numel() == 1  # nothing is looked for
+                    self.waits += [] if is_fill else [self.place(f"{function}, a mask")]
 
         def wait(self, what) -> None:
+            self.waits.append(self.place(what))
+
+        def place(self, what) -> str:
             frames = [
                 frame for frame in traceback.extract_stack()
                 if "/torch/" not in frame.filename and frame.filename != __file__
             ]  # fmt: skip
             ours = [frame for frame in frames if "/discobeta/" in frame.filename] or frames
             where = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in (ours[-1], frames[-1])]
-            self.waits.append(f"{what} at {' < '.join(dict.fromkeys(reversed(where)))}: {frames[-1].line}")
+            return f"{what} at {' < '.join(dict.fromkeys(reversed(where)))}: {frames[-1].line}"
 
     cuda, before = Cuda(), {}
 

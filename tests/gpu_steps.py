@@ -21,7 +21,8 @@ CASES = {
     "dpo, all weights": {"stage": "dpo", "finetuning_type": "full"},
     "rm": {"stage": "rm"},
     "rm, Disco, checkpointing": {
-        "stage": "rm", "gradient_checkpointing": True, "add_disco_head": True, "disco_pref": True, "head_pooling": "mean",
+        "stage": "rm", "gradient_checkpointing": True, "add_disco_head": True, "disco_pref": True,
+        "head_pooling": "mean",
     },
     "ppo": {"stage": "ppo"},
     "ppo, both heads, checkpointing": {"stage": "ppo", "gradient_checkpointing": True, **BOTH},
@@ -157,16 +158,16 @@ def main(library: str, base: str, pairs: str, folder: Path) -> dict:
         if changes["stage"] == "ppo":
             judge = "judge-disco" if "disco_pref" in changes else "judge"
             changes = of_ppo | {"reward_model": str(folder / judge), "beta_head": str(folder / "dpo-both")} | changes
-        found[name] = attempt(lambda: second_step(config_of(name, **changes)))
+        found[name] = attempt(config_of(name, **changes))
     for spoil in (asks_for_the_loss, adds_a_tensor_of_the_cpu):
         name = spoil.__name__
-        found[name] = attempt(lambda: second_step(config_of(name, stage="dpo"), spoil))
+        found[name] = attempt(config_of(name, stage="dpo"), spoil)
     return found
 
 
-def attempt(run) -> dict:
+def attempt(*arguments) -> dict:
     try:
-        return run()
+        return second_step(*arguments)
     except Exception as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
         places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.line}" for frame in frames[:-5:-1])

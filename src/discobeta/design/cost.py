@@ -124,8 +124,8 @@ def estimate(study: Study, measured: Measured | None) -> list[Step]:
             steps.append(step)
             if not proof:
                 evaluate.jobs += len(runs)
-                is_known = evaluate.seconds is not None and step.seconds is not None
                 more = sum(found.evaluation.mean() for found in known)
+                is_known = evaluate.seconds is not None and step.seconds is not None and not math.isnan(more)
                 evaluate.seconds = evaluate.seconds + more if is_known else None
     return [*steps, evaluate]
 
