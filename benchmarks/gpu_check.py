@@ -263,9 +263,8 @@ def as_markdown(found: dict) -> str:
         memory, estimated = (x / 1e9 for x in (cost["peak_memory_bytes"], found["estimated_peak_bytes"][label]))
         share = found["utilisation"][label]
         used = "–" if share is None else f"{share:.0%}"
-        lines.append(
-            f"| {label} | {cost['device']} | {numbers} | {memory:.1f} | {estimated:.1f} | {cost['seconds']:.1f} | {used} |"
-        )
+        sizes = f"{memory:.1f} | {estimated:.1f}"
+        lines.append(f"| {label} | {cost['device']} | {numbers} | {sizes} | {cost['seconds']:.1f} | {used} |")
     for label, cost in found["trl"].items():
         if "error" in cost:
             lines.append(f"| {label} | | | | | | | {cost['error']} |")

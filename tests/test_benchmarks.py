@@ -43,7 +43,7 @@ def test_utilisation_is_worked_out_by_hand(monkeypatch):
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
     gpu_check = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gpu_check)
-    # Qwen3-0.6B: 28 blocks of 2 x 1024 x 2048 + 2 x 1024 x 1024 + 3 x 1024 x 3072 = 15,728,640 weights; x 4 x 1e5 / 989e12
+    # 28 blocks of 2 x 1024 x 2048 + 2 x 1024 x 1024 + 3 x 1024 x 3072 = 15,728,640 weights; x 4 x 1e5 / 989e12
     share = gpu_check.utilisation({"tokens_per_second": 1e5}, gpu_check.SHAPES["qwen3-0.6b"], "NVIDIA H100 80GB HBM3")
     assert share == pytest.approx(0.17812, abs=1e-4)
     assert gpu_check.utilisation({"tokens_per_second": 1e5}, gpu_check.SHAPES["small"], "cpu") is None

@@ -32,8 +32,9 @@ from discobeta.method.stage import Stage, stage_class
 from discobeta.model.forward import logits_of, trunk, width
 
 if TYPE_CHECKING:
-    from discobeta.design.study import Study
     from transformers import PreTrainedConfig
+
+    from discobeta.design.study import Study
 
 RESERVED = 0.1, 1e9
 """Share of the peak and bytes that are kept free beside it: fragmentation, context, workspaces. A judgement; it has not
@@ -257,7 +258,7 @@ def others_of(config: RunConfig, base: int, trained: list[nn.Parameter]) -> int:
 
 @torch.no_grad()
 def sampling(stage: Stage, config: RunConfig, peak: Peak) -> int:
-    """The peak while responses are sampled: prompts of cutoff_len are read, then max_new_tokens drawn, one at a time."""
+    """The peak while responses are sampled: prompts of cutoff_len are read, then max_new_tokens drawn, one by one."""
     from discobeta.model.generation import InverseCDF
 
     count, prompt = 8 * config.per_device_eval_batch_size, config.cutoff_len
@@ -321,9 +322,8 @@ def advice_for(part: str, config: RunConfig, architecture: PreTrainedConfig, car
         for changes in cures(config):
             need = peaks(config.replace(**changes), architecture)["training"]
             if fits(need, card):
-                yield f"{', '.join(f'{key}: {value}' for key, value in changes.items())} would ({need / 1e9:.1f})".replace(
-                    "True", "true"
-                )
+                named = ", ".join(f"{key}: {value}" for key, value in changes.items()).replace("True", "true")
+                yield f"{named} would ({need / 1e9:.1f})"
                 return
         yield "training does not in passes of one pair with gradient_checkpointing: lower cutoff_len"
 
