@@ -103,7 +103,8 @@ def train_with_trl(wanted: dict) -> dict:
     model = maker.from_pretrained(wanted["base"], dtype=dtype, **({} if is_dpo else {"num_labels": 1}))
     model.config.pad_token_id = tokenizer.pad_token_id
     settings = (DPOConfig if is_dpo else RewardConfig)(
-        output_dir=wanted["output_dir"], max_steps=wanted["steps"], bf16=wanted["bf16"], max_length=wanted["cutoff_len"],
+        output_dir=wanted["output_dir"], max_steps=wanted["steps"], bf16=wanted["bf16"],
+        max_length=wanted["cutoff_len"],
         per_device_train_batch_size=wanted["batch"], gradient_accumulation_steps=wanted["passes"],
         gradient_checkpointing=wanted["checkpointing"], learning_rate=1e-4, save_strategy="no", report_to="none",
         logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False,
