@@ -4,6 +4,7 @@
 # make smoke        a study in small, for real   make dry-run   every shipped study, planned only
 # make slurm-test   the same on a real Slurm of one node, which is installed, started and removed (root, Debian)
 # make test-faults  kills and hostile inputs, an hour of them on two cores; FAULTS=0.1: a tenth
+# make bench        speed beside TRL, a quarter of an hour on two cores; BENCH="--quick" only tries whether it works
 # make keys         the pages and JSON schemas of all keys, from the source
 # make report       the HTML report of a study that has run
 #
@@ -22,17 +23,19 @@ STUDIES := $(filter-out config/datasets.yaml $(OVERLAYS),$(wildcard config/*.yam
 READY := $(VENV)/.ready
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SNAKEMAKE := $(RUN) snakemake
+# Jobs are forks of one process that has imported what they need (docs/decisions/0024-warm-starts.md).
+WARM := $(RUN) python -m discobeta.warm snakemake
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: ablation smoke test test-kernels slurm-test test-faults lint dry-run keys report clean
+.PHONY: ablation smoke test test-kernels slurm-test test-faults lint dry-run bench keys report clean
 .NOTPARALLEL:
 
 ablation: $(READY)
-	$(SNAKEMAKE) --cores $(CORES) --configfile $(CONFIG)
+	$(WARM) --cores $(CORES) --configfile $(CONFIG)
 	@$(RUN) discobeta plan --configfile $(CONFIG) | tail -n 1
 
 smoke: $(READY)
-	$(SNAKEMAKE) --cores $(CORES) --configfile config/smoke.yaml
+	$(WARM) --cores $(CORES) --configfile config/smoke.yaml
 	@$(RUN) discobeta plan --configfile config/smoke.yaml | tail -n 1
 
 report: $(READY)
@@ -75,6 +78,10 @@ endef
 dry-run: $(READY)
 	$(foreach study,$(STUDIES),$(call dry_run,$(study)))
 	$(foreach overlay,$(OVERLAYS),$(call dry_run,config/hh-rlhf.yaml $(overlay)))
+
+# Nothing else should run on the machine meanwhile.
+bench: $(READY)
+	$(RUN) python benchmarks/bench.py $(BENCH)
 
 keys: $(READY)
 	$(RUN) python -m discobeta.design.keys

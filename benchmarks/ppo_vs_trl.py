@@ -19,8 +19,8 @@ Not equal, as each side is what it is:
   small head, so there is no second trunk to train.
 - TRL takes log pi from the sampler's logits, and makes logits of prompts too when it trains; here log pi is a
   pass of its own, and there are logits only where a response token is predicted.
-- Here sampling is by inverse CDF in float64, and gradients are clipped; TRL does neither, its AdamW is the
-  fused one, and it calls the garbage collector twice per update (a row of the table).
+- Here sampling is by inverse CDF in float64, and gradients are clipped; TRL does neither, and it calls the
+  garbage collector twice per update (a row of the table, and a ratio of its own without them).
 - TRL's reference is given as a model of its own; its default, the policy with LoRA off, says the same.
 
 TRL's "per device" batch is the 192 rows, without accumulation, in 3 minibatches of 64: under its accumulation
@@ -47,6 +47,7 @@ MINIBATCH, MINIBATCHES, EPOCHS = 64, 3, 2
 ROLLOUTS = MINIBATCH * MINIBATCHES
 RATE, KL_COEFFICIENT = 1e-5, 0.05  # small, so that the lengths stay what they are
 DROPPED = 2
+GARBAGE = "rollouts: explicit garbage collection (s)"
 
 
 def make_inputs(folder: Path, updates: int) -> None:
@@ -191,7 +192,7 @@ def worker(side: str, folder: Path, output: Path, updates: int, threads: int) ->
         "mean response length (tokens)": length,
         "response tokens": ROLLOUTS * length,
         "rollouts: sampling (s)": median(sampling),
-        "rollouts: explicit garbage collection (s)": sum(garbage) / updates,
+        GARBAGE: sum(garbage) / updates,
         "rollouts: all (s)": median(rollouts),
         "optimisation (s)": median(whole - part for whole, part in zip(seconds, rollouts, strict=True)),
         **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "trl")},
@@ -223,17 +224,29 @@ def missing(what: str) -> None:
     raise SystemExit(2)
 
 
+def compared(found: dict[str, list[dict]]) -> dict:
+    """Seconds per update by round, and TRL / here within the rounds, with TRL's garbage collections and without."""
+    seconds = {side: [run["seconds"] for run in runs] for side, runs in found.items()}
+    ratios = {}
+    for name, part in (("as it is", 0), ("its garbage collections taken out", 1)):
+        pairs = zip(found["ours"], found["peer"], strict=True)
+        of = [(peer["seconds"] - part * peer[GARBAGE]) / ours["seconds"] for ours, peer in pairs]
+        ratios[name] = {"median": statistics.median(of), "low": min(of), "high": max(of)}
+    return {"seconds": seconds, "TRL / here": ratios, "trl": found["peer"][0]["trl"]}
+
+
 def as_markdown(found: dict[str, list[dict]], updates: int, threads: int) -> str:
-    seconds = {side: [run.pop("seconds") for run in runs] for side, runs in found.items()}
-    rounds = list(zip(seconds["ours"], seconds["peer"], strict=True))
-    ratios = [peer / ours for ours, peer in rounds]
-    ratio = statistics.median(seconds["peer"]) / statistics.median(seconds["ours"])
+    summary = compared(found)
+    rounds = list(zip(*summary["seconds"].values(), strict=True))
     lines = [f"One PPO update, {threads} thread(s), median of updates {DROPPED + 1} to {updates}, in seconds:\n"]
     lines += ["| round | here | TRL | TRL / here |", "|---|---:|---:|---:|"]
     lines += [f"| {i + 1} | {ours:.3f} | {peer:.3f} | {peer / ours:.2f} |" for i, (ours, peer) in enumerate(rounds)]
-    lines += [f"\nRatio of medians {ratio:.2f}; by round {min(ratios):.2f} to {max(ratios):.2f}.\n"]
+    for name, of in summary["TRL / here"].items():
+        lines += [f"\nTRL / here, {name}: {of['median']:.2f} ({of['low']:.2f}–{of['high']:.2f}).\n"]
     lines += ["| per update, median of the rounds | here | TRL |", "|---|---:|---:|"]
     for name, first in found["ours"][0].items():
+        if name == "seconds":
+            continue
         shown = [runs[0][name] for runs in found.values()]
         if not isinstance(first, str):
             shown = [f"{statistics.median(run[name] for run in runs):.5g}" for runs in found.values()]
@@ -247,6 +260,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads of both sides")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=12, help=f"per process; the first {DROPPED} are not counted")
+    parser.add_argument("--json", type=Path, help="write what was found here too, for bench.py")
     parser.add_argument("--worker", nargs=3, metavar=("SIDE", "INPUTS", "OUTPUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -274,7 +288,10 @@ def main() -> None:
                 command += ["--updates", str(options.updates), "--threads", str(options.threads)]
                 checked(command, folder / f"{side}-{i}.log", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", **numbers)
                 runs.append(json.loads((output / "found.json").read_text()))
-        print(as_markdown(found, options.updates, options.threads))
+        markdown = as_markdown(found, options.updates, options.threads)
+        if options.json:
+            options.json.write_text(json.dumps(compared(found) | {"markdown": markdown}))
+        print(markdown)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ import fake_cuda
 BOTH = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_dynamic_beta": True}
 CASES = {
     "dpo": {"stage": "dpo"},
-    "dpo in passes": {"stage": "dpo", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+    "dpo in passes": {"stage": "dpo", "tokens_per_pass": 64},
     "dpo, both heads, checkpointing": {"stage": "dpo", "gradient_checkpointing": True, **BOTH},
+    "dpo, prompts twice": {"stage": "dpo", "share_prompt": False},
+    "dpo, LoRA of PEFT": {"stage": "dpo", "fused_lora": False},
     "dpo, float32": {"stage": "dpo", "bf16": False},
     "dpo, all weights": {"stage": "dpo", "finetuning_type": "full"},
     "rm": {"stage": "rm"},
@@ -84,9 +86,9 @@ def second_step(config, spoil=None) -> dict:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
 
-    from discobeta.data.batches import Pairs
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.method.stage import stage_class
+    from discobeta.model.layout import pairs_for
     from discobeta.model.pretrained import load_tokenizer
     from discobeta.run import load, loop
 
@@ -98,6 +100,7 @@ def second_step(config, spoil=None) -> dict:
     accelerator = Accelerator(mixed_precision="no")
     for state in (AcceleratorState, PartialState):
         state._shared_state["device"] = torch.device("cuda", 0)
+    material = pairs_for(stage.model, config, data.train, columns)
     marks, collect = [], stage.collect
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     with fake_cuda.pretended_cuda() as cuda:
@@ -113,7 +116,7 @@ def second_step(config, spoil=None) -> dict:
         if spoil:
             compare = stage.compare
             stage.compare = lambda batch: spoil(compare(batch))
-        loop.fit(stage, Pairs(data.train, columns), None, config, accelerator, None, "")
+        loop.fit(stage, material, None, config, accelerator, None, "")
     assert all(weight.device.type == "cuda" for weight in stage.parameters())
     moved = [weight for weight in stage.parameters() if weight.requires_grad]
     assert moved and all(weight.grad is not None and weight.grad.device.type == "cuda" for weight in moved)

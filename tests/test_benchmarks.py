@@ -1,17 +1,27 @@
-"""benchmarks/gpu_check.py runs: on the small shape, for two steps, in this process."""
+"""The benchmarks run, on small shapes and for a few steps, and their gate closes when it should."""
 
+import importlib
 import importlib.util
 import json
+import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import discobeta
 from discobeta import cli
 from discobeta.design.cost import estimate, read
 from discobeta.design.study import Study
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SCRIPT = BENCHMARKS / "gpu_check.py"
 
 
 def test_the_gpu_check_runs_on_a_small_shape_and_says_what_was_measured(tmp_path, monkeypatch, capsys):
@@ -47,3 +57,96 @@ def test_utilisation_is_worked_out_by_hand(monkeypatch):
     share = gpu_check.utilisation({"tokens_per_second": 1e5}, gpu_check.SHAPES["qwen3-0.6b"], "NVIDIA H100 80GB HBM3")
     assert share == pytest.approx(0.17812, abs=1e-4)
     assert gpu_check.utilisation({"tokens_per_second": 1e5}, gpu_check.SHAPES["small"], "cpu") is None
+
+
+def bench(code: str, *words: str) -> subprocess.CompletedProcess:
+    """`bench.py WORDS` in a process of its own, after `code`: it forks, and sets the environment."""
+    source = Path(discobeta.__file__).parents[1]
+    program = f"import sys; sys.path[:0] = [{str(BENCHMARKS)!r}]; import bench, peers\n{code}\nsys.exit(bench.main())"
+    return subprocess.run(
+        [sys.executable, "-c", program, "--quick", "--rounds", "1", *words],
+        env=os.environ | {"PYTHONPATH": str(source)}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_steps_and_whole_processes_are_compared_with_trl_and_do_the_same_work(tmp_path):
+    done = bench("", "--only", "steps", "whole", "--cases", "dpo-embedded", "rm-long", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "bench.json").read_text())
+    dpo, rm = found["steps"]["dpo, embedded"], found["steps"]["rm, long"]
+    assert set(dpo["gate"]) == {"A0", "A1", "A2", "heads idle"} and set(rm["gate"]) == {"R0", "R1"}
+    assert dpo["gate"]["heads idle"] == {"loss": 0, "adapter": 0}
+    assert all(0 < of["loss"] < 1e-4 and 0 < of["adapter"] < 1e-3 for of in rm["gate"].values())
+    assert set(dpo["ratio to ours"]) == {"A0", "A1", "A2", "heads used", "heads idle"}
+    for row, side in ((dpo, "A2"), (rm, "R1"), (found["whole"], "A1")):
+        (theirs,), (mine,) = row["values"][side], row["values"]["ours"]
+        assert row["ratio to ours"][side]["median"] == pytest.approx(theirs / mine)
+        assert f"{theirs / mine:.2f} (" in (tmp_path / "bench.md").read_text()
+
+
+def test_another_learning_rate_on_one_side_fails_the_benchmark(tmp_path):
+    faster = """
+train = peers.train
+peers.train = lambda settings, *more: train(settings | {"learning_rate": 2 * settings["learning_rate"]}, *more)
+"""
+    done = bench(faster, "--only", "steps", "--cases", "rm-embedded", "--output", str(tmp_path))
+    assert done.returncode == 1
+    for side in ("R0", "R1"):
+        for what in ("loss", "adapter"):
+            assert re.search(rf"^bench: rm, embedded: {side}: {what} at \S+ from ours", done.stderr, re.MULTILINE)
+    assert (tmp_path / "bench.md").read_text().count("**Failed**") == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("A1", {}, None),
+        ("A1", {"losses": [0.7, 0.60009]}, None),
+        ("A1", {"losses": [0.7, 0.60011]}, "loss at 0.00011 from ours (at most 0.0001)"),
+        ("A1", {"losses": [0.7, math.nan]}, "loss at nan"),
+        ("A1", {"losses": [math.nan, 0.6]}, "loss at nan"),
+        ("A1", {"adapter": [math.nan, 4.0]}, "adapter at nan"),
+        ("A1", {"losses": [0.7]}, "1 steps, ours 2"),
+        ("A1", {"tokens": "other"}, "other tokens than ours, or in another order"),
+        ("A1", {"adapter": [3.0, 4.0049]}, None),
+        ("A1", {"adapter": [3.0, 4.0051]}, "adapter at 0.001 from ours (at most 0.001)"),
+        ("heads idle", {"adapter": [3.0, 4.0000005]}, "not the adapter and losses of the arm without heads"),
+        ("heads idle", {"losses": [0.7, 0.6000001]}, "not the adapter and losses of the arm without heads"),
+    ],
+)
+def test_the_gate_says_who_is_too_far_from_ours(tmp_path, monkeypatch, name, change, said):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    of = importlib.import_module("bench").Bench(tmp_path, SimpleNamespace(quick=True))
+    mine = {"losses": [0.7, 0.6], "tokens": "same"}
+    for side, weights in (("ours", [3.0, 4.0]), (name, change.get("adapter", [3.0, 4.0]))):
+        folder = tmp_path / f"long/dpo/{side}-0/adapter"
+        folder.mkdir(parents=True)
+        save_file({"weight": torch.tensor(weights)}, folder / "adapter_model.safetensors")
+    of.gate("dpo", "long", name, {"ours": [mine], name: [mine | change]})
+    assert len(of.failures) == (said is not None)
+    for failure in of.failures:
+        assert failure.startswith(f"dpo, long: {name}: ") and said in failure
+
+
+def test_floors_are_those_of_the_weights_that_multiply_a_token(monkeypatch):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    floors = importlib.import_module("floors")
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=151_936,
+                hidden_size=1024,
+                num_hidden_layers=28,
+                num_attention_heads=16,
+                num_key_value_heads=8,
+                head_dim=128,
+                intermediate_size=3072,
+            )  # fmt: skip
+        )
+    linear = [layer.weight.numel() for layer in model.model.modules() if isinstance(layer, torch.nn.Linear)]
+    assert floors.QWEN3_0_6B.body == sum(linear) and floors.QWEN3_0_6B.head == model.lm_head.weight.numel()
+    # 2 x 113 + 39 + 49 = 314 tokens of 440.4 M weights, and 88 predicted ones of 155.6 M
+    in_billions = [floors.flops_per_pair(floors.QWEN3_0_6B, **way) / 1e9 for way in floors.WAYS.values()]
+    assert in_billions == pytest.approx([1216, 939, 635, 608, 409, 436], abs=0.6)

@@ -63,7 +63,7 @@ HEADS = {"disco": DiscoHead, "beta": BetaHead, "length": LengthHead}''',
         return head_group(self.head.parameters(), 3 * self.config.learning_rate, self.config)
 
     def opinion(self, evidence: Evidence) -> Opinion:
-        lengths = evidence.batch.response_mask.sum(1).view(2, -1)
+        lengths = evidence.batch.response_lengths.view(2, -1)
         log_scale = self.head(lengths[0] - lengths[1])
         said = {"log_length_scale": log_scale}
         return Opinion(log_scale=log_scale, logged=said, measured=said)

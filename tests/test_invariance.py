@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from discobeta.data.batches import Pairs, collate
+from discobeta.data.batches import Pairs
 from discobeta.data.rows import Rows
 from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.config import RunConfig
@@ -32,7 +32,7 @@ def prepared(settings, request):
     def make(kind):
         config, _ = RunConfig.from_mapping(settings(kind, finetuning_type="full", head_pooling=request.param, **USED))
         rows = load_or_tokenise(config, load_tokenizer(config)).train
-        columns = compute(load_causal_lm(config), Pairs(rows), config, torch.device("cpu"))
+        columns = compute(load_causal_lm(config), rows, config, torch.device("cpu"))
         if kind == "dpo":
             heads = build(BOTH, 32, 1, prompt_features=columns["prompt_features"])
             stage = DirectPreference(config, load_causal_lm(config), heads)
@@ -65,20 +65,22 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("kind", ["rm", "dpo"])
-@pytest.mark.parametrize("padding", [{"pad_to": 29}, {"side": "left"}, {"side": "left", "pad_to": 31}])
-def test_padding_changes_nothing(prepared, kind, padding):
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("padding", [{}, {"pad_to": 49}, {"side": "left"}, {"side": "left", "pad_to": 51}])
+def test_padding_and_a_shared_prompt_change_nothing(prepared, kind, shared, padding):
     stage, rows, columns = prepared(kind)
-    assert_same(said(stage, collate(rows, INDICES, columns)), said(stage, collate(rows, INDICES, columns, **padding)))
+    other = Pairs(rows, columns, shared=shared).batch(INDICES, **padding)
+    assert_same(said(stage, Pairs(rows, columns).batch(INDICES)), said(stage, other))
 
 
 @pytest.mark.parametrize("kind", ["rm", "dpo"])
 def test_the_pad_id_changes_nothing(prepared, kind):
     stage, rows, columns = prepared(kind)
-    plain = collate(rows, INDICES, columns, pad_to=30)
+    plain = Pairs(rows, columns).batch(INDICES, pad_to=30)
     real = torch.zeros_like(plain.input_ids, dtype=torch.bool)
     for row, end in enumerate(plain.response_end):
-        real[row, : end + 1] = True
-    other = collate(rows, INDICES, columns, pad_to=30)
+        real[row, : end % 30 + 1] = True
+    other = Pairs(rows, columns).batch(INDICES, pad_to=30)
     other.input_ids = torch.where(real, plain.input_ids, 2)  # <eos> as padding, as many tokenizers have it
     assert_same(said(stage, plain), said(stage, other))
 
@@ -86,12 +88,12 @@ def test_the_pad_id_changes_nothing(prepared, kind):
 @pytest.mark.parametrize("kind", ["rm", "dpo"])
 def test_batch_and_order_change_nothing(prepared, kind):
     stage, rows, columns = prepared(kind)
-    whole = said(stage, collate(rows, INDICES, columns))
-    alone = [said(stage, collate(rows, INDICES[i : i + 1], columns)) for i in range(len(INDICES))]
+    whole = said(stage, Pairs(rows, columns).batch(INDICES))
+    alone = [said(stage, Pairs(rows, columns).batch(INDICES[i : i + 1])) for i in range(len(INDICES))]
     assert_same(whole, {name: torch.cat([part[name] for part in alone]) for name in whole})
     order = np.array([4, 2, 0, 5, 1, 3])
     assert_same(
-        {name: value[order] for name, value in whole.items()}, said(stage, collate(rows, INDICES[order], columns))
+        {name: value[order] for name, value in whole.items()}, said(stage, Pairs(rows, columns).batch(INDICES[order]))
     )
 
 
@@ -103,8 +105,8 @@ def test_swapping_chosen_and_rejected_mirrors_everything(prepared, kind):
     if kind == "dpo":
         swapped_columns["reference_logps"] = columns["reference_logps"].flip(1)
     one, other = (
-        said(stage, collate(rows, INDICES, columns)),
-        said(stage, collate(swapped_rows, INDICES, swapped_columns)),
+        said(stage, Pairs(rows, columns).batch(INDICES)),
+        said(stage, Pairs(swapped_rows, swapped_columns).batch(INDICES)),
     )
     torch.testing.assert_close(one["margin"], -other["margin"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(one["sigma"], other["sigma"].flip(1), rtol=1e-4, atol=1e-5)
@@ -116,7 +118,7 @@ def test_response_logps_are_the_models_own(settings):
     config, _ = RunConfig.from_mapping(settings("dpo"))
     rows = load_or_tokenise(config, load_tokenizer(config)).train
     model = load_causal_lm(config)
-    batch = collate(rows, INDICES)
+    batch = Pairs(rows).batch(INDICES)
     with torch.no_grad():
         found = response_logps(model, hidden_states(model, batch), batch)
         for place, index in enumerate(INDICES):
@@ -130,10 +132,11 @@ def test_response_logps_are_the_models_own(settings):
 def test_logits_in_chunks_give_the_same_gradient(settings, monkeypatch):
     config, _ = RunConfig.from_mapping(settings("dpo", finetuning_type="full"))
     rows = load_or_tokenise(config, load_tokenizer(config)).train
-    batch, gradients = collate(rows, INDICES), []
-    for chunk in (10_000, 7):
-        monkeypatch.setattr("discobeta.model.forward.LOGIT_CHUNK", chunk)
+    batch, gradients = Pairs(rows).batch(INDICES), []
+    for tokens in (10_000, 7):
         model = load_causal_lm(config)
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        monkeypatch.setattr("discobeta.model.forward.LOGITS_AT_ONCE", tokens * vocabulary)
         response_logps(model, hidden_states(model, batch), batch).sum().backward()
         gradients.append(model.get_input_embeddings().weight.grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
@@ -142,8 +145,8 @@ def test_logits_in_chunks_give_the_same_gradient(settings, monkeypatch):
 def test_the_prompt_ends_where_it_ends():
     """Positions by length: a prompt that holds the pad id 0 and a response that ends in it."""
     rows = Rows([[5, 0, 7], [5]], [[0, 8, 0], [9, 9]], [[8], [0]])
-    batch = collate(rows, np.array([0, 1]))
-    assert batch.prompt_end.tolist() == [2, 0, 2, 0] and batch.response_end.tolist() == [5, 2, 3, 1]
+    batch = Pairs(rows).batch(np.array([0, 1]))
+    assert batch.prompt_end.tolist() == [2, 6, 14, 18] and batch.response_end.tolist() == [5, 8, 15, 19]
     assert batch.target_ids.tolist() == [0, 8, 0, 9, 9, 8, 0]
     assert batch.predictor_index.tolist() == [2, 3, 4, 6, 7, 14, 18]
     assert batch.sequence_index.tolist() == [0, 0, 0, 1, 1, 2, 3]
@@ -151,40 +154,39 @@ def test_the_prompt_ends_where_it_ends():
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_an_epoch_visits_each_row_once_whatever_the_processes(processes):
-    schedule = Schedule(rows=50, pairs_per_pass=6, passes_per_step=2, processes=processes, seed=1)
+    schedule = Schedule(rows=50, rows_per_step=12, processes=processes, seed=1)
     lengths = np.arange(50) % 13
     seen = []
     for step in range(schedule.steps_per_epoch):
-        cuts = [list(schedule.passes(step, lengths, process)) for process in range(processes)]
-        assert len({tuple(map(len, cut)) for cut in cuts}) == 1  # equal work, or a process would wait for ever
-        seen += [row for cut in cuts for part in cut for row in part]
+        shares = [schedule.share(schedule.step_rows(step), lengths, process) for process in range(processes)]
+        assert len(set(map(len, shares))) == 1
+        seen += np.concatenate(shares).tolist()
     assert len(seen) == len(set(seen)) == 50 - 50 % processes
     assert sorted(schedule.step_rows(0)) != sorted(schedule.step_rows(schedule.steps_per_epoch))  # another epoch
 
 
-def test_one_process_and_two_see_the_same_passes():
-    one = Schedule(rows=40, pairs_per_pass=8, passes_per_step=2, processes=1, seed=1)
-    two = Schedule(rows=40, pairs_per_pass=8, passes_per_step=2, processes=2, seed=1)
+def test_two_processes_share_the_rows_of_one_and_have_much_the_same_to_do():
+    one = Schedule(rows=40, rows_per_step=16, processes=1, seed=1)
+    two = Schedule(rows=40, rows_per_step=16, processes=2, seed=1)
     lengths = np.random.default_rng(0).integers(1, 30, 40)
-    for step in range(3):
-        halves = zip(two.passes(step, lengths, 0), two.passes(step, lengths, 1), strict=True)
-        joined = [np.concatenate(pair).tolist() for pair in halves]
-        assert joined == [part.tolist() for part in one.passes(step, lengths, 0)]
+    for step in range(2):
+        shares = [two.share(two.step_rows(step), lengths, process) for process in (0, 1)]
+        assert sorted(np.concatenate(shares)) == sorted(one.step_rows(step))
+        assert abs(lengths[shares[0]].sum() - lengths[shares[1]].sum()) <= lengths.max()
 
 
 USED = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_dynamic_beta": True}
 
 
-@pytest.mark.parametrize("passes", [2, 8])
+@pytest.mark.parametrize("tokens", [100, 1])
 @pytest.mark.parametrize("stage, flags", [("rm", {}), ("rm", USED), ("dpo", {}), ("dpo", USED)])
-def test_cutting_a_step_into_passes_leaves_the_run_the_same(run, stage, flags, passes):
-    """8 pairs per step in one pass, in 2, or each alone: the same losses and weights, to rounding."""
+def test_cutting_a_step_into_passes_leaves_the_run_the_same(run, stage, flags, tokens):
+    """8 pairs per step in one pass, in several, or each alone: the same losses and weights, to rounding."""
     from safetensors.torch import load_file
 
-    every = {"max_steps": 12, "logging_steps": 1, **flags}
-    whole = run(stage, name="whole", per_device_train_batch_size=8, **every)
-    cut = {"per_device_train_batch_size": 8 // passes, "gradient_accumulation_steps": passes}
-    parts = run(stage, name="parts", **cut, **every)
+    every = {"max_steps": 12, "logging_steps": 1, "per_device_train_batch_size": 8, **flags}
+    whole = run(stage, name="whole", **every)
+    parts = run(stage, name="parts", tokens_per_pass=tokens, **every)
     logs = [[json.loads(line) for line in (path / "log.jsonl").open()] for path in (whole, parts)]
     assert len(logs[0]) == 12
     for one, other in zip(*logs, strict=True):

@@ -19,7 +19,7 @@ LAYERS = [
     {"run"},
     {"report"},
     {"cli", "launch"},
-    {"__main__", "worker"},
+    {"__main__", "worker", "warm"},
 ]
 """From the ground up: folders, and modules at the top. `__init__` has the version and imports nothing by itself."""
 

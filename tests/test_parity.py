@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from discobeta.data.batches import Pairs, collate
+from discobeta.data.batches import Pairs
 from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.config import RunConfig
 from discobeta.inputs.reference import compute
@@ -68,9 +68,9 @@ def test_dpo_loss_and_gradients_are_trls(prepared, tmp_path):
     from trl import DPOConfig, DPOTrainer
 
     config, tokenizer, rows = prepared("dpo", pref_beta=2.0)
-    columns = compute(load_causal_lm(config), Pairs(rows), config, torch.device("cpu"))
+    columns = compute(load_causal_lm(config), rows, config, torch.device("cpu"))
     stage = DirectPreference(config, perturbed(load_causal_lm(config)), Heads())
-    objective, _ = stage(collate(rows, INDICES, columns))
+    objective, _ = stage(Pairs(rows, columns).batch(INDICES))
     objective.mean().backward()
 
     policy = perturbed(load_causal_lm(config))
@@ -100,7 +100,7 @@ def test_reward_loss_and_gradients_are_trls(prepared, tmp_path):
 
     config, tokenizer, rows = prepared("rm")
     stage = RewardModelling(config, perturbed(load_scorer(config)), Heads())
-    objective, _ = stage(collate(rows, INDICES))
+    objective, _ = stage(Pairs(rows).batch(INDICES))
     objective.mean().backward()
 
     scorer = perturbed(load_scorer(config))

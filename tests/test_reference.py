@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from discobeta import files
-from discobeta.data.batches import Pairs
 from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
@@ -141,7 +140,7 @@ def test_nothing_is_left_of_a_pass_that_failed(prepared, monkeypatch):
 def test_the_batch_of_the_pass_does_not_matter(prepared):
     config, train, _ = prepared()
     model, device = load_causal_lm(config), torch.device("cpu")
-    one = reference.compute(model, Pairs(train), config.replace(per_device_eval_batch_size=1), device)
-    many = reference.compute(model, Pairs(train), config.replace(per_device_eval_batch_size=40), device)
+    one = reference.compute(model, train, config.replace(per_device_eval_batch_size=1), device)
+    many = reference.compute(model, train, config.replace(per_device_eval_batch_size=40), device)
     for name in one:
         torch.testing.assert_close(one[name], many[name], rtol=1e-4, atol=1e-5)

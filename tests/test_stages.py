@@ -199,7 +199,7 @@ def test_comparing_waits_for_no_value(monkeypatch):
     heads = build(["disco", "beta"], 8, seed=1).to("meta")
     signals = Signals(config.arm, heads, config)
     rewards, logps = (torch.empty(2, 6, device="meta") for _ in range(2))
-    batch = pack([[1, 2]] * 12, [[3]] * 12, {"prompt_features": torch.empty(6, 8)}).to("meta")
+    batch = pack([[1, 2]] * 12, [[3]] * 12, columns={"prompt_features": torch.empty(6, 8)}).to("meta")
     comparison = signals.compare(Evidence(rewards, batch, torch.empty(12, 3, 8, device="meta"), 0.5, logps))
     said = comparison.statistics()
     assert {value.device.type for value in said.values()} == {"meta"} and comparison.loss.shape == (6,)

@@ -1,5 +1,10 @@
 import sys
 
-from discobeta.cli import main
+from discobeta import warm
 
-sys.exit(main())
+status = warm.ask(sys.argv[1:])
+if status is None:
+    from discobeta.cli import main
+
+    status = main()
+sys.exit(status)

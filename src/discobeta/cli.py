@@ -27,12 +27,8 @@ from discobeta.errors import UserError, first_line, lack_of_memory, shorten
 
 
 def main(words: list[str] | None = None) -> int:
-    _mend_streams()
-    # compute nodes often have no network: never let an import wait for one
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # peft still calls what transformers has renamed; nothing that a user could act on
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    mend_streams()
+    settle_libraries()
     try:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what is held is let go
         arguments = parser().parse_args(words)
@@ -48,6 +44,15 @@ def main(words: list[str] | None = None) -> int:
     except Exception as error:
         _say(error)
     return 2
+
+
+def settle_libraries() -> None:
+    """What libraries are told before they are imported."""
+    # compute nodes often have no network: never let an import wait for one
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # peft still calls what transformers has renamed; nothing that a user could act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _say(error: Exception) -> None:
@@ -72,7 +77,7 @@ def _say(error: Exception) -> None:
     print(f"discobeta: {text}", file=sys.stderr)
 
 
-def _mend_streams() -> None:
+def mend_streams() -> None:
     """Let no print fail: closed streams lead nowhere, and what a terminal cannot show becomes a question mark.
 
     A closed one must be opened again, or the next file that is opened would get its number and what libraries print.
@@ -119,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="as a list of objects")
 
     sub = add_run("train", train, "train one run and measure it on its held-out rows")
-    sub.add_argument("--no-evaluate", action="store_true", help="leave the measuring to `discobeta evaluate`")
+    sub.add_argument("--no-evaluate", action="store_true", help="train only: do not measure, and draw no loss.png")
     sub.add_argument(
         "--processes", type=launch.process_count, default=1, metavar="N", help="train on N GPUs of this machine"
     )
@@ -198,12 +203,12 @@ def train(arguments: argparse.Namespace) -> int | None:
     from discobeta import record
 
     _train(config)
-    directory = Path(config.output_dir)
-    if config.plot_loss and _is_main_process() and not (directory / "loss.png").exists():
-        _draw_loss(directory)
-    if not _is_measurable(config) or not _is_main_process() or arguments.no_evaluate:
+    if not _is_main_process() or arguments.no_evaluate:
         return
-    if record.measurement_fault(directory, config):
+    directory = Path(config.output_dir)
+    if config.plot_loss and not (directory / "loss.png").exists():
+        _draw_loss(directory)
+    if _is_measurable(config) and record.measurement_fault(directory, config):
         _measure(directory, config.settings_of("evaluation"), config.trust_remote_code, config.cache_dir)
 
 
@@ -288,9 +293,11 @@ def world_pairs(arguments: argparse.Namespace) -> None:
 
 def _world_settings(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     """What is given of the world, and a study's defaults for the rest."""
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if len(given) == len(names):  # as in a study's jobs, which need not load pydantic for it
+        return given
     from discobeta.design.study_file import World
 
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     return {name: getattr(World(), name) for name in names} | given
 
 

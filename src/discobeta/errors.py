@@ -40,10 +40,7 @@ def telling(what: str) -> Iterator[None]:
         raise
 
 
-TRAINING_MEMORY = (
-    "per_device_train_batch_size (and raise gradient_accumulation_steps by as much) or cutoff_len, "
-    "or set gradient_checkpointing: true"
-)
+TRAINING_MEMORY = "tokens_per_pass or cutoff_len, or set gradient_checkpointing: true"
 """What a training step needs memory for."""
 
 

@@ -1,9 +1,12 @@
-"""Which processes are alive: for files that a process leaves behind when it is killed."""
+"""Which processes are alive, for files that a process leaves behind when it is killed; and which end with which."""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -35,6 +38,13 @@ def is_alive(number: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def end_with(parent: int) -> bool:
+    """From now on this process gets SIGTERM when `parent`, which has started it, ends. False: it has ended already."""
+    with suppress(OSError, AttributeError):  # only Linux has it
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    return os.getppid() == parent
 
 
 def _digits(text: str) -> str:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
 import sys
-from contextlib import suppress
 
-from discobeta import cli
+from discobeta import cli, processes
 
 
 def work(parent: int, words: list[str]) -> int:
     """`discobeta WORDS`, which ends with the process `parent`, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's goes to the parent too, which ends this process
-    with suppress(OSError, AttributeError):  # only Linux has it
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
+    if not processes.end_with(parent):
         return 128 + signal.SIGTERM
     status = cli.main(words)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is held any more: no exception while Python takes its leave

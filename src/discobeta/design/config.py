@@ -28,6 +28,11 @@ STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
     **{name: row.defaults for name, row in STAGES.items()},
 }
 
+TOKENS_PER_PASS, TOKENS_PER_PASS_BF16 = 1024, 8192
+"""Of a float32 run, as on CPUs, whose caches hold the activations of few tokens; and of a bf16 run, as on GPUs, which
+small passes leave idle. They follow from the config alone: what a machine measures would be another number each time,
+and sums in another order."""
+
 
 def option(
     default: Any,
@@ -122,16 +127,25 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
     )
 
     # --- optimisation
-    per_device_train_batch_size: int = option(8, "pairs per forward pass and device", least=1)
+    per_device_train_batch_size: int = option(
+        8, "with gradient_accumulation_steps: pairs (ppo: responses) per optimiser step and device", least=1
+    )
     per_device_eval_batch_size: int = option(
         8,
-        "pairs per forward pass; responses are sampled 8 x as many",
+        "pairs per pass without gradient, at most; responses are sampled 8 x as many",
         least=1,
         of="evaluation",
         stages="grid",
         trains="base policy",
     )
-    gradient_accumulation_steps: int = option(1, "forward passes per optimiser step", least=1)
+    gradient_accumulation_steps: int = option(1, "factor of per_device_train_batch_size", least=1)
+    tokens_per_pass: int | None = option(
+        None, "tokens of a forward pass, padding included; default 8192 with bf16, else 1024", least=1, stages="grid"
+    )
+    share_prompt: bool = option(
+        True, "chosen and rejected behind one prompt, in models where that computes the same", stages="pairs"
+    )
+    fused_lora: bool = option(True, "LoRA as one step of autograd; false: PEFT's own", stages="grid")
     learning_rate: float = option(5e-5, "of the adapter (or the model)", least=0)
     num_train_epochs: float = option(3.0, "passes over the data", least=0)
     max_steps: int = option(-1, "optimiser steps; -1: by num_train_epochs", least=-1)
@@ -155,7 +169,7 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
     save_steps: int = option(500, "optimiser steps between checkpoints; 0: none", least=0, of="bookkeeping")
     eval_strategy: Literal["no", "steps", "epoch"] = option("no", "held-out loss during training")
     eval_steps: int | None = option(None, "for eval_strategy: steps; default logging_steps", least=1, of="log")
-    plot_loss: bool = option(False, "write loss.png", of="bookkeeping")
+    plot_loss: bool = option(False, "draw loss.png; in a study only the base's", of="bookkeeping")
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "tracker", of="bookkeeping")
     run_name: str | None = option(None, "name in the tracker", of="bookkeeping")
     resume_from_checkpoint: str | bool | None = option(
@@ -235,6 +249,8 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
         for name in ("lora_rank", "lora_dropout", "lora_target"):  # what is not written is as the adapter has it
             if values.get(name) is None:
                 values[name] = None if values.get("adapter_name_or_path") else FIELDS[name].default
+        if values.get("tokens_per_pass") is None and stage in read_by("tokens_per_pass"):
+            values["tokens_per_pass"] = TOKENS_PER_PASS_BF16 if values.get("bf16") else TOKENS_PER_PASS
         config = cls(**values)
         try:
             config.check()

@@ -7,7 +7,6 @@ to go on where it was. No torch here: what a study will take is counted by it to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,45 +20,36 @@ from discobeta.seeds import derive
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which rows each optimiser step sees, and how a step is cut into forward passes.
+    """Which rows each optimiser step sees, and which process.
 
-    One step takes `pairs_per_step` rows of the epoch's permutation. They are sorted by length and
-    cut into forward passes of `pairs_per_pass` rows (over all processes), so that a pass pads
-    little; the step's gradient is the mean over its rows whatever the cut.
+    One step takes `rows_per_step` rows of the epoch's permutation, which the processes share. The step's gradient is
+    the mean over its rows, whatever the forward passes that it is cut into.
     """
 
     rows: int
-    pairs_per_pass: int  # per_device_train_batch_size * processes
-    passes_per_step: int  # gradient_accumulation_steps
+    rows_per_step: int  # per_device_train_batch_size * gradient_accumulation_steps * processes
     processes: int
     seed: int
 
     @property
-    def pairs_per_step(self) -> int:
-        return self.pairs_per_pass * self.passes_per_step
-
-    @property
     def steps_per_epoch(self) -> int:
         usable = self.rows - self.rows % self.processes  # each process gets the same number of rows
-        return -(-usable // self.pairs_per_step)
+        return -(-usable // self.rows_per_step)
 
     def rows_of(self, steps: int) -> int:
         """How many rows the first `steps` steps see, each as often as it comes: an epoch's last step may be short."""
         epochs, within = divmod(steps, self.steps_per_epoch)
-        return epochs * (self.rows - self.rows % self.processes) + within * self.pairs_per_step
+        return epochs * (self.rows - self.rows % self.processes) + within * self.rows_per_step
 
     def step_rows(self, step: int) -> np.ndarray:
         """Row numbers of optimiser step `step`, counted from 0 over all epochs."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order = _permutation(self.rows, self.seed, epoch)[: self.rows - self.rows % self.processes]
-        return order[within * self.pairs_per_step : (within + 1) * self.pairs_per_step]
+        return order[within * self.rows_per_step : (within + 1) * self.rows_per_step]
 
-    def passes(self, step: int, lengths: np.ndarray, process: int) -> Iterator[np.ndarray]:
-        """The rows of each forward pass of `step` on one process."""
-        chosen = self.step_rows(step)
-        chosen = chosen[np.argsort(-lengths[chosen], kind="stable")]
-        for start in range(0, len(chosen), self.pairs_per_pass):
-            yield np.array_split(chosen[start : start + self.pairs_per_pass], self.processes)[process]
+    def share(self, rows: np.ndarray, places: np.ndarray, process: int) -> np.ndarray:
+        """Those of `rows` that one process takes; the longest are dealt out first, so all have much the same to do."""
+        return rows[np.argsort(-places[rows], kind="stable")][process :: self.processes]
 
 
 @dataclass(frozen=True)
@@ -68,13 +58,13 @@ class EndlessSchedule(Schedule):
 
     @property
     def steps_per_epoch(self) -> float:
-        return self.rows / self.pairs_per_step
+        return self.rows / self.rows_per_step
 
     def rows_of(self, steps: int) -> int:
-        return steps * self.pairs_per_step
+        return steps * self.rows_per_step
 
     def step_rows(self, step: int) -> np.ndarray:
-        places = np.arange(step * self.pairs_per_step, (step + 1) * self.pairs_per_step)
+        places = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step)
         epochs, within = np.divmod(places, self.rows)
         orders = {epoch: _permutation(self.rows, self.seed, epoch) for epoch in np.unique(epochs).tolist()}
         return np.array([orders[epoch][row] for epoch, row in zip(epochs.tolist(), within.tolist(), strict=True)])
@@ -87,12 +77,12 @@ def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
 
 def schedule_of(config: RunConfig, rows: int, processes: int) -> Schedule:
     """The schedule of a run on `rows` rows, shared by `processes` processes. A step on prompts fills the buffer."""
-    size, passes = config.per_device_train_batch_size * processes, config.gradient_accumulation_steps
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     if not STAGES[config.stage].has_pairs:
-        return EndlessSchedule(rows, size, passes * config.ppo_buffer_size, processes, config.seed)
+        return EndlessSchedule(rows, size * config.ppo_buffer_size, processes, config.seed)
     if rows < processes:
         raise UserError(f"{rows} training pairs cannot be shared by {processes} processes")
-    return Schedule(rows, size, passes, processes, config.seed)
+    return Schedule(rows, size, processes, config.seed)
 
 
 def total_steps(config: RunConfig, schedule: Schedule) -> int:

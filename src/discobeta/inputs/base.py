@@ -25,7 +25,7 @@ from discobeta.data.sources import contents_hash, read_examples
 from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.config import RunConfig
 from discobeta.design.yaml_text import write_yaml
-from discobeta.errors import TRAINING_MEMORY, UserError, did_you_mean, enough_memory, first_line
+from discobeta.errors import UserError, did_you_mean, enough_memory, first_line
 from discobeta.model import preflight
 from discobeta.model.pretrained import ATTENTION, load_causal_lm, load_tokenizer
 from discobeta.seeds import derive, global_stream
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
 
 FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+BASE_MEMORY = (
+    "per_device_train_batch_size (and raise gradient_accumulation_steps by as much) or cutoff_len, "
+    "or set gradient_checkpointing: true"
+)
 LOGGED = ("epoch", "loss", "mean_token_accuracy", "learning_rate", "grad_norm", "eval_loss")
 """What log.jsonl keeps of the trainer's log; its timings would make equal runs differ."""
 
@@ -75,7 +79,7 @@ def train(config: RunConfig) -> None:
             folder = Path(folder)
             trainer, log = build_trainer(config, model, tokenizer, data, folder)
             begun = time.monotonic()
-            with enough_memory("training", TRAINING_MEMORY), closing(log):
+            with enough_memory("training", BASE_MEMORY), closing(log):
                 trainer.train()
             spent = time.monotonic() - begun
             if main:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from discobeta.data.batches import Pairs
 from discobeta.data.rows import Rows
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError, telling
@@ -25,6 +24,7 @@ from discobeta.folders import check_replaceable, write_mark
 from discobeta.identity import weights_hash
 from discobeta.model.forward import hidden_states, response_logps, state_at
 from discobeta.model.inference import in_batches
+from discobeta.model.layout import pairs_for
 from discobeta.model.preflight import check_rows
 from discobeta.model.pretrained import load_reference
 
@@ -49,7 +49,7 @@ def load_or_compute(config: RunConfig, parts: dict[str, Rows], *, write: bool = 
             return {name: _read(folder, name, rows) for name, rows in parts.items()}
     if not write:
         model, device = _reference(config, parts)
-        return {name: compute(model, Pairs(rows), config, device, name) for name, rows in parts.items()}
+        return {name: compute(model, rows, config, device, name) for name, rows in parts.items()}
     compute_folder(config, parts, key, folder)
     return {name: _read(folder, name, rows) for name, rows in parts.items()}
 
@@ -78,7 +78,7 @@ def compute_folder(config: RunConfig, parts: dict[str, Rows], key: dict[str, str
         temporary.mkdir()
         digests = {}
         for name, rows in parts.items():
-            columns = compute(model, Pairs(rows), config, device, name)
+            columns = compute(model, rows, config, device, name)
             columns["fingerprints"] = torch.from_numpy(rows.fingerprints())
             save_file(columns, temporary / f"{name}.safetensors")
             digests[name] = sha256(temporary / f"{name}.safetensors")
@@ -96,8 +96,9 @@ def _reference(config: RunConfig, parts: dict[str, Rows]) -> tuple[torch.nn.Modu
     return model.to(device), device
 
 
-def compute(model: torch.nn.Module, pairs: Pairs, config: RunConfig, device: torch.device, name: str = "") -> Columns:
+def compute(model: torch.nn.Module, rows: Rows, config: RunConfig, device: torch.device, name: str = "") -> Columns:
     """The live reference's columns, in the order of the rows."""
+    pairs = pairs_for(model, config, rows)
 
     def of_batch(indices: np.ndarray) -> Columns:
         batch = pairs.batch(indices).to(device)
@@ -108,8 +109,8 @@ def compute(model: torch.nn.Module, pairs: Pairs, config: RunConfig, device: tor
         return {"reference_logps": logps.view(2, -1).T, "prompt_features": features}
 
     columns = in_batches(
-        pairs.lengths, config.per_device_eval_batch_size, of_batch,
-        step="the reference pass", progress_bar=f"reference pass {name}",
+        pairs.places, config.per_device_eval_batch_size, of_batch,
+        step="the reference pass", tokens_per_pass=config.tokens_per_pass, progress_bar=f"reference pass {name}",
     )  # fmt: skip
     if not all(values.isfinite().all() for values in columns.values()):
         raise UserError(f"the reference {config.model_name_or_path} says of some rows what is no finite number")

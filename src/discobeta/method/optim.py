@@ -44,6 +44,7 @@ def optimizer_of(groups: dict[str, Group], config: RunConfig) -> torch.optim.Opt
         ],
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
+        fused=True,
     )
 
 

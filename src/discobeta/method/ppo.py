@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from discobeta import losses, seeds
-from discobeta.data.batches import Batch, Pairs, Responses, pack
+from discobeta.data.batches import Batch, Pairs, Responses, cut, pack
 from discobeta.data.rows import Rows, TokenisedData
 from discobeta.design.config import RunConfig
 from discobeta.design.schedule import Schedule
@@ -245,7 +245,7 @@ class ProximalPolicy(Stage):
                 check_ids(self.reward.model, [*translated[0], *translated[1]], name)
                 scores, _ = self.reward.rewards(pack(*translated).to(device))
                 reward = reference
-            states = reward.flatten(0, 1)[batch.predictor_index].float()
+            states = state_at(reward, batch.predictor_index)
             per_token = {
                 "logps": logps, "entropy": entropy, "reference_logps": reference_logps,
                 "states": states, "values": self.value_head(states),
@@ -258,7 +258,8 @@ class ProximalPolicy(Stage):
 
         return in_batches(
             rows.lengths, self.config.per_device_eval_batch_size, of_batch,
-            step="judging responses", lower="per_device_eval_batch_size or max_new_tokens",
+            step="judging responses", tokens_per_pass=self.config.tokens_per_pass,
+            lower="per_device_eval_batch_size, tokens_per_pass or max_new_tokens",
         )  # fmt: skip
 
     def log_s_of(self, reference: nn.Module, prompts: list[np.ndarray]) -> Tensor | None:
@@ -271,9 +272,9 @@ class ProximalPolicy(Stage):
                 log_s = self.signals.log_scale(state_at(hidden_states(reference, batch), batch.response_end))
             return {} if log_s is None else {"log_s": log_s}
 
-        return in_batches(rows.lengths, self.config.per_device_eval_batch_size, of_batch, step="evaluation").get(
-            "log_s"
-        )
+        size, tokens = self.config.per_device_eval_batch_size, self.config.tokens_per_pass
+        found = in_batches(rows.lengths, size, of_batch, step="evaluation", tokens_per_pass=tokens)
+        return found.get("log_s")
 
     def scores_of_reference(self, rows: Rows) -> tuple[float, float]:
         """Mean and standard deviation of the scores of the reference's responses to a random sample of prompts."""
@@ -377,7 +378,5 @@ def _minibatches(
     order = np.random.default_rng(seeds.derive(config.seed, "minibatches", step, epoch)).permutation(len(lengths))
     minibatches = []
     for part in np.split(order, config.ppo_buffer_size):
-        part = part[np.argsort(-lengths[part], kind="stable")]
-        passes = np.split(part, config.gradient_accumulation_steps)
-        minibatches.append([np.split(indices, schedule.processes)[process] for indices in passes])
+        minibatches.append(cut(schedule.share(part, lengths, process), lengths, config.tokens_per_pass))
     return minibatches

@@ -74,5 +74,8 @@ class RewardModel:
             mean, log_sigma = self.stage.rewards(rows.batch(indices).to(self.stage.device))
             return {"mean": mean} if log_sigma is None else {"mean": mean, "log_sigma": log_sigma}
 
-        scored = in_batches(rows.lengths, batch_size, of_batch, step="scoring", lower="the batch size or cutoff_len")
+        scored = in_batches(
+            rows.lengths, batch_size, of_batch,
+            step="scoring", tokens_per_pass=self.config.tokens_per_pass, lower="the batch size or cutoff_len",
+        )  # fmt: skip
         return scored["mean"], (SIGMA0 * scored["log_sigma"].exp()).square() if "log_sigma" in scored else None

@@ -16,14 +16,14 @@ from discobeta.method.judges import has_value_head, value_head
 from discobeta.method.signals import Comparison, Evidence
 from discobeta.method.stage import Stage
 from discobeta.model.adapters import start_adapter
-from discobeta.model.forward import hidden_states, score_position, state_at, unwrapped
+from discobeta.model.forward import hidden_states, score_place, state_at, unwrapped
 from discobeta.model.pretrained import load_scorer
 
 
 class RewardModelling(Stage):
     """-log sigmoid(r_w - r_l), or -log Phi((mu_w - mu_l) / sqrt(sigma_w^2 + sigma_l^2)).
 
-    r and mu are linear maps of the trunk's last hidden state at the last response token (see `score_position`).
+    r and mu are linear maps of the trunk's last hidden state at the last response token (see `score_place`).
     """
 
     task = "SEQ_CLS"
@@ -69,7 +69,7 @@ class RewardModelling(Stage):
 
     def ending_at_score(self, batch: Batch) -> Batch:
         """The batch with the place where a reward is read as the end of its response."""
-        return replace(batch, response_end=score_position(self.model, batch))
+        return replace(batch, response_end=score_place(self.model, batch))
 
     def mean_rewards(self, hidden: Tensor, batch: Batch) -> Tensor:
         """(N,) float32 mean rewards of responses that are `ending_at_score`."""

@@ -38,7 +38,7 @@ class Evidence:
 
     rewards: Tensor  # (2, B) mean rewards of chosen and rejected per unit of beta; their difference is the margin
     batch: Batch
-    hidden: Tensor  # (2B, T, hidden_size), the trunk's last hidden states
+    hidden: Tensor  # (R, T, hidden_size), the trunk's last hidden states
     beta: float = 1.0
     logps: Tensor | None = None  # (2, B) log pi(y|x) that the rewards were made of; their size is that of the rounding
 

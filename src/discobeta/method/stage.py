@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from discobeta import identity, record
-from discobeta.data.batches import Batch, Pairs
+from discobeta.data.batches import Batch, Pairs, cut
 from discobeta.data.rows import Rows, TokenisedData
 from discobeta.design.arms import IDEAS
 from discobeta.design.config import RunConfig
@@ -98,7 +98,7 @@ class Stage(nn.Module):
         from discobeta.model.adapters import load_adapter
 
         if config.finetuning_type == "lora":
-            model = load_adapter(cls.load_base(config), directory / "adapter")
+            model = load_adapter(cls.load_base(config), directory / "adapter", fused=config.fused_lora)
         else:
             model = cls.load_base(config.replace(model_name_or_path=str(directory / "model")))
         return cls(config, model, heads_module.load(directory)).eval()
@@ -179,7 +179,8 @@ class Stage(nn.Module):
     def collect(self, step: int, train: Pairs, schedule: Schedule, accelerator: Accelerator) -> Work:
         """The work of a step of the loop: one optimiser step on the next pairs."""
         rows = schedule.step_rows(step)
-        passes = list(schedule.passes(step, train.lengths, accelerator.process_index))
+        mine = schedule.share(rows, train.places, accelerator.process_index)
+        passes = cut(mine, train.places, self.config.tokens_per_pass)
         return Work(train, [passes], len(rows), len(rows), train.tokens(rows))
 
     def state(self) -> dict:

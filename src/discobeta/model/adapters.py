@@ -61,7 +61,7 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
     )
     named = f"lora_target: {', '.join(sorted(targets))}"
     with telling(named), global_stream(config.seed, "adapter"):
-        peft_model = with_fresh_adapter(model, lora)
+        peft_model = with_fresh_adapter(model, lora, fused=config.fused_lora)
         if lora.target_parameters:  # of some families PEFT takes a name for that of the experts, whatever it names
             raise UserError(
                 f"PEFT puts LoRA on the stacked experts ({', '.join(sorted(lora.target_parameters))}) where asked "
@@ -70,10 +70,14 @@ def add_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn.Modu
         return peft_model
 
 
-def with_fresh_adapter(model: PreTrainedModel, settings: PeftConfig) -> PeftModel:
-    """The model with a fresh adapter."""
+def with_fresh_adapter(model: PreTrainedModel, settings: PeftConfig, *, fused: bool) -> PeftModel:
+    """The model with a fresh adapter. fused: whether its layers are those of `model.lora`."""
     from peft import get_peft_model
 
+    from discobeta.model.lora import fuse
+
+    if fused:
+        fuse(settings)
     with warnings.catch_warnings():  # PEFT finds out by itself which layers keep their weights transposed; says so
         warnings.filterwarnings(
             "ignore", message="fan_in_fan_out is set to|The PEFT config's `base_model_name_or_path`"
@@ -97,7 +101,7 @@ def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn
         settings.task_type, settings.inference_mode = task, False
         trained_on = settings.base_model_name_or_path
         with global_stream(config.seed, "adapter"):
-            peft_model = with_fresh_adapter(model, settings)
+            peft_model = with_fresh_adapter(model, settings, fused=config.fused_lora)
         fresh = get_peft_model_state_dict(peft_model)
     may_be_fresh = {name for name in fresh if name.endswith(".score.weight")}
     _check_adapter(folder, weights, fresh, may_be_fresh)
@@ -112,12 +116,15 @@ def continue_adapter(model: PreTrainedModel, config: RunConfig, task: str) -> nn
     return peft_model
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, *, trunk_only: bool = False) -> nn.Module:
+def load_adapter(model: PreTrainedModel, folder: Path, *, fused: bool = True, trunk_only: bool = False) -> nn.Module:
     """The model with a finished adapter, frozen.
 
+    fused: as for `with_fresh_adapter`; it then says to the last bit what it said when it was trained.
     trunk_only: it is that of a language model, and this is a scorer, whose trunk is the same.
     """
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+
+    from discobeta.model.lora import fuse
 
     weights = adapter_weights(folder)
     with telling(f"cannot load adapter {folder}"), warnings.catch_warnings():
@@ -125,6 +132,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trunk_only: bool = Fal
         settings = PeftConfig.from_pretrained(str(folder))
         if trunk_only:
             settings.task_type = None
+        if fused:
+            fuse(settings)
         peft_model = PeftModel.from_pretrained(model, str(folder), config=settings, ignore_mismatched_sizes=True)
         places = get_peft_model_state_dict(peft_model)
     _check_adapter(folder, weights, places)

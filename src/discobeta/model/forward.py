@@ -13,12 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from discobeta.data.batches import Batch
 from discobeta.errors import UserError
+from discobeta.model.attention import mask_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-LOGIT_CHUNK = 2048
-"""Response tokens whose logits exist at the same time: at a vocabulary of 151,936, 1.2 GB in float32."""
+LOGITS_AT_ONCE = 2**26
+"""Logits that exist at the same time: 256 MB in float32, or 441 response tokens at a vocabulary of 151,936. What is
+computed from them takes two more of this size for a moment, and half of one before they are float32."""
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -36,9 +38,13 @@ def trunk(model: nn.Module) -> nn.Module:
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """(N, T, width), the trunk's last hidden state (after its final norm)."""
+    """(R, T, width), the trunk's last hidden state (after its final norm)."""
     body = trunk(model)
-    inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids, "use_cache": False}
+    inputs = {
+        "attention_mask": mask_of(unwrapped(model), batch),
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+    }
     taken = _arguments_of(type(body))  # no positions for ALiBi, for recurrence
     return body(input_ids=batch.input_ids, **{name: inputs[name] for name in inputs if name in taken}).last_hidden_state
 
@@ -75,32 +81,54 @@ def logits_of(model: nn.Module, states: Tensor) -> Tensor:
     return logits
 
 
+class _Selected(torch.autograd.Function):
+    """(M,) log softmax(logits)[target] of (M, V) float32 logits, in whose place the backward pass puts their gradient.
+
+    d/d logits = one_hot(target) - softmax(logits). Whoever made the logits has no more use for them.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        log_sum = logits.logsumexp(-1)
+        ctx.save_for_backward(logits, targets, log_sum)
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - log_sum
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        logits, targets, log_sum = ctx.saved_tensors
+        gradient = logits.sub_(log_sum[:, None]).exp_().mul_(-grad[:, None])
+        gradient[torch.arange(len(targets), device=targets.device), targets] += grad
+        return gradient, None
+
+
 def token_logps(
     model: nn.Module, hidden: Tensor, batch: Batch, temperature: float = 1.0, *, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(M,) float32 log pi(y_t | x, y_<t) of each response token; on demand the entropy there, without gradient.
 
     Both in nats, of softmax(logits / temperature). The output layer is applied only where a response
-    token is predicted, a chunk at a time; the backward pass computes a chunk's logits again instead
-    of keeping them.
+    token is predicted, LOGITS_AT_ONCE at a time; if these are not all, the backward pass computes
+    them again instead of keeping them.
     """
     states = hidden.flatten(0, 1)[batch.predictor_index]
+    size = max(1, LOGITS_AT_ONCE // unwrapped(model).get_output_embeddings().weight.shape[0])
 
     def of_chunk(part: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = logits_of(model, part)
+        logits, entropy = logits_of(model, part), None
         if temperature != 1:
             logits = logits / temperature
-        log_sum, entropy = logits.logsumexp(-1), None
+        logps = _Selected.apply(logits, targets)
         if with_entropy:
             with torch.no_grad():
-                entropy = log_sum - (logits.softmax(-1) * logits).sum(-1)
-        return logits.gather(-1, targets[:, None]).squeeze(-1) - log_sum, entropy
+                of_all = logits.log_softmax(-1)
+                entropy = -torch.einsum("mv,mv->m", of_all.exp(), of_all)
+        return logps, entropy
 
-    parts = list(zip(states.split(LOGIT_CHUNK), batch.target_ids.split(LOGIT_CHUNK), strict=True))
+    parts = list(zip(states.split(size), batch.target_ids.split(size), strict=True))
     if len(parts) == 1 or not torch.is_grad_enabled():
         values = [of_chunk(*part) for part in parts]
     else:
-        values = [checkpoint(of_chunk, *part, use_reentrant=False) for part in parts]
+        values = [checkpoint(of_chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     logps, entropies = zip(*values, strict=True)
     return torch.cat(logps), torch.cat(entropies) if with_entropy else None
 
@@ -111,17 +139,17 @@ def response_logps(model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
 
 
 def per_sequence(values: Tensor, batch: Batch) -> Tensor:
-    """(N,) float32 sums of (M,) values over the tokens of each response."""
-    sums = torch.zeros(len(batch.input_ids), dtype=torch.float32, device=values.device)
+    """(N, ...) float32 sums of (M, ...) values over the tokens of each response."""
+    sums = torch.zeros(batch.responses, *values.shape[1:], dtype=torch.float32, device=values.device)
     return sums.index_add(0, batch.sequence_index, values)
 
 
-def state_at(hidden: Tensor, positions: Tensor) -> Tensor:
-    """(N, hidden_size) float32, the state at one position of each sequence."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), positions].float()
+def state_at(hidden: Tensor, places: Tensor) -> Tensor:
+    """(N, hidden_size) float32, the states at N places of a batch."""
+    return hidden.flatten(0, 1)[places].float()
 
 
-def score_position(model: nn.Module, batch: Batch) -> Tensor:
+def score_place(model: nn.Module, batch: Batch) -> Tensor:
     """(N,) where a score is read: at the last token that is not the pad_token_id of the model's config.
 
     It is where transformers' classifiers read it, so the same weights give the same score there. That is the last
@@ -130,17 +158,19 @@ def score_position(model: nn.Module, batch: Batch) -> Tensor:
     pad = unwrapped(model).config.get_text_config().pad_token_id
     if pad is None:
         return batch.response_end
-    place = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
-    counts = (place <= batch.response_end[:, None]) & (batch.input_ids != pad)
-    return (place * counts).argmax(1)
+    width = batch.input_ids.shape[1]
+    row, end, prompt_end = batch.response_end // width, batch.response_end % width, batch.prompt_end % width
+    place = torch.arange(width, device=row.device)
+    begin = end + 1 - batch.response_lengths
+    is_own = (place <= prompt_end[:, None]) | ((place >= begin[:, None]) & (place <= end[:, None]))
+    return row * width + (place * (is_own & (batch.input_ids[row] != pad))).argmax(1)
 
 
 def pooled(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
     """(N, hidden_size) float32: the state at the last response token, or the mean over the response."""
     if pooling == "last":
         return state_at(hidden, batch.response_end)
-    weights = batch.response_mask / batch.response_mask.sum(1, keepdim=True)
-    return torch.einsum("nt,nth->nh", weights, hidden.float())
+    return per_sequence(state_at(hidden, batch.target_index), batch) / batch.response_lengths[:, None]
 
 
 def switch_off_dropout(model: nn.Module) -> None:

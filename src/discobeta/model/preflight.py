@@ -21,6 +21,7 @@ from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, telling
 from discobeta.model.forward import check_context, context_of, hidden_states, name_of, unwrapped, vocabulary_size
 from discobeta.model.generation import stop_ids
+from discobeta.model.layout import evaluating
 from discobeta.model.pretrained import load_tokenizer
 
 TRIED = 8
@@ -124,14 +125,9 @@ def _try_a_pass(model: nn.Module, rows: Rows, row: int, config: RunConfig, name:
     ids = np.concatenate([prompt, response])
     batch = pack([ids[-TRIED:-1]], [ids[-1:]])
     batch.position_ids += max(0, len(ids) - TRIED)
-    training = [part for part in model.modules() if part.training]
-    model.eval()  # no dropout: a random stream would move on
-    try:
-        with (
-            telling(f"{name}: {type(unwrapped(model)).__name__} fails on {_source(rows, row)}"),
-            torch.autocast("cpu", torch.bfloat16, enabled=config.bf16),
-        ):
-            hidden_states(model, batch)
-    finally:
-        for part in training:
-            part.training = True
+    with (
+        evaluating(model),
+        telling(f"{name}: {type(unwrapped(model)).__name__} fails on {_source(rows, row)}"),
+        torch.autocast("cpu", torch.bfloat16, enabled=config.bf16),
+    ):
+        hidden_states(model, batch)

@@ -57,7 +57,7 @@ def load_causal_lm(config: RunConfig) -> PreTrainedModel:
 def load_scorer(
     config: RunConfig, *, must_have_score: bool = False, key_mapping: dict[str, str] | None = None
 ) -> PreTrainedModel:
-    """The base's trunk with a scalar score, r = w . h (Linear, mostly without bias), read where `score_position` says.
+    """The base's trunk with a scalar score, r = w . h (Linear, mostly without bias), read where `score_place` says.
 
     A fresh w is normal with standard deviation 1 / sqrt(hidden_size + 1), from a stream of its own
     (Stiennon et al. 2020; Huang et al. 2024, arXiv:2403.17031); one that comes with the model stays.
@@ -111,7 +111,7 @@ def load_reference(config: RunConfig) -> nn.Module:
     """What the policy starts from, frozen: the base, with `adapter_name_or_path` if there is one."""
     model = load_causal_lm(config)
     if config.adapter_name_or_path:
-        model = load_adapter(model, start_adapter(config))
+        model = load_adapter(model, start_adapter(config), fused=config.fused_lora)
     return model.eval().requires_grad_(False)
 
 
@@ -255,7 +255,7 @@ def check_padding(model: PreTrainedModel, name: str) -> None:
 
 @torch.no_grad()
 def _check_score(model: PreTrainedModel, name: str) -> None:
-    """Refuse a classifier whose logits are not score(trunk(x)) at the token that `score_position` says."""
+    """Refuse a classifier whose logits are not score(trunk(x)) at the token that `score_place` says."""
     pad = model.config.get_text_config().pad_token_id
     last = 3 if pad is None or not 0 <= pad < model.get_input_embeddings().num_embeddings else pad
     with telling(f"{name}: {type(model).__name__} cannot be used as a reward model here"):

@@ -32,6 +32,7 @@ from discobeta.model import preflight
 from discobeta.model.forward import hidden_states, response_logps
 from discobeta.model.generation import generate, has_ended, response_text, stop_ids
 from discobeta.model.inference import in_batches
+from discobeta.model.layout import pairs_for
 from discobeta.model.pretrained import load_reference, load_tokenizer, use_deterministic_kernels
 from discobeta.run import load as runs
 from discobeta.seeds import uniforms
@@ -95,7 +96,7 @@ def _evaluate(run: record.Record) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     if row.has_pairs:
         columns = stage.columns(config, {"eval": data.held_out}, write=False)
-        examples = compare_all(stage, Pairs(data.held_out, columns["eval"]), config.per_device_eval_batch_size)
+        examples = compare_all(stage, pairs_for(stage.model, config, data.held_out, columns["eval"]))
         measured |= preference_metrics(examples)
     if row.is_policy and config.num_eval_generations:
         answers = answer_prompts(stage, data, run, tokenizer)
@@ -113,15 +114,15 @@ def _evaluate(run: record.Record) -> dict[str, Any]:
     return measured
 
 
-def compare_all(stage: Stage, pairs: Pairs, batch_size: int) -> pd.DataFrame:
+def compare_all(stage: Stage, pairs: Pairs) -> pd.DataFrame:
     """One row per pair, in the order of the data: what the run says of it, beside what is known."""
 
     def of_batch(indices: np.ndarray) -> dict[str, torch.Tensor]:
         return stage.compare(pairs.batch(indices).to(stage.device)).measured()
 
     measured = in_batches(
-        pairs.lengths, batch_size, of_batch,
-        step="evaluation", lower="per_device_eval_batch_size", progress_bar="held-out pairs",
+        pairs.places, stage.config.per_device_eval_batch_size, of_batch,
+        step="evaluation", tokens_per_pass=stage.config.tokens_per_pass, progress_bar="held-out pairs",
     )  # fmt: skip
     measured = {name: values.double().numpy() for name, values in measured.items()}
     decisive = [measured[name] for name in ("nll", "mean_margin") if name in measured]
@@ -241,7 +242,7 @@ def answer_prompts(stage: Stage, data: TokenisedData, run: record.Record, tokeni
                 batch_size=8 * config.per_device_eval_batch_size, description=f"{name} samples",
             )  # fmt: skip
     rows_of_both = Rows(prompts, sampled["policy"], sampled["reference"], source=["sampled"] * len(prompts), truth={})
-    policy_logps, reference_logps = (_logps(model, Pairs(rows_of_both), config) for model in (stage.model, reference))
+    policy_logps, reference_logps = (_logps(model, rows_of_both, config) for model in (stage.model, reference))
     answers = pd.DataFrame(
         {
             "prompt": [tokenizer.decode(ids) for ids in prompts],
@@ -275,17 +276,19 @@ def answer_prompts(stage: Stage, data: TokenisedData, run: record.Record, tokeni
     return answers
 
 
-def _logps(model: torch.nn.Module, pairs: Pairs, config: RunConfig) -> torch.Tensor:
+def _logps(model: torch.nn.Module, rows: Rows, config: RunConfig) -> torch.Tensor:
     """(rows, 2) log-probabilities of both responses under `model`, on the CPU."""
-    device = next(model.parameters()).device
+    device, pairs = next(model.parameters()).device, pairs_for(model, config, rows)
 
     def of_batch(indices: np.ndarray) -> dict[str, torch.Tensor]:
         batch = pairs.batch(indices).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             return {"logps": response_logps(model, hidden_states(model, batch), batch).view(2, -1).T}
 
-    size = config.per_device_eval_batch_size
-    return in_batches(pairs.lengths, size, of_batch, step="evaluation", lower="per_device_eval_batch_size")["logps"]
+    return in_batches(
+        pairs.places, config.per_device_eval_batch_size, of_batch,
+        step="evaluation", tokens_per_pass=config.tokens_per_pass,
+    )["logps"]  # fmt: skip
 
 
 def policy_metrics(answers: pd.DataFrame) -> dict[str, Any]:

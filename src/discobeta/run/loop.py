@@ -20,13 +20,14 @@ from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
 from discobeta import folders
-from discobeta.data.batches import Pairs, longest_first
+from discobeta.data.batches import Pairs, cut
 from discobeta.design.config import RunConfig
 from discobeta.design.schedule import Schedule, total_steps
 from discobeta.design.stages import STAGES
@@ -214,7 +215,8 @@ def held_out_means(
     """Mean loss and accuracy on held-out pairs, each process taking every n-th batch."""
     module.eval()
     means = Means()
-    passes = longest_first(held_out.lengths, config.per_device_eval_batch_size)
+    places, size = held_out.places, config.per_device_eval_batch_size
+    passes = cut(np.arange(len(held_out)), places, config.tokens_per_pass, size)
     # a process with fewer batches than another repeats nothing: it adds zero pairs
     for indices in passes[accelerator.process_index :: accelerator.num_processes]:
         statistics = stage(held_out.batch(indices).to(accelerator.device))[1]

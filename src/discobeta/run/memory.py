@@ -29,7 +29,9 @@ from discobeta.design.stages import STAGES
 from discobeta.errors import telling
 from discobeta.method.optim import optimizer_of
 from discobeta.method.stage import Stage, stage_class
-from discobeta.model.forward import logits_of, trunk, width
+from discobeta.model.attention import OBEYS
+from discobeta.model.forward import logits_of, trunk, unwrapped, width
+from discobeta.model.layout import pairs_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -184,13 +186,14 @@ def materialise(module: nn.Module) -> None:
                 place[name] = moved[id(tensor)][1]
 
 
-def longest_pairs(config: RunConfig, hidden_size: int) -> Pairs:
+def longest_pairs(stage: Stage, config: RunConfig, hidden_size: int) -> Pairs:
     """The pairs of one optimiser step, all of them as long as can be: cutoff_len, half of it the prompt's."""
     count = config.per_device_train_batch_size * config.gradient_accumulation_steps
     prompt = config.cutoff_len // 2
     prompts, responses = (np.ones((count, size), np.int32) for size in (prompt, config.cutoff_len - prompt))
     columns = {"reference_logps": torch.zeros(count, 2), "prompt_features": torch.zeros(count, hidden_size)}
-    return Pairs(Rows(prompts, responses, responses), columns)
+    OBEYS[unwrapped(stage.model)] = True  # which a model without values cannot be asked
+    return pairs_for(stage.model, config, Rows(prompts, responses, responses), columns)
 
 
 def longest_responses(config: RunConfig, hidden_size: int) -> Any:
@@ -208,13 +211,12 @@ def first_pass(stage: Stage, config: RunConfig) -> Any:
     """The batch of the first forward pass of an optimiser step on rows that are all as long as can be."""
     hidden_size = width(stage.model)
     if STAGES[config.stage].has_pairs:
-        pairs = longest_pairs(config, hidden_size)
+        pairs = longest_pairs(stage, config, hidden_size)
         work = stage.collect(0, pairs, stage.schedule(pairs, 1), SimpleNamespace(process_index=0, num_processes=1))
         return work.material.batch(work.minibatches[0][0])
     rows, length = longest_responses(config, hidden_size), config.cutoff_len + config.max_new_tokens
-    count = config.per_device_train_batch_size
-    if getattr(config, "tokens_per_pass", None):
-        count = min(count * config.gradient_accumulation_steps, max(1, config.tokens_per_pass // length))
+    count = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    count = min(count, max(1, config.tokens_per_pass // length))
     return rows.batch(np.arange(count))
 
 
@@ -340,7 +342,7 @@ def smaller(number: int) -> list[int]:
 def cures(config: RunConfig) -> Iterator[dict[str, Any]]:
     """Changes that lower training's peak, the cheapest in time first: smaller passes, then checkpointing."""
     row = (2 if STAGES[config.stage].has_pairs else 1) * config.cutoff_len
-    passes = [{"tokens_per_pass": n} for n in smaller(getattr(config, "tokens_per_pass", 0)) if n >= row]
+    passes = [{"tokens_per_pass": n} for n in smaller(config.tokens_per_pass) if n >= row]
     yield from passes
     if not config.gradient_checkpointing:
         for one in ({}, *passes):

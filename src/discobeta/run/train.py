@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from discobeta import folders, identity, lock, record
 from discobeta.design.arms import Arm, cell
 from discobeta.design.config import RunConfig
+from discobeta.design.stages import STAGES
 from discobeta.errors import UserError
 from discobeta.files import write_json
 
@@ -63,12 +64,12 @@ def _is_free(config: RunConfig, accelerator: Accelerator) -> bool:
 
 
 def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) -> None:
-    from discobeta.data.batches import Pairs
     from discobeta.data.formats import KINDS
     from discobeta.data.sources import contents_hash
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.method.stage import stage_class
-    from discobeta.model import preflight, pretrained
+    from discobeta.model import layout, preflight, pretrained
+    from discobeta.model.forward import name_of
     from discobeta.run import load as runs
     from discobeta.run import loop
 
@@ -88,8 +89,11 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
         columns = kind.columns(config, data.parts())
     stage = kind.fresh(config, columns["train"], model, runs.given(config))
     stage.check_data(data)
-    material = Pairs(data.train, columns["train"])
-    held_out = None if data.held_out is None else Pairs(data.held_out, columns["eval"])
+    material = layout.pairs_for(model, config, data.train, columns["train"])
+    if config.share_prompt and STAGES[config.stage].has_pairs and not material.shared:
+        reason = layout.why_apart(model, int(material.lengths.max()))
+        accelerator.print(f"{name_of(model)} reads the prompt twice, once for each response of a pair: {reason}")
+    held_out = None if data.held_out is None else layout.pairs_for(model, config, data.held_out, columns["eval"])
     if config.eval_strategy != "no" and held_out is None:
         raise UserError(f"eval_strategy: {config.eval_strategy}, and {config.tokenized_path} holds no held-out rows")
     facts = {

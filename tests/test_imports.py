@@ -1,0 +1,106 @@
+"""What a process of a study imports: its start is most of what a short run costs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from discobeta import closure
+
+SCRIPT = """
+import json, os, sys
+from discobeta import warm
+from discobeta.cli import main
+class Command:
+    poll = staticmethod(lambda: None)
+found = []
+if sys.argv[1] == "warm":
+    os.environ.clear(); os.environ.update(json.loads(sys.argv[3]))
+    ready = warm._is_ready(Command)
+    import torch, tqdm
+    lock = hasattr(tqdm.tqdm, "_lock")
+    threads = len(os.listdir("/proc/self/task"))
+    found.append([ready, threads, lock, torch.cuda.is_initialized(), sorted(sys.modules)])
+for words in json.loads(sys.argv[2]):
+    found.append([main(words), sorted(sys.modules)])
+print("found", json.dumps(found))
+"""
+
+
+def modules_of(kind, commands, folder, environment=os.environ):
+    """What stands in sys.modules after each of the commands, one after the other in one process."""
+    words = [sys.executable, "-c", SCRIPT, kind, json.dumps(commands), json.dumps(dict(environment))]
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.rpartition("found ")[2])
+    assert [status for status, _ in found[-len(commands) :]] == [0] * len(commands), done.stderr[-2000:]
+    return found
+
+
+def packages(modules):
+    """The packages that modules are of, without Python's own and those that no file stands for."""
+    found = {name.partition(".")[0] for name in modules} - sys.stdlib_module_names
+    return {name for name in found if not name.startswith("_")}
+
+
+NEVER = {"matplotlib", "scipy", "sklearn", "pydantic", "datasets", "trl"}
+
+
+@pytest.fixture
+def commands(settings, tmp_path):
+    """Those of a study of one seed: rows, reference pass, rm, dpo and ppo with loss.png asked for, and measuring."""
+    shared = {"plot_loss": True, "tokenized_path": "tokens", "num_eval_generations": 4, "max_new_tokens": 4}
+    used = {"add_disco_head": True, "disco_pref": True}
+    runs = {
+        "rm": settings("rm", **used) | {"plot_loss": True, "tokenized_path": "tokens"},
+        "dpo": settings("dpo", **used, add_beta_head=True, use_dynamic_beta=True, reference_path="reference") | shared,
+        "ppo": settings("ppo", **used, max_steps=1, reward_model="rm", beta_head="dpo", add_beta_head=True) | shared,
+    }
+    runs["ppo"] |= {"tokenized_path": "prompts"}
+    for name, made in runs.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(made | {"output_dir": name}))
+    return {
+        "shared": [["prepare", "rm.yaml"], ["prepare", "ppo.yaml"], ["reference", "dpo.yaml"]],
+        "train": [["train", f"{name}.yaml", "--no-evaluate"] for name in runs],
+        "evaluate": [["evaluate", name] for name in runs],
+    }
+
+
+def test_a_training_imports_what_it_needs_and_nothing_else(commands, tmp_path):
+    """And measuring no more than training (pandas is pyarrow's wish, when an array becomes numpy's)."""
+    modules_of("cold", commands["shared"], tmp_path)
+    found = modules_of("cold", commands["train"] + commands["evaluate"], tmp_path)
+    trained, measured = packages(found[2][1]), packages(found[-1][1])
+    assert {"torch", "transformers", "peft", "accelerate", "pyarrow"} <= trained
+    assert not measured & NEVER
+    assert measured <= trained
+    assert "pyarrow.dataset" not in found[2][1]
+    assert not list(tmp_path.rglob("loss.png"))  # of a study that asks for it all the same
+
+
+def test_the_commands_of_the_world_load_no_study(tmp_path):
+    corpus = ["world", "corpus", "--output", "w", "--seed", "1", "--sft-examples", "20", "--noise", "heteroscedastic"]
+    found = modules_of("cold", [corpus], tmp_path)
+    assert not packages(found[0][1]) & NEVER
+    assert (tmp_path / "w" / "world.json").is_file()
+
+
+def test_a_warm_process_has_imported_what_its_forks_need(commands, tmp_path):
+    """And nothing of it has started a thread, a bar's lock, or a GPU: then a fork would not be a new process."""
+    environment = {name: value for name, value in os.environ.items() if "NUM_THREADS" not in name}
+    every = [words for part in commands.values() for words in part]
+    (ready, threads, lock, gpu, before), *found = modules_of("warm", every, tmp_path, environment)
+    assert (ready, threads, lock, gpu) == (True, 1, False, False)
+    after = found[-1][1]
+    assert not packages(after) - packages(before)
+    assert not {name for name in set(after) - set(before) if name.startswith("discobeta")}
+    assert len(set(after) - set(before)) < 30, sorted(set(after) - set(before))
+    assert not packages(before) & NEVER
+
+
+def test_no_result_depends_on_how_a_process_starts():
+    reached = {name for step in closure.ENTRIES for name in closure.files_of(step)}
+    assert not reached & {"warm", "__main__", "worker", "cli", "processes"}
