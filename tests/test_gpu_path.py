@@ -60,10 +60,14 @@ def test_what_ppo_collects_comes_to_the_host_once_a_batch(case, found):
     assert not [wait for wait in sampling if "__call__: u = " in wait]  # a draw's numbers are all there from the start
 
 
-@pytest.mark.xfail(strict=True, reason="transformers tests position_ids with .all() where it is given no mask")
-@pytest.mark.parametrize("case", CASES)
+ASKED = pytest.mark.xfail(strict=True, reason="share_prompt: false: the model is not tried with masks, and gets none")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=ASKED) if case == "dpo, prompts twice" else case for case in CASES]
+)
 def test_masks_are_made_without_a_question(case, found):
-    assert not [wait for part in found[case].values() for wait in part if MASKING in wait]
+    assert not [wait for wait in found[case]["update"] if MASKING in wait]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
