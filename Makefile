@@ -18,7 +18,7 @@ CORES ?= all
 CONFIG ?= config/config.yaml
 TORCH_INDEX ?=
 
-OVERLAYS := config/hh-rlhf-tiny.yaml
+OVERLAYS := config/hh-rlhf-tiny.yaml config/neutrality.yaml
 STUDIES := $(filter-out config/datasets.yaml $(OVERLAYS),$(wildcard config/*.yaml))
 READY := $(VENV)/.ready
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
@@ -77,7 +77,8 @@ $(SNAKEMAKE) --dry-run --nolock --quiet rules --configfile $(1)
 endef
 dry-run: $(READY)
 	$(foreach study,$(STUDIES),$(call dry_run,$(study)))
-	$(foreach overlay,$(OVERLAYS),$(call dry_run,config/hh-rlhf.yaml $(overlay)))
+	$(call dry_run,config/hh-rlhf.yaml config/hh-rlhf-tiny.yaml)
+	$(call dry_run,config/config.yaml config/neutrality.yaml)
 
 # Nothing else should run on the machine meanwhile.
 bench: $(READY)

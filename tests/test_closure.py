@@ -20,7 +20,7 @@ from discobeta.report import outputs
 PREFERENCES = ("rm", "dpo", "ppo")
 TRAINING = {f"train {stage}" for stage in PREFERENCES}
 EVALUATION = {f"evaluate {stage}" for stage in PREFERENCES}
-SHARED = {"sft", "prepare", "reference", "world_pairs"}
+SHARED = {"sft", "prepare", "reference", "world_pairs", "answers"}
 STEPS = [("train", stage) for stage in PREFERENCES] + [("evaluate", stage) for stage in PREFERENCES]
 STEPS += [(step, None) for step in closure.ENTRIES if step not in ("train", "evaluate")]
 MAKERS = {"tables": outputs.TABLES, "figures": outputs.FIGURES}
@@ -38,9 +38,10 @@ MADE_OF = {
     "method/dpo": {"train dpo", "evaluate dpo"},
     "method/ppo": {"train ppo", "evaluate ppo"},
     "inputs/reference": {"reference", "train dpo", "evaluate dpo"},
+    "inputs/answers": {"answers"} | EVALUATION,
     **dict.fromkeys(["method/reward", "method/translation"], {"train ppo", "evaluate ppo"}),
     "method/judges": {f"{step} {stage}" for step in ("train", "evaluate") for stage in ("rm", "ppo")},
-    "model/generation": {"world_pairs", "train ppo"} | EVALUATION,
+    "model/generation": {"world_pairs", "answers", "train ppo"} | EVALUATION,
     "model/pretrained": SHARED | TRAINING | EVALUATION,
     **dict.fromkeys(["model/forward", "model/adapters"], SHARED - {"prepare"} | TRAINING | EVALUATION),
     **dict.fromkeys(["data/tokens", "data/encode", "data/templates", "data/rows"], SHARED | TRAINING | EVALUATION),
@@ -148,8 +149,9 @@ def test_of_a_function_only_what_it_reaches_counts(tmp_path, monkeypatch):
 
 
 COMMANDS = {
-    "prepare": "prepare", "reference": "reference", "_train": "train sft", "_measure": "evaluate", "tables": "tables",
-    "figures": "figures", "_results": "tables", "world_corpus": "world_corpus", "world_pairs": "world_pairs",
+    "prepare": "prepare", "reference": "reference", "answers": "answers", "_train": "train sft",
+    "_measure": "evaluate", "tables": "tables", "figures": "figures", "_results": "tables",
+    "world_corpus": "world_corpus", "world_pairs": "world_pairs",
 }  # fmt: skip
 """Function of the command line -> the step or steps that it does."""
 

@@ -34,7 +34,8 @@ def tables(folder: Path, runs: list[tuple], shared: float = 50.0, config: dict |
         rows.append((stage, arm, 1, "cost/processes", gpu / seconds or 1))
         rows.append((stage, arm, 1, "accuracy", 0.5))
     pd.DataFrame(rows, columns=["stage", "arm", "seed", "metric", "value"]).to_csv(folder / "metrics.csv", index=False)
-    pd.DataFrame([{"stage": "shared", "work": "reference", "seconds": shared}]).to_csv(folder / "cost.csv", index=False)
+    works = [{"stage": "shared", "work": work, "seconds": shared} for work in ("reference", "answers")]
+    pd.DataFrame(works).to_csv(folder / "cost.csv", index=False)
     (folder / "config.yaml").write_text(json.dumps(config or SETTINGS))
     return folder
 
@@ -107,10 +108,11 @@ def test_the_estimate_is_runs_times_measured_rates(tmp_path):
     assert steps["dpo"].jobs == 4 and steps["dpo"].seconds == pytest.approx(4 * 400 * 0.5)
     assert steps["ppo"].jobs == 4 and steps["ppo"].seconds == pytest.approx(4 * 240 * 0.5)
     assert steps["reference"].jobs == 1 and steps["reference"].seconds == 50
+    assert steps["answers"].jobs == 2 and steps["answers"].seconds == 2 * 50  # of ppo, for each seed
     assert steps["evaluate"].jobs == 12 and steps["evaluate"].seconds == pytest.approx(4 * 5 + 4 * 7 + 4 * 9)
     assert steps["rm"].memory == 3 * 2**30
     text = report(study, tmp_path / "t")
-    total = (600 + 800 + 480 + 50 + 84) / 3600
+    total = (600 + 800 + 480 + 50 + 100 + 84) / 3600
     assert "GPU-hours" in text.splitlines()[0] and f"{total:.2f}" in next(
         line for line in text.splitlines() if line.startswith("total")
     )
@@ -123,7 +125,7 @@ def test_what_was_not_measured_is_in_no_sum(tmp_path):
     text = report(study, tables(tmp_path / "t", RUNS[:3]))
     assert "Not measured, and in no sum: ppo, evaluate." in text
     total = next(line for line in text.splitlines() if line.startswith("total"))
-    assert f"{(600 + 800 + 50) / 3600:.2f}" in total
+    assert f"{(600 + 800 + 50 + 100) / 3600:.2f}" in total
     assert "CPU-hours" in report(
         Study(SETTINGS | {"study": "other"}), tables(tmp_path / "c", [("rm", "baseline", 1, 1, 0, 1, 1)])
     )

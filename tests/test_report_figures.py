@@ -72,6 +72,15 @@ def test_idle_arms_are_thin_dashes_on_their_twins():
     assert "with an idle head" in labels(figure)
 
 
+@pytest.mark.parametrize(("stage", "draw"), [("dpo", curves.loss_curves), ("ppo", curves.rollout_curves)])
+def test_proved_idle_arms_have_no_curve_and_no_entry_in_the_legend(stage, draw):
+    made = study(arms=["baseline", "disco-idle_beta-absent"], stages=["rm", "dpo", "ppo"], idle_arms="prove")
+    for run in made.runs():
+        finish(made, run, None, log=log_of(run.seed))
+    assert labels(draw(results(made), stage))[0] == "Baseline"
+    assert "with an idle head" not in labels(draw(results(made), stage))
+
+
 def test_runs_without_held_out_rows_in_their_log_show_training():
     made = study(arms=["baseline"], **FAST)
     for run in made.runs():

@@ -297,6 +297,17 @@ def test_a_proof_of_ppo_is_counted_in_updates():
         assert [line for line in text.splitlines() if line.startswith("| ppo") and "steps" in line] == []
 
 
+def test_neutrality_counts_proofs_as_proofs():
+    made = study(idle_arms="prove", seeds=[1, 2, 3])
+    finish_all(made)
+    tables.write(results(made))
+    text = (made.directory / "tables" / "neutrality.md").read_text()
+    assert (
+        "33 of 33 proofs of an idle head equal their twin's byte for byte. A proof is trained" in text
+    )  # 1 + 5 + 5 arms
+    assert "| disco-idle_beta-absent | baseline               | 1, 2, 3 |" in text
+
+
 # --- ppo
 
 
@@ -369,7 +380,7 @@ def test_an_idle_arm_whose_twin_is_not_trained_cannot_be_compared():
 
 
 def test_cost_sums_what_is_there_and_lists_shared_work_once():
-    made = study(stages=["dpo"], arms=["baseline", "disco-used_beta-absent"])
+    made = study(stages=["dpo"], arms=["baseline", "disco-used_beta-absent"], dpo={"num_eval_generations": 9})
     for run in made.runs():
         seconds = {"baseline": 100.0, "disco-used_beta-absent": 150.0}[run.arm.name]
         cost = {"seconds": seconds, "gpu_seconds": seconds, "tokens_per_second": 500, "peak_memory_bytes": 2**31}
@@ -379,6 +390,10 @@ def test_cost_sums_what_is_there_and_lists_shared_work_once():
     reference.mkdir(parents=True)
     (reference / "cost.json").write_text('{"seconds": 30.0, "gpu_seconds": 1800.0}')
     write_sealed(reference / "reference.json", {"key": {"base": "b" * 64}, "sha256": {}})
+    for (_, folder), made_from in zip(made.shared()[1:], ({"key": {"base": "b" * 64}}, {}), strict=True):
+        folder.mkdir(parents=True)
+        (folder / "cost.json").write_text('{"seconds": 7.0, "gpu_seconds": 0.0}')
+        write_sealed(folder / "answers.json", made_from)  # the second is no record
     tables.write(results(made))
     frame = pd.read_csv(made.directory / "tables" / "cost.csv").set_index(["stage", "work"])
     assert frame.seconds["dpo", "baseline"] == 100
@@ -388,7 +403,8 @@ def test_cost_sums_what_is_there_and_lists_shared_work_once():
     assert frame.gpu_hours["dpo", "baseline"] == pytest.approx(2 * 100 / 3600)
     assert frame.gpu_hours["dpo", "disco-used_beta-absent"] == pytest.approx(150 / 3600)
     assert frame.gpu_hours["shared", "reference"] == 0.5
-    assert frame.total_seconds["total", "all of it"] == 2 * 120 + 170 + 30
+    assert frame.total_seconds["total", "all of it"] == 2 * 120 + 170 + 30 + 7
+    assert (frame.jobs["shared", "answers"], frame.jobs_expected["shared", "answers"]) == (1, 2)
     text = (made.directory / "tables" / "cost.md").read_text()
     assert "dpo, disco-used_beta-absent (seed 2)" in text
     assert "2.00" in text  # GiB

@@ -36,7 +36,7 @@ PPO = {"train_ppo": 4, "evaluate ppo": 4} | REPORT
 DPO = {"train_dpo": 4, "evaluate dpo": 4, "train_ppo": 2, "evaluate ppo": 2} | REPORT  # ppo of the Beta Head's arm
 RM = {"train_rm": 4, "evaluate rm": 4} | PPO
 TRAINED = DPO | RM
-TOKENS = {"prepare": 2, "prepare_prompts": 2, "reference": 2} | TRAINED
+TOKENS = {"prepare": 2, "prepare_prompts": 2, "reference": 2, "answers": 4} | TRAINED
 EVERYTHING = {"world_corpus": 1, "sft": 1, "world_pairs": 2} | TOKENS
 
 
@@ -99,10 +99,11 @@ def edit(folder: Path, name: str, old: str = "", new: str = "") -> None:
 
 ALL_BUT_THE_CORPUS = {rule: count for rule, count in EVERYTHING.items() if rule != "world_corpus"}
 
+ANSWERED = {"answers": 2, "evaluate dpo": 4} | REPORT
 DEFAULTS = {
     "lam": ("lam: float = option(0.95", "lam: float = option(0.9", PPO),
     "head_max_grad_norm": ("head_max_grad_norm: float = option(1.0", "head_max_grad_norm: float = option(2.0", TRAINED),
-    "top_k": ("top_k: int = option(0", "top_k: int = option(5", {"evaluate dpo": 4} | PPO),
+    "top_k": ("top_k: int = option(0", "top_k: int = option(5", {"answers": 4, "evaluate dpo": 4} | PPO),
     "cutoff_len": ("cutoff_len: int = option(2048", "cutoff_len: int = option(1024", TOKENS),
     "plot_loss": ("plot_loss: bool = option(False", "plot_loss: bool = option(True", {}),
 }
@@ -115,9 +116,9 @@ def test_a_changed_default_reruns_what_reads_it(copy: Path, old: str, new: str, 
 
 
 CHANGES = {
-    "num_eval_generations of dpo": ({"dpo": "{num_eval_generations: 32}"}, {"evaluate dpo": 4} | REPORT),
-    "temperature of dpo": ({"dpo": "{temperature: 0.7}"}, {"evaluate dpo": 4} | REPORT),
-    "temperature of ppo": ({"ppo": "{temperature: 0.7}"}, PPO),
+    "num_eval_generations of dpo": ({"dpo": "{num_eval_generations: 32}"}, ANSWERED),
+    "temperature of dpo": ({"dpo": "{temperature: 0.7}"}, ANSWERED),
+    "temperature of ppo": ({"ppo": "{temperature: 0.7}"}, {"answers": 2} | PPO),
     "what rm does not read": ({"common": "{lam: 0.5}"}, PPO),
     "what ppo does not read": ({"common": "{disco_learning_rate: 0.1}"}, TRAINED),
     "what no training reads": ({"common": "{ground_truth: none}"}, {"evaluate dpo": 4, "evaluate ppo": 4} | REPORT),
@@ -125,7 +126,15 @@ CHANGES = {
     "rows of the world": ({"data": "{world: {train: 700}}"}, {"world_pairs": 2} | TOKENS),
     "a seed": (
         {"seeds": "[1,2,3]"},
-        {"world_pairs": 1, "prepare": 1, "prepare_prompts": 1, "reference": 1, "train_rm": 2, "train_dpo": 2}
+        {
+            "world_pairs": 1,
+            "prepare": 1,
+            "prepare_prompts": 1,
+            "reference": 1,
+            "answers": 2,
+            "train_rm": 2,
+            "train_dpo": 2,
+        }
         | {"train_ppo": 2, "evaluate rm": 2, "evaluate dpo": 2, "evaluate ppo": 2}
         | REPORT,
     ),
@@ -149,6 +158,7 @@ CODE = {
     "losses": TRAINED,
     "method/dpo": DPO,
     "inputs/base": ALL_BUT_THE_CORPUS,
+    "inputs/answers": {"answers": 4} | MEASURED,
 }
 
 

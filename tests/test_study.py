@@ -99,6 +99,7 @@ def test_run_settings_of_the_world():
         "eval_dataset": "results/s/shared/data/seed-4/pairs/eval.jsonl",
         "tokenized_path": "results/s/shared/data/seed-4/tokens",
         "reference_path": "results/s/shared/data/seed-4/reference",
+        "reference_answers_path": "results/s/shared/answers/dpo/seed-4",
         "ground_truth": "world",
         "lora_rank": 4,
         "learning_rate": 2.0,
@@ -138,6 +139,7 @@ def test_run_settings_of_ppo():
         "tokenized_path": "results/s/shared/data/seed-4/prompts",
         "reward_model": "results/s/runs/rm/disco-used_beta-absent/seed-4",
         "beta_head": "results/s/runs/dpo/disco-used_beta-idle/seed-4",
+        "reference_answers_path": "results/s/shared/answers/ppo/seed-4",
         "ground_truth": "world",
         "learning_rate": 2.0,
         "overwrite_output_dir": True,
@@ -209,7 +211,7 @@ def test_a_proof_of_ppo_is_counted_in_updates(sections: dict[str, Any], updates:
 def test_without_beta_heads_ppo_needs_no_dpo():
     study = Study(settings(stages=["rm", "ppo"], arms=["baseline", "disco-used_beta-absent"]))
     assert counts(study) == {("rm", "run"): 2, ("ppo", "run"): 2}
-    assert [label for label, _ in study.shared()] == ["base"]  # and no reference pass
+    assert "reference" not in {label.partition(",")[0] for label, _ in study.shared()}
 
 
 ALPACA = {"dataset": "alpaca.json", "val_size": 100}
@@ -277,6 +279,8 @@ def test_shared_steps_depend_on_nothing_that_arms_or_losses_change():
         lambda study: study.prepare_settings("seed-3"),
         lambda study: study.prompt_settings("seed-3"),
         lambda study: study.reference_settings("seed-3"),
+        lambda study: study.answers_settings("dpo", 3),
+        lambda study: study.answers_settings("ppo", 3),
     ):
         assert make(Study(config)) == make(Study(changed))
     assert Study(config).reference_settings("seed-3")["bf16"] is True
@@ -290,8 +294,37 @@ def test_a_base_of_ones_own_learns_from_the_studys_data():
     assert "eval_dataset" not in base
 
 
+def test_the_references_answers_are_asked_for_as_every_arm_samples_them():
+    """In each stage by its own settings, to the prompts of its own draw; and only where there are any to give."""
+    sampling = {"num_eval_generations": 5, "temperature": 0.5}
+    study = Study(settings(common={"top_k": 3}, dpo=sampling))
+    for stage, kind in (("dpo", "tokens"), ("ppo", "prompts")):
+        for run in study.runs():
+            if (run.stage, run.seed) == (stage, 4):
+                asked = study.resolved(study.answers_settings(stage, 4))
+                for key in set(asked) - {"output_dir"}:
+                    assert asked[key] == study.config(run).resolved()[key], key
+        assert asked["reference_answers_path"] == asked["output_dir"] == f"results/s/shared/answers/{stage}/seed-4"
+        assert asked["tokenized_path"] == f"results/s/shared/data/seed-4/{kind}"
+        assert asked["num_eval_generations"] == {"dpo": 5, "ppo": 64}[stage]  # ppo's default
+    assert {run.stage for run in study.runs() if study.is_answered(run)} == {"dpo", "ppo"}
+    assert {run.stage for run in Study(settings()).runs() if Study(settings()).is_answered(run)} == {"ppo"}
+    proving = Study(settings(idle_arms="prove", dpo=sampling))
+    assert not any(proving.is_answered(run) for run in proving.runs() if run.proof)
+
+
+def test_prompts_of_their_own_are_answered_by_the_seed_of_the_run():
+    study = Study(fixed(prompts={"dataset": "p.jsonl", "val_size": 5}))
+    asked = study.answers_settings("ppo", 4)
+    assert (asked["dataset"], asked["seed"], asked["val_size"]) == ("p.jsonl", 4, 5)
+    assert asked["tokenized_path"] == "results/s/shared/data/seed-4/prompts"
+
+
 def test_shared_work():
-    assert [label for label, _ in Study(settings()).shared()] == ["base", "reference, seed-3", "reference, seed-4"]
+    reference, answers = ["reference, seed-3", "reference, seed-4"], ["answers, ppo, seed 3", "answers, ppo, seed 4"]
+    assert [label for label, _ in Study(settings()).shared()] == ["base", *reference, *answers]
+    study = Study(settings(dpo={"num_eval_generations": 5}, stages=["rm", "dpo"]))
+    assert study.shared()[-1] == ("answers, dpo, seed 4", study.shared_directory / "answers" / "dpo" / "seed-4")
     assert [label for label, _ in Study(fixed(stages=["rm"])).shared()] == []
 
 

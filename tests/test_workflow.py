@@ -25,23 +25,36 @@ pytest.importorskip("snakemake")
 
 ROOT = Path(__file__).parent.parent
 ALWAYS = {"tables": 1, "figures": 1, "all": 1}
-EMBEDDED = ALWAYS | {
+WHOLE = ALWAYS | {
     "world_corpus": 1,
     "sft": 1,
     "world_pairs": 2,
     "prepare": 2,
     "prepare_prompts": 2,
     "reference": 2,
+    "answers": 4,  # of dpo and ppo, each for two seeds
     "train_rm": 6,
     "train_dpo": 18,
     "train_ppo": 18,
     "evaluate": 42,
 }
-TOKENS = {"prepare": 1, "prepare_prompts": 1, "reference": 1}
+EMBEDDED = WHOLE | {
+    "world_pairs": 6,
+    "prepare": 6,
+    "prepare_prompts": 6,
+    "reference": 6,
+    "answers": 12,
+    "train_rm": 24,
+    "train_dpo": 72,
+    "train_ppo": 72,
+    "evaluate": 60,
+}
+TOKENS = {"prepare": 1, "prepare_prompts": 1, "reference": 1, "answers": 4}
 PROVED = ALWAYS | TOKENS | {"train_rm": 8, "train_dpo": 24, "train_ppo": 24, "evaluate": 20}
 SHIPPED = {
     "config": EMBEDDED,
-    "smoke": EMBEDDED,
+    "config neutrality": WHOLE,
+    "smoke": WHOLE,
     "hh-rlhf": PROVED,
     "qwen3-0.6b": PROVED,
     "hh-rlhf hh-rlhf-tiny": ALWAYS
@@ -110,6 +123,20 @@ def test_ppo_waits_for_its_reward_model_and_its_beta_head(tmp_path: Path):
     }  # fmt: skip
 
 
+def test_an_evaluation_waits_for_the_references_answers_and_they_for_their_prompts(tmp_path: Path):
+    done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"])
+    run, shared = "results/smoke/runs/{}/baseline/seed-2", "results/smoke/shared"
+    for stage, rows in (("dpo", "tokens"), ("ppo", "prompts")):
+        answers = f"{shared}/answers/{stage}/seed-2/answers.json"
+        directory = run.format(stage)
+        assert inputs_of(done.stdout, f"{directory}/metrics.json") == {f"{directory}/provenance.json", answers}
+        assert inputs_of(done.stdout, answers) == {
+            f"{shared}/base/provenance.json", f"{shared}/data/seed-2/{rows}/tokens.json",
+        }  # fmt: skip
+    directory = run.format("rm")
+    assert inputs_of(done.stdout, f"{directory}/metrics.json") == {f"{directory}/provenance.json"}
+
+
 def test_prompts_of_their_own_are_watched_and_a_proof_waits_for_what_it_reads(tmp_path: Path):
     (tmp_path / "prompts.json").write_text("[]")
     study = yaml.safe_load((ROOT / "config" / "qwen3-0.6b.yaml").read_text())
@@ -157,6 +184,56 @@ def test_every_table_and_figure_has_a_text_in_the_report_and_no_text_is_left_ove
 def test_profiles_give_every_stage_what_dpo_gets(profile: str):
     resources = yaml.safe_load((ROOT / profile).read_text())["set-resources"]
     assert resources["train_ppo"] == resources["train_rm"] == resources["train_dpo"]
+
+
+COUNTED = """
+import inspect, sys
+asked, signature = [], inspect.signature
+inspect.signature = lambda *words, **more: asked.append(words) or signature(*words, **more)
+from snakemake.cli import main
+try:
+    main()
+finally:
+    print(f"signatures: {len(asked)}")
+"""
+
+
+def test_a_plan_does_not_ask_each_job_anew_what_its_functions_take(tmp_path: Path):
+    """Snakemake by itself asks for 22 signatures a job here, which was a tenth of a plan of thousands."""
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    command = [
+        sys.executable,
+        "-c",
+        COUNTED,
+        "--snakefile",
+        ROOT / "workflow" / "Snakefile",
+        "--dry-run",
+        "--quiet",
+        "rules",
+    ]
+    command += ["--profile", ROOT / "slurm", "--directory", tmp_path, "--configfile", ROOT / "config" / "smoke.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = sum(job_counts(done.stdout + done.stderr).values())
+    assert int(re.search(r"signatures: (\d+)", done.stdout)[1]) < 5 * jobs
+
+
+def test_with_the_slurm_profile_every_job_asks_for_its_memory_and_time(tmp_path: Path):
+    done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"], "--profile", str(ROOT / "slurm"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    asked = set()
+    for rule, resources in re.findall(r"^rule (\w+):\n(?:    .*\n)*?    resources: (.*)$", done.stdout, re.MULTILINE):
+        found = dict(re.findall(r"(\w+)=([^,]+)", resources))
+        asked.add((rule, found["mem_mb"], found["runtime"], found.get("gpu")))
+    scoring, training = ("32000", "240", "1"), ("32000", "720", "1")
+    assert asked == {
+        *(
+            (rule, "8000", "30", None)
+            for rule in ("world_corpus", "world_pairs", "prepare", "prepare_prompts", *ALWAYS)
+        ),
+        *((rule, *scoring) for rule in ("sft", "reference", "answers", "evaluate")),
+        *((f"train_{stage}", *training) for stage in ("rm", "dpo", "ppo")),
+    }
 
 
 def refusal(tmp_path: Path, study: dict) -> str:
@@ -223,12 +300,13 @@ def test_jobs_are_asked_for_resolved_settings(tmp_path: Path):
 
 def test_shared_steps_are_asked_for_with_the_defaults_that_they_depend_on_and_no_others(tmp_path: Path):
     done = dry_run(tmp_path, [ROOT / "config" / "hh-rlhf.yaml"], "--printshellcmds")
-    for program in ("prepare", "reference"):
+    for program in ("prepare", "reference", "answers"):
         asked = [json.loads(words[2]) for words in commands(done.stdout, program)]
         for settings in asked:
             assert {"cutoff_len", "split", "max_unusable_rows", "max_samples", "model_revision"} <= set(settings)
             assert not {"learning_rate", "pref_beta", "lora_rank", "ppo_epochs", "save_steps"} & set(settings)
-            assert ("per_device_eval_batch_size" in settings) == (program == "reference")
+            assert ("per_device_eval_batch_size" in settings) == (program != "prepare")
+            assert ("temperature" in settings) == (program == "answers")
             RunConfig.from_mapping(settings)
 
 

@@ -130,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_run("prepare", prepare, "tokenise the data of a run into its tokenized_path")
     add_run("reference", reference, "compute the reference pass of a dpo run into its reference_path")
+    add_run("answers", answers, "sample the reference's answers for the evaluation of a dpo or ppo run")
 
     sub = add("evaluate", evaluate, "measure a finished run on its held-out rows")
     sub.add_argument("directory", type=Path, metavar="RUN_DIR")
@@ -257,6 +258,21 @@ def reference(arguments: argparse.Namespace) -> None:
     use_deterministic_kernels(config)
     data = load_or_tokenise(config, load_tokenizer(config))
     reference_pass.load_or_compute(config, data.parts())
+
+
+def answers(arguments: argparse.Namespace) -> None:
+    config = _run_config(arguments)
+    if not config.reference_answers_path:
+        raise UserError("answers needs reference_answers_path: the folder to write")
+    if not config.num_eval_generations:
+        raise UserError("answers needs num_eval_generations: how many prompts are answered")
+    from discobeta.data.tokens import load_or_tokenise
+    from discobeta.inputs.answers import sample_folder
+    from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels
+
+    use_deterministic_kernels(config)
+    tokenizer = load_tokenizer(config)
+    sample_folder(config, load_or_tokenise(config, tokenizer), tokenizer)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ ENTRIES = {
     BASE_STAGE: ("inputs/base",),
     "prepare": ("data/tokens", "model/pretrained:load_tokenizer"),
     "reference": ("inputs/reference", "data/tokens"),
+    "answers": ("inputs/answers", "data/tokens"),
     "train": ("run/train",),
     "evaluate": ("run/evaluate", "metrics"),
     "tables": ("report/tables", *REPORT),

@@ -45,6 +45,9 @@ INSIDE = {
 FOLDERS = ("model_name_or_path", "adapter_name_or_path", "tokenizer_name", "reward_model", "beta_head")
 """Run keys that may name a local folder which a run reads."""
 
+MADE = ("tokenized_path", "reference_path", "reference_answers_path")
+"""Run keys that name a folder of what this package makes for many runs."""
+
 
 def open_run(config: RunConfig) -> bool:
     """Whether `output_dir` is free for `config`; False if it holds this very run, finished.
@@ -173,7 +176,7 @@ def _inputs(config: RunConfig) -> list[tuple[str, Path]]:
     if isinstance(config.resume_from_checkpoint, str):
         named["resume_from_checkpoint"] = config.resume_from_checkpoint
     inputs = [(key, Path(name)) for key, name in named.items() if name and os.path.exists(name)]
-    made = {key: getattr(config, key) for key in ("tokenized_path", "reference_path")}  # here, if they are not there
+    made = {key: getattr(config, key) for key in MADE}  # here, if they are not there
     inputs += [(key, Path(name)) for key, name in made.items() if name]
     for key, split in (("dataset", config.split), ("eval_dataset", config.eval_split)):
         try:

@@ -41,7 +41,8 @@ RUNS = {
         "intermediate_size=16", "per_device_train_batch_size": 8, "max_steps": 2, "logging_steps": 1,
     },
     "rm": COMMON | DISCO | {"stage": "rm"},
-    "dpo": COMMON | DISCO | BETA | SAMPLED | {"stage": "dpo", "pref_beta": 0.5, "lora_dropout": 0.1},
+    "dpo": COMMON | DISCO | BETA | SAMPLED | {"stage": "dpo", "pref_beta": 0.5, "lora_dropout": 0.1}
+    | {"reference_answers_path": "shared/answers"},
     "full": COMMON | {"stage": "dpo", "finetuning_type": "full", "max_steps": 2, "tokenized_path": "shared/tokens"}
     | {"reference_path": "shared/reference"},
     "ppo": COMMON | DISCO | BETA | SAMPLED | {"stage": "ppo", "reward_model": "runs/rm", "beta_head": "runs/dpo"}
@@ -100,6 +101,7 @@ def finished(inputs, tmp_path_factory) -> Path:
     shutil.copytree(inputs, folder)
     for name in ("rm", "dpo", "ppo", "sft", "full"):
         done(["train", f"{name}.yaml"], folder)
+    done(["answers", "dpo.yaml"], folder)
     done(["world", "corpus", "--output", "world", "--sft-examples", "64"], folder)
     done(["train", "world-base.yaml"], folder)
     done(_train_study, folder)

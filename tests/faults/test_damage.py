@@ -65,7 +65,7 @@ def loading(loader: str, directory: str):
 
 READERS = {
     "evaluate rm": (["evaluate", "runs/rm"], ["runs/rm"]),
-    "evaluate dpo": (["evaluate", "runs/dpo"], ["runs/dpo"]),
+    "evaluate dpo": (["evaluate", "runs/dpo"], ["runs/dpo", "shared/answers"]),
     "evaluate full": (["evaluate", "runs/full"], ["runs/full", "shared/tokens", "shared/reference"]),
     "evaluate ppo": (["evaluate", "runs/ppo"], ["runs/ppo", "runs/rm", "runs/dpo"]),
     "train rm": (["train", "rm.yaml"], ["runs/rm"]),
@@ -81,6 +81,7 @@ READERS = {
     ),
     "prepare": (["prepare", "full.yaml"], ["shared/tokens"]),
     "reference": (["reference", "full.yaml"], ["shared/tokens", "shared/reference"]),
+    "answers": (["answers", "dpo.yaml"], ["shared/answers"]),
     "load_policy dpo": (loading("load_policy", "runs/dpo"), ["runs/dpo"]),
     "load_policy ppo": (loading("load_policy", "runs/ppo"), ["runs/ppo"]),
     "load_policy full": (loading("load_policy", "runs/full"), ["runs/full"]),
@@ -116,7 +117,7 @@ def writes(name: str) -> tuple[str, ...]:
     return (*read, "runs/new", "shared/tokens", "shared/reference", "pairs", "results/tiny/tables")
 
 
-OWN = ("train", "evaluate", "prepare", "reference", "corpus")
+OWN = ("train", "evaluate", "prepare", "reference", "answers", "corpus")
 """Commands that answer for the first folder that they read: what is damaged there may not stay so."""
 
 TOLD = ("damaged", "not trained", "stale", "not finished", "not evaluated", "evaluated before it was trained")
@@ -209,6 +210,7 @@ WRITERS = {
     "its reference": ["train", "full.yaml", "--set", "output_dir=runs/new", "reference_path={}"],
     "its tokens": ["train", "full.yaml", "--set", "output_dir=runs/new", "reference_path=null", "tokenized_path={}"],
     "reference": ["reference", "full.yaml", "--set", "reference_path={}"],
+    "answers": ["answers", "dpo.yaml", "--set", "reference_answers_path={}"],
     "prepare": ["prepare", "full.yaml", "--set", "cutoff_len=31", "tokenized_path={}"],
     "corpus": ["world", "corpus", "--sft-examples", "64", "--seed", "2", "--output", "{}"],
     "pairs": [*PAIRS[:6], "--train", "8", "--eval", "4", "--seed", "2", "--output", "{}"],

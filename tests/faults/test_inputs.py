@@ -50,7 +50,7 @@ LONG = {
     "max_new_tokens",
 }
 """Keys with which a run of a year can be asked for, which is no fault."""
-FOLDERS = {"output_dir", "tokenized_path", "reference_path"}
+FOLDERS = {"output_dir", "tokenized_path", "reference_path", "reference_answers_path"}
 """Tried in test_damage.py."""
 LIMIT = 60.0
 

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "sft in the place of another": (["train", "sft.yaml", "--set", "overwrite_output_dir=true", "seed=8"], []),
     "prepare": (["prepare", "full.yaml"], ["shared/tokens"]),
     "reference": (["reference", "full.yaml"], ["shared/reference"]),
+    "answers": (["answers", "dpo.yaml"], ["shared/answers"]),
     "evaluate": (["evaluate", "runs/dpo"], []),
     "tables": (["tables", *STUDY], []),
     "figures": (["figures", *STUDY], []),
@@ -201,7 +202,7 @@ def test_a_full_disk_at_any_size(attempts, name, tally):
     check(failures, tally)
 
 
-@of("sft", "rm", "dpo", "full", "ppo", "prepare", "reference", "evaluate")
+@of("sft", "rm", "dpo", "full", "ppo", "prepare", "reference", "answers", "evaluate")
 def test_of_two_copies_one_is_killed(attempts, name, tally):
     attempt, failures, dice = attempts(name), [], random.Random(f"{name} copies")
     for _ in range(max(1, round(8 * SCALE))):

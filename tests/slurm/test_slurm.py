@@ -19,11 +19,11 @@ from harness import RUNS, Clone, Watcher, jobs, until
 
 pytest.importorskip("snakemake_executor_plugin_slurm")
 
-# One seed, few samples, every state of a head: 24 jobs.
+# One seed, few samples, every state of a head: 26 jobs.
 ARMS = "arms=[baseline, disco-idle_beta-absent, disco-used_beta-used]"
 SMALL = ["--config", "seeds=[1]", ARMS, "dpo={num_eval_generations: 16}", "ppo={num_eval_generations: 16}"]
 TRAINING = ["train_rm", "train_dpo", "train_ppo"]
-ON_GPU = [*TRAINING, "sft", "reference", "evaluate"]
+ON_GPU = [*TRAINING, "sft", "reference", "answers", "evaluate"]
 ON_CPU = ["world_corpus", "world_pairs", "prepare", "prepare_prompts"]
 
 # One run of about ten seconds of training, with a checkpoint in most of them.
@@ -197,7 +197,7 @@ def test_every_job_went_through_slurm_once_save_the_local_ones(submitted: tuple[
     clone, _ = submitted
     assert Counter(job["rule"] for job in clone.jobs()) == {
         "train_rm": 3, "train_dpo": 3, "train_ppo": 3, "evaluate": 9,
-        "sft": 1, "reference": 1, "world_corpus": 1, "world_pairs": 1, "prepare": 1, "prepare_prompts": 1,
+        "sft": 1, "reference": 1, "answers": 2, "world_corpus": 1, "world_pairs": 1, "prepare": 1, "prepare_prompts": 1,
     }  # fmt: skip
     assert {job["JobState"] for job in clone.jobs()} == {"COMPLETED"}
 
@@ -235,7 +235,7 @@ def test_jobs_ask_for_what_the_profile_says(submitted: tuple[Clone, Watcher]):
         return {tuple(job[name] for name in names) for job in clone.jobs(*rules)}
 
     assert asked(*TRAINING) == {("4", "12:00:00", 32000, "gpu:a100:1", "main")}
-    assert asked("sft", "reference", "evaluate") == {("4", "04:00:00", 32000, "gpu:a100:1", "main")}
+    assert asked("sft", "reference", "answers", "evaluate") == {("4", "04:00:00", 32000, "gpu:a100:1", "main")}
     assert asked(*ON_CPU) == {("2", "00:30:00", 8000, "(null)", "main")}
 
 

@@ -101,7 +101,7 @@ def row_files(data):
 
 
 def run_of(stage, wildcards):
-    return study.run(stage, wildcards.arm, int(wildcards.seed), proof=bool(wildcards.proof))
+    return study.run(stage, wildcards.arm, int(wildcards.seed), proof=bool(wildcards.get("proof")))
 
 
 def shared_files(stage):
@@ -115,6 +115,12 @@ def shared_files(stage):
         return [*found, *(other.directory / "provenance.json" for other in study.upstream(run).values())]
 
     return files
+
+
+def answers_files(wildcards):
+    """An input function: what an evaluation reads beside its run."""
+    run = run_of(wildcards.stage, wildcards)
+    return [study.answers(run) / "answers.json"] if study.is_answered(run) else []
 
 
 # Snakemake compares the params of a job with those that it was last done with, except those that ask for `threads`:
@@ -133,14 +139,17 @@ def run_settings(stage):
 
 
 def decides_of(make):
-    """A params function: the resolved settings on which the outcome of a shared step depends, as text."""
-    return lambda wildcards: as_text(study.decides_shared(make(wildcards.draw)))
+    """A params function: the resolved settings on which the outcome of a shared step depends, as text.
+
+    make: a function of the step's wildcards.
+    """
+    return lambda wildcards: as_text(study.decides_shared(make(**wildcards)))
 
 
 def settings_of(make):
     """A params function: the run YAML of a shared step, resolved, as text; not compared. In a text that stands in a
     rule itself, Snakemake would take braces for wildcards."""
-    return lambda wildcards, threads: as_text(study.resolved(make(wildcards.draw)))
+    return lambda wildcards, threads: as_text(study.resolved(make(**wildcards)))
 
 
 def evaluation_of(wildcards):

@@ -3,6 +3,7 @@
 
 rule evaluate:
     input:
+        answers_files,
         run=RUN / "{stage}" / "{arm}" / "seed-{seed}" / "provenance.json",
     output:
         RUN / "{stage}" / "{arm}" / "seed-{seed}" / "metrics.json",

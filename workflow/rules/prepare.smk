@@ -1,4 +1,4 @@
-# What the runs share: the world and its pairs, the base, the tokens, the reference pass.
+# What the runs share: the world and its pairs, the base, the tokens, the reference pass, the reference's answers.
 
 
 rule world_corpus:
@@ -112,3 +112,22 @@ rule reference:
         settings=settings_of(study.reference_settings),
     shell:
         "printf %s {params.settings:q} | python -m discobeta reference - &> {log}"
+
+
+rule answers:
+    input:
+        BASE,
+        lambda wildcards: study.answers_rows(**wildcards) / "tokens.json",
+    output:
+        study.shared_directory / "answers" / "{stage}" / "seed-{seed}" / "answers.json",
+        study.shared_directory / "answers" / "{stage}" / "seed-{seed}" / "responses.safetensors",
+    log:
+        LOGS / "answers" / "{stage}" / "seed-{seed}.log",
+    conda:
+        ENVIRONMENT
+    params:
+        code=code("answers"),
+        decides=decides_of(study.answers_settings),
+        settings=settings_of(study.answers_settings),
+    shell:
+        "printf %s {params.settings:q} | python -m discobeta answers - &> {log}"

@@ -187,6 +187,12 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
     num_eval_generations: int | None = option(
         None, "prompts answered in evaluation", least=0, of="evaluation", stages="policy"
     )
+    reference_answers_path: str | None = option(
+        None,
+        "folder of the reference's answers, which `discobeta answers` writes: read in evaluation if they are there",
+        of="bookkeeping",
+        stages="policy",
+    )
     ground_truth: Literal["none", "world"] = option(
         "none", "the true reward of a sampled response, if known", of="evaluation", stages="policy"
     )

@@ -35,6 +35,9 @@ TOKENS_DEPEND_ON = ["stage", "tokenizer_name", *MODEL_KEYS, *DATA_KEYS, "tokeniz
 REFERENCE_KEYS = ["finetuning_type", "bf16", "flash_attn", "deterministic", "per_device_eval_batch_size"]
 """What the reference pass depends on besides model and data: not seed, adapter, beta or loss."""
 
+ANSWERS_KEYS = [*REFERENCE_KEYS, "num_eval_generations", "max_new_tokens", "temperature", "top_p", "top_k"]
+"""What the reference's answers depend on besides model, data and seed."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -130,6 +133,7 @@ class Study:
             **run.arm.flags,
             **self.model,
             **self._reads(run),
+            **({"reference_answers_path": str(self.answers(run))} if STAGES[run.stage].is_policy else {}),
             **({"ground_truth": "world"} if self.world and STAGES[run.stage].is_policy else {}),
             **self._sections[run.stage],
             **self._shared_out(run.stage),
@@ -250,6 +254,14 @@ class Study:
     def reference(self, draw: str) -> Path:
         return self.shared_directory / "data" / draw / "reference"
 
+    def answers(self, run: Run) -> Path:
+        """The folder of the reference's answers to the prompts of `run`, which all arms of its stage and seed read."""
+        return self.shared_directory / "answers" / run.stage / f"seed-{run.seed}"
+
+    def is_answered(self, run: Run) -> bool:
+        """Whether `run` is measured by sampled responses, and so beside those of the reference."""
+        return STAGES[run.stage].is_policy and not run.proof and bool(self.config(run).num_eval_generations)
+
     @property
     def reference_stage(self) -> str | None:
         """The stage whose settings the reference pass has."""
@@ -276,7 +288,8 @@ class Study:
         folders = [("base", self.base_directory)] if self.sft else []
         if self.reference_stage:
             folders += [(f"reference, {draw}", self.reference(draw)) for draw in self.draws()]
-        return folders
+        answered = {self.answers(run): run for run in self._runs if self.is_answered(run)}
+        return folders + [(f"answers, {run.stage}, seed {run.seed}", folder) for folder, run in answered.items()]
 
     def base_settings(self) -> dict[str, Any]:
         """The run YAML of stage sft: the base, trained on the world's corpus or on the study's own data."""
@@ -325,15 +338,40 @@ class Study:
             **{key: section[key] for key in REFERENCE_KEYS if key in section},
         }
 
+    def answers_settings(self, stage: str, seed: int | str) -> dict[str, Any]:
+        """The run YAML of `discobeta answers`: only what the reference's answers depend on."""
+        run = self._answering(stage, seed)
+        section, folder = self._sections[stage], str(self.answers(run))
+        rows = self._reads(run)
+        return {
+            "stage": stage,
+            "seed": run.seed,
+            **self.model,
+            **{key: rows[key] for key in (*DATA_KEYS, "tokenized_path") if key in rows},
+            "output_dir": folder,
+            "reference_answers_path": folder,
+            **{key: section[key] for key in ANSWERS_KEYS if key in section},
+        }
+
+    def answers_rows(self, stage: str, seed: int | str) -> Path:
+        """The folder of the tokenised rows whose prompts the reference answers."""
+        return self.rows_of(self._answering(stage, seed))
+
+    def _answering(self, stage: str, seed: int | str) -> Run:
+        """A run that is measured beside these answers."""
+        places = ((stage, arm, int(seed), False) for arm in self.arms_of(stage))
+        return next(self._by_place[place] for place in places if place in self._by_place)
+
     def resolved(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings of `prepare` or `reference`, with today's defaults of all keys that they read."""
+        """The settings of `prepare`, `reference` or `answers`, with today's defaults of all keys that they read."""
         config, _ = RunConfig.from_mapping(settings, self._where)
-        names = [*TOKENS_DEPEND_ON, *(REFERENCE_KEYS if "reference_path" in settings else ())]
+        own = {"reference_path": REFERENCE_KEYS, "reference_answers_path": ANSWERS_KEYS}
+        names = [*TOKENS_DEPEND_ON, *(name for path, keys in own.items() if path in settings for name in keys)]
         known = config.resolved()
         return settings | {name: known[name] for name in names}
 
     def decides_shared(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Those of `resolved` on which the outcome of `prepare` or `reference` depends: no stage, and not the cache."""
+        """Those of `resolved` on which the outcome of the step depends: no stage, and not the cache."""
         return {key: value for key, value in self.resolved(settings).items() if key not in ("stage", "cache_dir")}
 
     def decides_world(self, step: str) -> dict[str, Any]:

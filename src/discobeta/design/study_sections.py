@@ -16,6 +16,7 @@ PATH_KEYS = (
     "output_dir",
     "tokenized_path",
     "reference_path",
+    "reference_answers_path",
     "overwrite_output_dir",
     "stop_after_steps",
     *READ_KEYS,

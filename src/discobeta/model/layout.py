@@ -18,8 +18,11 @@ from discobeta.model.forward import context_of, hidden_states, unwrapped, vocabu
 
 def pairs_for(model: nn.Module, config: RunConfig, rows: Rows, columns: dict[str, Tensor] | None = None) -> Pairs:
     """The rows as batches for `model`: with the prompt once where the config allows it and it computes the same."""
-    longest = int(Pairs(rows).lengths.max())
-    return Pairs(rows, columns, shared=config.share_prompt and why_apart(model, longest) is None)
+    pairs = Pairs(rows, columns)
+    has_both = rows.chosen_ids is not None and rows.rejected_ids is not None
+    if has_both and config.share_prompt and why_apart(model, int(pairs.lengths.max())) is None:
+        pairs = Pairs(rows, columns, shared=True)
+    return pairs
 
 
 def why_apart(model: nn.Module, longest: int) -> str | None:

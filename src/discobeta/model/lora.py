@@ -18,23 +18,23 @@ class _LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        inner = F.linear(x, a).mul_(scale)
+        inner = (a @ x.reshape(-1, x.shape[-1]).T).mul_(scale)  # (r, tokens): with r rows, products are quicker
         ctx.save_for_backward(x, weight, a, b, inner)
         ctx.scale = scale
         y = F.linear(x, weight, bias)
-        y.view(-1, y.shape[-1]).addmm_(inner.view(-1, len(a)), b.T)
+        y.view(-1, y.shape[-1]).addmm_(inner.T, b.T)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, inner = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        of_inner = (flat @ b).mul_(ctx.scale)
+        of_inner = (b.T.contiguous() @ flat.T).mul_(ctx.scale)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (flat @ weight).addmm_(of_inner, a).view(x.shape)
-        of_a = of_inner.T @ x.reshape(-1, x.shape[-1])
-        of_b = (inner.view(-1, len(a)).T @ flat).T.contiguous()  # twice as fast as its transpose
+            of_x = (flat @ weight).addmm_(of_inner.T, a).view(x.shape)
+        of_a = of_inner @ x.reshape(-1, x.shape[-1])
+        of_b = (inner @ flat).T.contiguous()
         return of_x, None, None, of_a, of_b, None
 
 

@@ -61,7 +61,7 @@ def loss_curves(results: Results, stage: str) -> Figure:
             curve(bottom, by_seed(logs, runs, arm, f"{prefix}accuracy"), colour, **style)
             if held_out and arm in drawn:
                 curve(top, by_seed(logs, runs, arm, "loss"), colour, band=False, linewidth=0.6, alpha=0.4)
-        name_arms(top, drawn, logs, runs, with_idle=len(drawn) < len(arms))
+        name_arms(top, drawn, logs, runs)
         if held_out:
             top.plot([], [], color=FAINT, linewidth=0.6, label="training loss")
         top.set_ylabel(f"{kind} loss\n(nats)")
@@ -110,7 +110,7 @@ def rollout_curves(results: Results, stage: str) -> Figure:
                 colour, style = line_look(arm, drawn)
                 curve(axes, by_seed(logs, runs, arm, name), colour, **style)
             axes.set_ylabel(label)
-        name_arms(rows[0], drawn, logs, runs, with_idle=len(drawn) < len(arms))
+        name_arms(rows[0], drawn, logs, runs)
         label_updates(rows[-1])
         if not logs:
             say_missing(rows[0])
@@ -136,12 +136,12 @@ def line_look(arm: Arm, drawn: list[Arm]) -> tuple[str, dict]:
     return colour_of(arm), {"band": True} if arm in drawn else {"band": False, **IDLE}
 
 
-def name_arms(axes: Axes, drawn: list[Arm], logs: dict[Run, pd.DataFrame], runs: list[Run], *, with_idle: bool) -> None:
-    """Entries of the legend: the arms, with the number of their seeds where some are missing."""
+def name_arms(axes: Axes, drawn: list[Arm], logs: dict[Run, pd.DataFrame], runs: list[Run]) -> None:
+    """Entries of the legend: the arms, with the number of their seeds where some are missing. runs: the whole ones."""
     for arm in drawn:
         mark = seeds_mark(seeds_of(arm, logs), seeds_of(arm, runs))
         axes.plot([], [], color=colour_of(arm), label=label_of(arm) + mark)
-    if with_idle:
+    if any(run.arm not in drawn for run in runs):  # where idle arms are proved, none of them has a curve
         axes.plot([], [], label="with an idle head", **IDLE)
 
 

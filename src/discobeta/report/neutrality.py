@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import pandas as pd
 
-from discobeta.design.study import Run
+from discobeta.design.study import Run, Study
 from discobeta.identity import WEIGHTS, file_hash
 from discobeta.report.collect import provenance, provenance_line
 from discobeta.report.compare import EQUAL, OUTCOMES, files_of, verdict
@@ -116,11 +116,17 @@ def neutrality_table(results: Results) -> Table:
     summary = (
         "This study trains no arm with an idle head"
         if frame.empty
-        else f"{counts.get(EQUAL, 0)} of {len(frame)} idle runs equal their twin byte for byte"
+        else f"{counts.get(EQUAL, 0)} of {len(frame)} {_idle_runs(study)} byte for byte"
     )
     summary += "".join(f"; {words}: {counts[result]}" for result, words in OTHERWISE.items() if result in counts) + "."
+    if study.idle_arms == "prove":
+        summary += " A proof is trained for its first steps only, and not measured."
     notes = [f"{summary} Offsets of bytes are counted from 0.", provenance_line(results)]
     return Table(frame, [Panel(caption, columns)], notes, provenance(results), ["stage"], printed)
+
+
+def _idle_runs(study: Study) -> str:
+    return "proofs of an idle head equal their twin's" if study.idle_arms == "prove" else "idle runs equal their twin"
 
 
 OTHERWISE = {

@@ -204,7 +204,7 @@ class Results:
                 if record.fault(folder, self.study.base_config()):
                     return {}
             else:
-                base = files.read_sealed(folder / "reference.json")["key"]["base"]
+                base = files.read_sealed(folder / f"{label.partition(',')[0]}.json")["key"]["base"]
                 if self.base is not None and base != self.base["base"]:
                     return {}
             return _cost(folder / "cost.json")

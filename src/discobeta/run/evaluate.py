@@ -19,23 +19,23 @@ import pandas as pd
 import torch
 
 from discobeta import lock, metrics, record
-from discobeta.data.batches import Pairs
-from discobeta.data.rows import Rows, TokenisedData
+from discobeta.data.batches import Pairs, Responses
+from discobeta.data.rows import TokenisedData
 from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.config import RunConfig, keys_of
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, did_you_mean, say, shown
 from discobeta.files import remove, replacing, write_json, write_text
+from discobeta.inputs import answers as reference_answers
 from discobeta.method.heads import SIGMA0
 from discobeta.method.stage import Stage, stage_class
 from discobeta.model import preflight
 from discobeta.model.forward import hidden_states, response_logps
-from discobeta.model.generation import generate, has_ended, response_text, stop_ids
+from discobeta.model.generation import has_ended, response_text, stop_ids
 from discobeta.model.inference import in_batches
 from discobeta.model.layout import pairs_for
 from discobeta.model.pretrained import load_reference, load_tokenizer, use_deterministic_kernels
 from discobeta.run import load as runs
-from discobeta.seeds import uniforms
 
 
 def evaluate(
@@ -78,7 +78,8 @@ def _evaluate(run: record.Record) -> dict[str, Any]:
     use_deterministic_kernels(config)
     tokenizer = load_tokenizer(config)
     data = load_or_tokenise(config, tokenizer, write=False)
-    for key, now in data.keys().items():
+    facts = data.keys()
+    for key, now in facts.items():
         run.check_fact(key, now, config.dataset or config.tokenized_path)
     for key, now in stage_class(config.stage).hashes_of_inputs(config).items():
         run.check_fact(key, now, getattr(config, key))
@@ -99,7 +100,7 @@ def _evaluate(run: record.Record) -> dict[str, Any]:
         examples = compare_all(stage, pairs_for(stage.model, config, data.held_out, columns["eval"]))
         measured |= preference_metrics(examples)
     if row.is_policy and config.num_eval_generations:
-        answers = answer_prompts(stage, data, run, tokenizer)
+        answers, facts["reference_answers"] = answer_prompts(stage, data, run, tokenizer)
         measured |= policy_metrics(answers)
         lines = (json.dumps(row, ensure_ascii=False) for row in answers.to_dict("records"))
         write_text(directory / "generations.jsonl", "".join(f"{line}\n" for line in lines))
@@ -110,7 +111,7 @@ def _evaluate(run: record.Record) -> dict[str, Any]:
     seconds = time.monotonic() - started
     on_gpu = device.type == "cuda"
     write_json(directory / "evaluation_cost.json", {"seconds": seconds, "gpu_seconds": seconds if on_gpu else 0.0})
-    record.write_evaluation(directory, config, measured, data.keys())
+    record.write_evaluation(directory, config, measured, facts)
     return measured
 
 
@@ -221,28 +222,23 @@ def scale_metrics(examples: pd.DataFrame) -> dict[str, float | None]:
     return measured
 
 
-def answer_prompts(stage: Stage, data: TokenisedData, run: record.Record, tokenizer: Any) -> pd.DataFrame:
-    """The policy's and the reference's sampled responses to prompts, with what is known of them.
+def answer_prompts(stage: Stage, data: TokenisedData, run: record.Record, tokenizer: Any) -> tuple[pd.DataFrame, str]:
+    """The policy's and the reference's sampled responses to prompts, with what is known of them; the reference's hash.
 
     One row per prompt. Policy and reference draw from streams of their own, the same ones in every
     arm, so arms are compared with the same samples of the reference and with common random numbers.
     A ppo run's responses have the scores of its reward model, in its own unit.
     """
     config = run.config
-    rows, asked = data.to_answer(config.num_eval_generations)
-    prompts = [rows.prompt_ids[i] for i in asked]
+    prompts = reference_answers.prompts_of(config, data)
     reference = load_reference(config).to(stage.device)
-    sampled = {}
-    for name, model in (("policy", stage.model), ("reference", reference)):
-        numbers = uniforms(config.seed, "sampling", name, shape=(len(prompts), config.max_new_tokens))
-        with stage.autocast():
-            sampled[name] = generate(
-                model, tokenizer, prompts, numbers,
-                temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
-                batch_size=8 * config.per_device_eval_batch_size, description=f"{name} samples",
-            )  # fmt: skip
-    rows_of_both = Rows(prompts, sampled["policy"], sampled["reference"], source=["sampled"] * len(prompts), truth={})
-    policy_logps, reference_logps = (_logps(model, rows_of_both, config) for model in (stage.model, reference))
+    sampled = {
+        "policy": reference_answers.sample(config, stage.model, tokenizer, prompts, "policy"),
+        "reference": reference_answers.read(config, prompts)
+        or reference_answers.sample(config, reference, tokenizer, prompts, "reference"),
+    }
+    of_policy = Responses(prompts, sampled["policy"])
+    policy_logps, reference_logps = (_logps(model, of_policy, config) for model in (stage.model, reference))
     answers = pd.DataFrame(
         {
             "prompt": [tokenizer.decode(ids) for ids in prompts],
@@ -250,7 +246,7 @@ def answer_prompts(stage: Stage, data: TokenisedData, run: record.Record, tokeni
             "reference_response": [response_text(tokenizer, ids) for ids in sampled["reference"]],
             "length": [len(ids) for ids in sampled["policy"]],
             "ended": [has_ended(ids, stop_ids(reference, tokenizer)) for ids in sampled["policy"]],
-            "log_ratio": (policy_logps[:, 0] - reference_logps[:, 0]).double().numpy(),
+            "log_ratio": (policy_logps - reference_logps).double().numpy(),
         }
     )
     if STAGES[config.stage].judge:
@@ -267,26 +263,27 @@ def answer_prompts(stage: Stage, data: TokenisedData, run: record.Record, tokeni
     if config.ground_truth == "world":
         from discobeta.inputs import world
 
+        rows, asked = data.to_answer(config.num_eval_generations)
         truth = {name: rows.truth[name][asked] for name in ("topic", "noise", "familiarity") if name in rows.truth}
         answers = answers.assign(**truth)
         for side in ("", "reference_"):
             texts = list(zip(answers["prompt"], answers[f"{side}response"], strict=True))
             answers[f"{side}true_reward"] = [world.true_reward(*text) for text in texts]
             answers[f"{side}well_formed"] = [bool(world.well_formed(*text)) for text in texts]
-    return answers
+    return answers, reference_answers.hash_of(sampled["reference"])
 
 
-def _logps(model: torch.nn.Module, rows: Rows, config: RunConfig) -> torch.Tensor:
-    """(rows, 2) log-probabilities of both responses under `model`, on the CPU."""
-    device, pairs = next(model.parameters()).device, pairs_for(model, config, rows)
+def _logps(model: torch.nn.Module, texts: Responses, config: RunConfig) -> torch.Tensor:
+    """(N,) log-probabilities of N responses under `model`, on the CPU."""
+    device = next(model.parameters()).device
 
     def of_batch(indices: np.ndarray) -> dict[str, torch.Tensor]:
-        batch = pairs.batch(indices).to(device)
+        batch = texts.batch(indices).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            return {"logps": response_logps(model, hidden_states(model, batch), batch).view(2, -1).T}
+            return {"logps": response_logps(model, hidden_states(model, batch), batch)}
 
     return in_batches(
-        pairs.places, config.per_device_eval_batch_size, of_batch,
+        texts.lengths, 2 * config.per_device_eval_batch_size, of_batch,  # which counts pairs
         step="evaluation", tokens_per_pass=config.tokens_per_pass,
     )["logps"]  # fmt: skip
 

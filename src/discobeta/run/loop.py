@@ -36,7 +36,7 @@ from discobeta.files import replacing, write_text, writing_error
 from discobeta.lock import Hold
 from discobeta.method.optim import clip_gradients, optimizer_of
 from discobeta.method.stage import Stage
-from discobeta.seeds import derive
+from discobeta.seeds import restart_global_stream
 
 
 class Means:
@@ -163,7 +163,8 @@ def fit(
             for passes in work.minibatches:
                 optimizer.zero_grad(set_to_none=True)
                 for indices in passes:
-                    torch.manual_seed(derive(config.seed, "dropout", step, number, accelerator.process_index))
+                    place = (step, number, accelerator.process_index)
+                    restart_global_stream(accelerator.device, config.seed, "dropout", *place)
                     number += 1
                     batch = work.material.batch(indices).to(accelerator.device)
                     with nullcontext() if indices is passes[-1] else accelerator.no_sync(module):

@@ -90,7 +90,7 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
     stage = kind.fresh(config, columns["train"], model, runs.given(config))
     stage.check_data(data)
     material = layout.pairs_for(model, config, data.train, columns["train"])
-    if config.share_prompt and STAGES[config.stage].has_pairs and not material.shared:
+    if STAGES[config.stage].has_pairs and config.share_prompt and not material.shared:
         reason = layout.why_apart(model, int(material.lengths.max()))
         accelerator.print(f"{name_of(model)} reads the prompt twice, once for each response of a pair: {reason}")
     held_out = None if data.held_out is None else layout.pairs_for(model, config, data.held_out, columns["eval"])
