@@ -162,6 +162,10 @@ def parser() -> argparse.ArgumentParser:
     add_study("plan", plan, "list the runs of a study")
     sub = add_study("cost", cost, "estimate jobs, device-hours and memory of a study from measured rates")
     sub.add_argument("--measured", type=Path, metavar="TABLES", help="tables of a study that has run")
+    sub.add_argument(
+        "--memory", nargs="?", const="", metavar="SIZE",
+        help="also work out the peak of a GPU's memory from the shapes, and whether it fits a card of SIZE (24GB)",
+    )  # fmt: skip
     add_study("fetch", fetch, "download model and data of a study, for nodes without a network")
     for name, command, help in (
         ("report", report, "write tables and figures of a study from the runs that are there and count"),
@@ -322,7 +326,13 @@ def plan(arguments: argparse.Namespace) -> None:
 def cost(arguments: argparse.Namespace) -> None:
     from discobeta.design import cost as study_cost
 
-    print(study_cost.report(_study(arguments), arguments.measured))
+    card = study_cost.bytes_of(arguments.memory) if arguments.memory else None
+    study = _study(arguments)
+    print(study_cost.report(study, arguments.measured))
+    if arguments.memory is not None:
+        from discobeta.run import memory
+
+        print("\n".join(memory.report(study, card)))
 
 
 def fetch(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,8 +124,8 @@ def estimate(study: Study, measured: Measured | None) -> list[Step]:
             steps.append(step)
             if not proof:
                 evaluate.jobs += len(runs)
-                is_known = evaluate.seconds is not None and step.seconds is not None
                 more = sum(found.evaluation.mean() for found in known)
+                is_known = evaluate.seconds is not None and step.seconds is not None and not math.isnan(more)
                 evaluate.seconds = evaluate.seconds + more if is_known else None
     return [*steps, evaluate]
 
@@ -194,6 +195,18 @@ def _rows(study: Study, run: Run, is_needed: bool) -> int:
         if rows < 1:
             raise ValueError(rows)
         return rows
+
+
+UNITS = {"MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
+
+
+def bytes_of(text: str) -> float:
+    """24GB -> 24e9, 80GiB -> 80 * 2^30. Raises UserError for what is no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text.strip(), re.ASCII)
+    size = float(match[1]) * UNITS.get(match[2].upper(), 0) if match else 0
+    if not size:
+        raise UserError(f"--memory: {text!r} should be a size such as 24GB or 80GiB")
+    return size
 
 
 def _line(step: str, jobs: int | str, length: str, minutes: str, hours: str, memory: str) -> str:

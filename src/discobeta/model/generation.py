@@ -100,7 +100,8 @@ class InverseCDF:
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
 
     def __call__(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        u = self.uniforms[:, input_ids.shape[1] - self.prompt_width].to(logits.device)
+        self.uniforms = self.uniforms.to(logits.device)  # once: a copy for every token would wait for the device
+        u = self.uniforms[:, input_ids.shape[1] - self.prompt_width]
         weights = ((logits.double() / self.temperature).softmax(-1) * self.UNIT).long()
         if self.top_k or self.top_p < 1:
             weights, tokens = weights.sort(dim=-1, descending=True, stable=True)

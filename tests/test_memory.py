@@ -1,0 +1,143 @@
+"""The peak of a GPU's memory that is worked out ahead, against bytes counted by hand and what a pass must keep."""
+
+import gc
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from discobeta import cli
+from discobeta.design.config import RunConfig
+from discobeta.run import memory
+
+LAYERS, WIDTH, MIDDLE, WORDS, RANK = 2, 32, 64, 19, 4  # of the base of conftest.py; 4 heads of 8, 2 of keys and values
+
+
+def config_of(base, stage="dpo", **changes):
+    settings = {
+        "stage": stage, "model_name_or_path": str(base), "bf16": True, "lora_rank": RANK, "cutoff_len": 64,
+        "per_device_train_batch_size": 8, "per_device_eval_batch_size": 2,
+    }  # fmt: skip
+    return RunConfig.from_mapping(settings | ({"reward_model": "x"} if stage == "ppo" else {}) | changes)[0]
+
+
+def peaks(base, stage="dpo", **changes):
+    gc.collect()
+    return memory.peaks(config_of(base, stage, **changes), AutoConfig.from_pretrained(base))
+
+
+def blocks(size):
+    """What CUDA's allocator gives for `size` bytes."""
+    return -(-size // 512) * 512
+
+
+def linears():
+    """(out, in) of the linear layers of one block."""
+    return [(32, WIDTH), (16, WIDTH), (16, WIDTH), (WIDTH, 32), (MIDDLE, WIDTH), (MIDDLE, WIDTH), (WIDTH, MIDDLE)]
+
+
+def test_weights_gradients_and_states_are_those_counted_by_hand(base):
+    """The frozen base once in bf16, and of each adapter weight four float32: itself, its gradient, AdamW's two."""
+    in_block = [out * inner for out, inner in linears()] + [WIDTH, WIDTH, 8, 8]  # norms: two, and one each of q and k
+    frozen = [WORDS * WIDTH, *in_block * LAYERS, WIDTH]
+    adapter = [size for out, inner in linears() for size in (RANK * inner, out * RANK)] * LAYERS
+    rotary = 2 * blocks(4 * 4)  # 4 frequencies, and those it began with
+    steps = len(adapter) * blocks(4)  # AdamW counts the steps of each weight
+    expected = sum(blocks(2 * size) for size in frozen) + 4 * sum(blocks(4 * size) for size in adapter) + rotary
+    assert expected <= peaks(base)["weights"] <= expected + steps
+
+
+def test_all_weights_are_trained_in_float32(base):
+    in_block = [out * inner for out, inner in linears()] + [WIDTH, WIDTH, 8, 8]
+    weights = [WORDS * WIDTH, *in_block * LAYERS, WIDTH]
+    expected = 4 * sum(blocks(4 * size) for size in weights) + 2 * blocks(4 * 4)
+    found = peaks(base, finetuning_type="full")["weights"]
+    assert expected <= found <= expected + len(weights) * blocks(4)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "rm", "ppo"])
+def test_a_pass_of_more_tokens_needs_more_and_checkpointing_less(base, stage):
+    short, long = (peaks(base, stage, cutoff_len=length)["training"] for length in (32, 64))
+    again = peaks(base, stage, cutoff_len=64, gradient_checkpointing=True)["training"]
+    weights = peaks(base, stage)["weights"]
+    assert weights < again < long and weights < short < long
+
+
+def test_a_pass_keeps_at_least_what_its_layers_need_in_backward(base):
+    """Of each token and layer, in bf16: the inputs of three groups of linear layers (two norms' outputs, the product of
+    the gate), q, k, v and what attention gives; and no (T, T) weights, which would be more than all of it."""
+    length, pairs = 64, 8
+    found = peaks(base, cutoff_len=length, per_device_train_batch_size=pairs)
+    tokens = pairs * 1.5 * length  # the prompt is half of a sequence, and may be there once for both
+    least = tokens * LAYERS * 2 * (WIDTH + WIDTH + MIDDLE + 32 + 16 + 16 + 32)
+    assert found["training"] - found["weights"] > least
+    longer = peaks(base, cutoff_len=4 * length, per_device_train_batch_size=pairs // 4)
+    growth = (longer["training"] - longer["weights"]) / (found["training"] - found["weights"])
+    assert 0.8 < growth < 1.4  # as many tokens in sequences four times as long; (T, T) weights would be 4 times as many
+
+
+def test_sampling_holds_keys_and_values_of_every_response(base):
+    """8 x per_device_eval_batch_size responses; keys and values of 2 heads of 8 in bf16, of each token and layer."""
+    found = [peaks(base, num_eval_generations=1, max_new_tokens=new)["sampling"] for new in (1000, 2000)]
+    assert found[1] - found[0] == 1000 * 16 * LAYERS * 2 * 2 * 8 * 2
+    assert "sampling" not in peaks(base, num_eval_generations=0)
+    assert "sampling" in peaks(base, "ppo", num_eval_generations=0)
+
+
+def test_nothing_of_it_stays(base):
+    attention = torch.nn.functional.scaled_dot_product_attention
+    peaks(base)
+    assert torch.nn.functional.scaled_dot_product_attention is attention
+    assert torch.zeros(1).item() == 0
+
+
+STUDY = """
+study: s
+stages: [dpo, rm]
+arms: [baseline, disco-used_beta-used]
+data: {{dataset: a.jsonl, eval_dataset: b.jsonl, cutoff_len: 64}}
+base: {{model_name_or_path: {base}}}
+common: {{max_steps: 4, bf16: true}}
+dpo: {{num_eval_generations: 0}}
+"""
+
+
+@pytest.mark.parametrize(("size", "verdict"), [("2GB", "fits 2 GB"), ("900MB", "does not fit"), (None, None)])
+def test_cost_says_whether_a_card_suffices(base, size, verdict, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text(STUDY.format(base=base))
+    assert cli.main(["cost", "--configfile", "study.yaml", "--memory", *([size] if size else [])]) == 0
+    text = capsys.readouterr().out
+    lines = [line for line in text.splitlines() if line.startswith(("  dpo:", "  rm:"))]
+    assert len(lines) == 2 and all("training" in line for line in lines)
+    assert all((verdict or "training") in line for line in lines)
+    assert "fit" in text if size else "fit" not in text
+
+
+@pytest.mark.parametrize("size", ["24XB", "many", "-3GB", "0GB", "GB", "24", "٢٤GB"])
+def test_a_size_that_is_none_is_refused_in_a_line(base, size, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text(STUDY.format(base=base))
+    assert cli.main(["cost", "--configfile", "study.yaml", f"--memory={size}"]) == 2
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1 and "24GB or 80GiB" in message and size in message
+
+
+def test_a_base_that_is_not_there_is_refused_in_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text(STUDY.format(base="nobody/no-such-model"))
+    assert cli.main(["cost", "--configfile", "study.yaml", "--memory"]) == 2
+    assert "nobody/no-such-model" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_does_not_fit_is_given_a_cure(base):
+    """A card between what the run needs and what it would need with smaller passes."""
+    config, architecture = config_of(base), AutoConfig.from_pretrained(base)
+    need = peaks(base)["training"]
+    less = peaks(base, gradient_checkpointing=True)["training"]
+    share, size = memory.RESERVED
+    card = (0.3 * need + 0.7 * less) * (1 + share) + size
+    (advice,) = memory.advice_for("training", config, architecture, card)
+    assert "would" in advice and ("tokens_per_pass" in advice or "gradient_checkpointing: true" in advice)
+    (advice,) = memory.advice_for("training", config, architecture, 10.0)
+    assert "lower cutoff_len" in advice
