@@ -88,6 +88,7 @@ def second_step(config, spoil=None) -> dict:
 
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.method.stage import stage_class
+    from discobeta.model import preflight
     from discobeta.model.layout import pairs_for
     from discobeta.model.pretrained import load_tokenizer
     from discobeta.run import load, loop
@@ -97,6 +98,8 @@ def second_step(config, spoil=None) -> dict:
     data = load_or_tokenise(config, load_tokenizer(config))
     columns = kind.columns(config, data.parts())["train"]
     stage = kind.fresh(config, columns, given=load.given(config))
+    preflight.check(stage.model, data, config, load_tokenizer(config))
+    stage.check_data(data)
     accelerator = Accelerator(mixed_precision="no")
     for state in (AcceleratorState, PartialState):
         state._shared_state["device"] = torch.device("cuda", 0)

@@ -60,12 +60,7 @@ def test_what_ppo_collects_comes_to_the_host_once_a_batch(case, found):
     assert not [wait for wait in sampling if "__call__: u = " in wait]  # a draw's numbers are all there from the start
 
 
-ASKED = pytest.mark.xfail(strict=True, reason="share_prompt: false: the model is not tried with masks, and gets none")
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=ASKED) if case == "dpo, prompts twice" else case for case in CASES]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_masks_are_made_without_a_question(case, found):
     assert not [wait for wait in found[case]["update"] if MASKING in wait]
 

@@ -55,7 +55,7 @@ def test_values_and_gradients_are_pefts(bias, shape):
     torch.testing.assert_close(of_x, of_x2)
     assert of_weights.keys() == of_weights2.keys() and len(of_weights) == 4
     for name, gradient in of_weights.items():
-        torch.testing.assert_close(gradient, of_weights2[name], msg=name)
+        assert (gradient - of_weights2[name]).norm() < 1e-5 * gradient.norm(), name  # float32 sums in another order
         assert gradient.is_contiguous()
 
 

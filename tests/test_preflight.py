@@ -590,7 +590,7 @@ def python(*given):
     raise MemoryError
 
 
-TRAINING = "lower per_device_train_batch_size (and raise gradient_accumulation_steps by as much) or cutoff_len"
+TRAINING = "lower tokens_per_pass or cutoff_len"
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,7 @@ def test_a_policy_is_an_ordinary_peft_model(run, base):
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory / "adapter")
     ids = torch.tensor([[4, 6, 5, 9, 17]])
     with torch.no_grad():
-        assert torch.equal(policy.model(ids).logits, plain.eval()(ids).logits)
+        torch.testing.assert_close(policy.model(ids).logits, plain.eval()(ids).logits)  # it sums in another order
     assert policy.heads.disco is not None and policy.heads.beta is not None
     with pytest.raises(UserError, match="is a run of stage dpo, not rm"):
         discobeta.load_reward_model(directory)

@@ -40,6 +40,7 @@ from discobeta.model.forward import (
 )
 from discobeta.model.generation import generate, has_ended, stop_ids
 from discobeta.model.inference import in_batches
+from discobeta.model.layout import obeys_masks
 from discobeta.model.preflight import check_answers, check_ids, check_rows
 from discobeta.model.pretrained import load_causal_lm, load_reference, load_tokenizer
 
@@ -148,6 +149,7 @@ class ProximalPolicy(Stage):
 
     def check_data(self, data: TokenisedData) -> None:
         check_answers(self.model, data, self.config, self.tokenizer)
+        obeys_masks(self.reference)  # as of the others, by `check_rows`
         rows, tokenizer = data.train, self.tokenizer
         if self.translation is not None:
             rows, tokenizer = Rows(list(self.translation.prompts.values())), self.translation.judge

@@ -21,7 +21,7 @@ from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, telling
 from discobeta.model.forward import check_context, context_of, hidden_states, name_of, unwrapped, vocabulary_size
 from discobeta.model.generation import stop_ids
-from discobeta.model.layout import evaluating
+from discobeta.model.layout import evaluating, obeys_masks
 from discobeta.model.pretrained import load_tokenizer
 
 TRIED = 8
@@ -83,6 +83,7 @@ def check_rows(
     attention = getattr(unwrapped(model).config, "_attn_implementation", None) or ""
     if "flash" not in attention:  # of which there are no CPU kernels
         _try_a_pass(model, rows, row, config, name)
+        obeys_masks(model)  # tried on the CPU, and remembered for passes on a GPU
 
 
 def check_ids(model: nn.Module, sequences: Sequence[np.ndarray], what: str) -> None:
