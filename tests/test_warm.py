@@ -359,3 +359,10 @@ def test_an_interrupt_is_the_commands_affair():
         time.sleep(0.3)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(20) == 3
+
+
+def test_signals_of_the_c_library_do_not_count():
+    """33 may stand among the ignored signals of what a shell has started in the background."""
+    here = warm.rights({"SigIgn": "0000000081001002"})
+    assert warm.rights({"SigIgn": "0000000181001002"}) == here
+    assert warm.rights({"SigIgn": "0000000081001000"}) != here  # SIGINT

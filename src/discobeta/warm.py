@@ -44,7 +44,6 @@ PLACES = frozenset(
 
 RIGHTS = (
     "Umask", "Uid", "Gid", "Groups", "CapEff", "Seccomp", "NoNewPrivs", "Cpus_allowed", "Mems_allowed", "SigBlk",
-    "SigIgn",
 )  # fmt: skip
 """Lines of /proc/self/status that a fork would have from here."""
 
@@ -70,7 +69,7 @@ def likeness(variables: dict[str, str]) -> str:
         sorted({os.path.realpath(folder) for folder in sys.path[1:]}),  # the first is where the command was started
         sorted((path, found.st_mtime_ns, found.st_size) for path, found in sources.items()),
         sorted((name, value) for name, value in variables.items() if name not in PLACES | {VARIABLE}),
-        [status.get(name) for name in RIGHTS],
+        rights(status),
         [
             os.getpriority(os.PRIO_PROCESS, 0),
             Path("/proc/self/limits").read_text(),
@@ -79,6 +78,13 @@ def likeness(variables: dict[str, str]) -> str:
         [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "mnt", "net")],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def rights(status: dict[str, str]) -> list[str | int | None]:
+    """`RIGHTS` of a process. Of ignored signals only those below 32: the C library has the next two for itself, and
+    whoever inherits from a process without one may seem to ignore them."""
+    found: list[str | int | None] = [status.get(name) for name in RIGHTS]
+    return [*found, int(status.get("SigIgn", "0"), 16) & 0x7FFFFFFF]
 
 
 # --- the process that is started
