@@ -55,6 +55,12 @@ DROPPED = 2
 LOSS_TOLERANCE, ADAPTER_TOLERANCE = 1e-4, 1e-3
 BOTH_USED = dict.fromkeys(("add_disco_head", "disco_pref", "add_beta_head", "use_dynamic_beta"), True)
 BOTH_IDLE = dict.fromkeys(("add_disco_head", "add_beta_head"), True)
+LEVERS = {
+    "one pass": {"tokens_per_pass": 10**6}, "prompts twice": {"share_prompt": False},
+    "PEFT's LoRA": {"fused_lora": False},
+}  # fmt: skip
+LEVERS["none of them"] = {key: value for changes in LEVERS.values() for key, value in changes.items()}
+"""Ours without what makes it fast, one thing at a time."""
 DISCOBETA, PEER = [sys.executable, "-m", "discobeta"], [sys.executable, peers.__file__]
 
 # threads: as Snakemake has them in a job of one
@@ -86,8 +92,9 @@ class Bench:
             "stage": stage, "model_name_or_path": str(self.folder / size / "base"),
             "dataset": str(self.folder / size / f"pairs-{steps * of.pairs_per_step}.jsonl"),
             "output_dir": str(self.folder / size / stage / name), "per_device_train_batch_size": of.pairs_per_step,
-            "max_steps": steps, "learning_rate": of.learning_rates[stage], "lr_scheduler_type": "linear",
-            "lora_rank": 8, "lora_alpha": 16, "lora_target": "all", "cutoff_len": 2048, "seed": 1, "logging_steps": 1,
+            "tokens_per_pass": of.tokens_per_pass, "max_steps": steps, "learning_rate": of.learning_rates[stage],
+            "lr_scheduler_type": "linear", "lora_rank": 8, "lora_alpha": 16, "lora_target": "all", "cutoff_len": 2048,
+            "seed": 1, "logging_steps": 1,
             "eval_strategy": "no", "save_steps": 0, "plot_loss": False, **dpo, **more,
         }  # fmt: skip
 
@@ -106,11 +113,11 @@ class Bench:
         self.make_inputs(size, steps)
         in_child(partial(ours.start, self.settings(stage, size, steps, "start"), start), folder / "start.log")
         tuned = self.tuned(stage, size)
-        letter, arms = ("A" if stage == "dpo" else "R"), {"ours": {}}
+        letter, arms = ("A" if stage == "dpo" else "R"), {"ours": {}, "heads used": BOTH_USED, "heads idle": BOTH_IDLE}
+        arms |= {} if self.options.quick else LEVERS
         sides = {f"{letter}0": STOCK, f"{letter}1": tuned}
         if stage == "dpo":
             sides["A2"] = replace(tuned, precomputed=True)
-            arms |= {"heads used": BOTH_USED, "heads idle": BOTH_IDLE}
         found: dict[str, list[Found]] = {name: [] for name in [*sides, *arms]}
         for i in range(self.options.rounds):
             for name, runs in found.items():
@@ -354,8 +361,10 @@ def as_markdown(found: Found) -> str:
             rows = found[part]
             if part != "steps":
                 rows = {f"dpo, embedded, {rows['steps per run']} steps": rows}
-            lines += ["", f"## {title}", "", *table_of(rows)]
+            lines += ["", f"## {title}", "", *table_of(rows, lambda name: name not in LEVERS)]
     if "steps" in found:
+        if not found["quick"]:
+            lines += ["", "## Ours without what makes it fast", "", *table_of(found["steps"], LEVERS.__contains__)]
         lines += ["", "## The gate", "", "Largest distances from ours over steps and rounds.", ""]
         lines += ["| | side | loss (≤ 1e-4) | adapter, relative L2 (≤ 1e-3) |", "|---|---|---:|---:|"]
         lines += [
@@ -369,9 +378,9 @@ def as_markdown(found: Found) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table_of(rows: dict[str, Found]) -> list[str]:
+def table_of(rows: dict[str, Found], is_shown: Callable[[str], bool]) -> list[str]:
     """A line per case, a column per side."""
-    sides = list(dict.fromkeys(name for row in rows.values() for name in row["ratio to ours"]))
+    sides = list(dict.fromkeys(name for row in rows.values() for name in row["ratio to ours"] if is_shown(name)))
     lines = [f"| | ours | {' | '.join(sides)} |", f"|---|---:|{'---:|' * len(sides)}"]
     for case, row in rows.items():
         cells = [f"{statistics.median(row['values']['ours']):.1f} {row['unit']}"]

@@ -30,6 +30,7 @@ class Size:
     learning_rates: dict[str, float]
     pref_beta: float
     steps: int  # that are counted
+    tokens_per_pass: int | None = None
 
 
 def embedded_model() -> dict[str, Any]:
@@ -45,7 +46,7 @@ LONG = {
 
 SIZES = {
     # config/config.yaml: its base, its batch, its learning rates and beta
-    "embedded": Size(32, embedded_model(), None, {"dpo": 1e-3, "rm": 3e-3}, 0.5, steps=20),
+    "embedded": Size(32, embedded_model(), None, {"dpo": 1e-3, "rm": 3e-3}, 0.5, steps=20, tokens_per_pass=2048),
     # the lengths of hh-rlhf's harmless subset
     "long": Size(8, LONG, (118, 44, 56), {"dpo": 2e-4, "rm": 2e-4}, 0.1, steps=4),
 }

@@ -74,7 +74,7 @@ def test_steps_and_whole_processes_are_compared_with_trl_and_do_the_same_work(tm
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "bench.json").read_text())
     dpo, rm = found["steps"]["dpo, embedded"], found["steps"]["rm, long"]
-    assert set(dpo["gate"]) == {"A0", "A1", "A2", "heads idle"} and set(rm["gate"]) == {"R0", "R1"}
+    assert set(dpo["gate"]) == {"A0", "A1", "A2", "heads idle"} and set(rm["gate"]) == {"R0", "R1", "heads idle"}
     assert dpo["gate"]["heads idle"] == {"loss": 0, "adapter": 0}
     assert all(0 < of["loss"] < 1e-4 and 0 < of["adapter"] < 1e-3 for of in rm["gate"].values())
     assert set(dpo["ratio to ours"]) == {"A0", "A1", "A2", "heads used", "heads idle"}
