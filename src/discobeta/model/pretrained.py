@@ -45,7 +45,7 @@ def load_causal_lm(config: RunConfig) -> PreTrainedModel:
     with _loading(config, "model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             config.model_name_or_path, ignore_mismatched_sizes=True, output_loading_info=True,
-            **_hub_arguments(config), **_weight_arguments(config),
+            **_hub_arguments(config), **weight_arguments(config),
         )  # fmt: skip
     _check_weights(model, config, info)
     if config.flash_attn != "fa2":  # which has no CPU kernels
@@ -68,7 +68,7 @@ def load_scorer(
     with _loading(config, "model"), global_stream(config.seed, "unused"):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             config.model_name_or_path, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True,
-            key_mapping=key_mapping, **_hub_arguments(config), **_weight_arguments(config),
+            key_mapping=key_mapping, **_hub_arguments(config), **weight_arguments(config),
         )  # fmt: skip
     name = config.model_name_or_path
     if not isinstance(getattr(model, "score", None), nn.Linear):
@@ -123,7 +123,7 @@ def _hub_arguments(config: RunConfig) -> dict:
     }
 
 
-def _weight_arguments(config: RunConfig) -> dict:
+def weight_arguments(config: RunConfig) -> dict:
     """A frozen base may be stored in bf16; weights that are trained stay float32 under autocast."""
     frozen = config.finetuning_type == "lora"
     dtype = torch.bfloat16 if config.bf16 and frozen else torch.float32

@@ -147,7 +147,7 @@ def shell(config: RunConfig, architecture: PreTrainedConfig) -> Stage:
 
     from discobeta.method.ppo import ValueHead
     from discobeta.model.adapters import add_adapter
-    from discobeta.model.pretrained import _weight_arguments
+    from discobeta.model.pretrained import weight_arguments
 
     kind, is_scorer = stage_class(config.stage), stage_class(config.stage).task == "SEQ_CLS"
     adapter = {
@@ -161,7 +161,7 @@ def shell(config: RunConfig, architecture: PreTrainedConfig) -> Stage:
         architecture.num_labels = 1
     maker = AutoModelForSequenceClassification if is_scorer else AutoModelForCausalLM
     with torch.device("meta"), telling(f"--memory: {config.model_name_or_path}"):
-        model = maker.from_config(architecture, **_weight_arguments(config))
+        model = maker.from_config(architecture, **weight_arguments(config))
         if is_scorer:
             model.score.float()
         model = add_adapter(model, fresh, kind.task)
