@@ -141,6 +141,11 @@ class Study:
             **({"stop_after_steps": self.proof_length(run.stage)} if run.proof else {}),
         }
 
+    def largest_runs(self) -> list[Run]:
+        """Of each stage a whole run of an arm that uses the most heads: none needs more memory."""
+        whole = [[run for run in self._runs if run.stage == stage and not run.proof] for stage in self.stages]
+        return [max(runs, key=lambda run: len(run.arm.used)) for runs in whole if runs]
+
     def config(self, run: Run) -> RunConfig:
         """The checked config of `run`, with today's defaults.
 

@@ -126,19 +126,12 @@ def architecture_of(study: Study) -> PreTrainedConfig:
                 return base.vocab_size
 
         return build_architecture(base.model_type, base.config_overrides, Words(**dict.fromkeys(FROM_TOKENIZER[1:], 0)))
-    config = heaviest(study)[0]
+    config = study.config(study.largest_runs()[0])
     with telling(f"--memory: cannot read the config of {config.model_name_or_path}"):
         return AutoConfig.from_pretrained(
             config.model_name_or_path, revision=config.model_revision, cache_dir=config.cache_dir,
             trust_remote_code=config.trust_remote_code,
         )  # fmt: skip
-
-
-def heaviest(study: Study) -> list[RunConfig]:
-    """A run of each stage, of an arm that uses the most heads."""
-    runs = [run for run in study.runs() if not run.proof]
-    of_stage = [[run for run in runs if run.stage == stage] for stage in study.stages]
-    return [study.config(max(group, key=lambda run: len(run.arm.used))) for group in of_stage if group]
 
 
 def shell(config: RunConfig, architecture: PreTrainedConfig) -> Stage:
@@ -291,7 +284,7 @@ def fits(peak: float, card: float) -> bool:
 
 def report(study: Study, card: float | None) -> list[str]:
     """Lines: the peak of each run by what it does, whether it fits a card of `card` bytes, and what would."""
-    configs, architecture = heaviest(study), architecture_of(study)
+    configs, architecture = map(study.config, study.largest_runs()), architecture_of(study)
     lines = ["Peak of a GPU's memory, GB, from the code and the shapes (rows as long as cutoff_len allows):"]
     for config in configs:
         found = peaks(config, architecture)
