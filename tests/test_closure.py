@@ -243,6 +243,27 @@ def test_no_step_reads_a_key_that_is_not_said_to_be_its_own(run, reads, tmp_path
     assert not foreign, "\n".join(map(str, foreign))
 
 
+def test_a_step_with_the_reference_reads_no_key_that_a_study_does_not_tell_it(settings, reads, tmp_path):
+    """Else it would compute with the key's default, whatever the study says."""
+    from discobeta.data.tokens import load_or_tokenise
+    from discobeta.design import study
+    from discobeta.inputs import answers, reference
+    from discobeta.model.pretrained import load_tokenizer
+
+    sampling = {"num_eval_generations": 4, "max_new_tokens": 4, "reference_answers_path": str(tmp_path / "answers")}
+    config, _ = RunConfig.from_mapping(settings("dpo", reference_path=str(tmp_path / "reference"), **sampling))
+    tokenizer = load_tokenizer(config)
+    data, told = load_or_tokenise(config, tokenizer), {"reference_path", "reference_answers_path"}
+    reads.clear()
+    reference.load_or_compute(config, data.parts())
+    found = {name for _, name in reads}
+    assert {"tokens_per_pass", "share_prompt"} <= found <= told | {*study.TOKENS_DEPEND_ON, *study.REFERENCE_KEYS}
+    reads.clear()
+    answers.sample_folder(config, data, tokenizer)
+    found = {name for _, name in reads}
+    assert "temperature" in found <= told | {"seed", *study.TOKENS_DEPEND_ON, *study.ANSWERS_KEYS}
+
+
 def test_every_key_belongs_to_a_step():
     for entry in dataclasses.fields(RunConfig):
         if entry.name != "stage":

@@ -183,7 +183,7 @@ def test_a_score_is_read_before_a_pad_that_ends_a_response(shared):
         assert read == [(0, 4), (1, 2), (2, 3), (3, 0)]
 
 
-def test_pooling_means_over_the_own_response(rows):
+def test_pooling_means_over_the_own_response():
     states = torch.arange(2 * 6 * 3, dtype=torch.float32).view(2, 6, 3)
     batch = Pairs(Rows([[5, 6, 7], [5]], [[8, 9], [8]], [[4], [1, 2, 3]]), shared=True).batch(np.array([0, 1]))
     mean = pooled(states.bfloat16(), batch, "mean")

@@ -313,6 +313,14 @@ def test_the_references_answers_are_asked_for_as_every_arm_samples_them():
     assert not any(proving.is_answered(run) for run in proving.runs() if run.proof)
 
 
+def test_the_reference_pass_is_computed_as_the_study_says():
+    computed = {"tokens_per_pass": 64, "share_prompt": False, "fused_lora": False, "per_device_eval_batch_size": 3}
+    study = Study(settings(dpo=computed))
+    assert computed.items() <= study.resolved(study.reference_settings("seed-4")).items()
+    default = Study(settings())
+    assert default.resolved(default.reference_settings("seed-4"))["tokens_per_pass"] == 1024
+
+
 def test_prompts_of_their_own_are_answered_by_the_seed_of_the_run():
     study = Study(fixed(prompts={"dataset": "p.jsonl", "val_size": 5}))
     asked = study.answers_settings("ppo", 4)

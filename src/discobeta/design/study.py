@@ -32,10 +32,13 @@ CORPUS_KEYS = ["dataset", "dataset_dir", "split", "cutoff_len", "max_samples", "
 TOKENS_DEPEND_ON = ["stage", "tokenizer_name", *MODEL_KEYS, *DATA_KEYS, "tokenized_path", "output_dir"]
 """What `discobeta prepare` reads; the seed too, where it decides which rows are held out."""
 
-REFERENCE_KEYS = ["finetuning_type", "bf16", "flash_attn", "deterministic", "per_device_eval_batch_size"]
-"""What the reference pass depends on besides model and data: not seed, adapter, beta or loss."""
+FROZEN_KEYS = ["finetuning_type", "bf16", "flash_attn", "deterministic", "fused_lora", "per_device_eval_batch_size"]
+"""What any step with the reference depends on besides model and data."""
 
-ANSWERS_KEYS = [*REFERENCE_KEYS, "num_eval_generations", "max_new_tokens", "temperature", "top_p", "top_k"]
+REFERENCE_KEYS = [*FROZEN_KEYS, "tokens_per_pass", "share_prompt"]
+"""What the reference pass depends on: not seed, adapter, beta or loss."""
+
+ANSWERS_KEYS = [*FROZEN_KEYS, "num_eval_generations", "max_new_tokens", "temperature", "top_p", "top_k"]
 """What the reference's answers depend on besides model, data and seed."""
 
 
