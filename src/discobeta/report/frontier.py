@@ -1,0 +1,163 @@
+"""Reward against KL: the points that a sweep gives, and what arms differ by at matched KL.
+
+A policy buys true reward with KL to the reference, and arms at one coefficient buy different amounts, so rewards at a
+fixed coefficient are not comparable. For every arm and seed the runs of a sweep over the coefficient (`pref_beta`) are
+points (KL, value). Between neighbouring points in the order of their KL the value f(KL) is interpolated linearly, and
+arms with weights w_a are compared where all of them have been measured:
+
+    sum_a w_a f_a,  averaged over [max_a min KL_a, min_a max KL_a]
+
+the integral over this common range divided by its length. Nothing is extrapolated: a seed whose arms have no range in
+common says nothing, and is named with the reason. Points whose policy has collapsed (well-formed share below .9) are
+dropped and named; where points on both sides of a dropped one remain, the line goes from one to the other.
+
+Points are joined in the order of their KL and not of their coefficient: what is compared is what a policy achieves at
+a KL, whatever made it go there. Where a smaller coefficient has not given a larger KL, the arm and seed are named;
+points of equal KL count as their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from discobeta.errors import UserError
+from discobeta.report.published import Published, Source
+
+LEAST_WELL_FORMED = 0.9
+WELL_FORMED = "well_formed"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep, measured."""
+
+    kl: float  # nats per response
+    value: float
+    label: str  # the swept settings, e.g. `pref_beta=0.3`
+    setting: float  # the swept coefficient
+    well_formed: float | None = None  # None where nobody knows
+
+    @property
+    def has_collapsed(self) -> bool:
+        return self.well_formed is not None and self.well_formed < LEAST_WELL_FORMED
+
+
+@dataclass
+class Matched:
+    """What arms differ by at matched KL, by seed.
+
+    differences: of the seeds that have a common range, and `ranges` that range. undecidable: the others, with why.
+    dropped, unordered: runs that were left out, and lines whose KL does not fall with the coefficient, as texts.
+    """
+
+    differences: dict[int, float] = field(default_factory=dict)
+    ranges: dict[int, tuple[float, float]] = field(default_factory=dict)
+    undecidable: dict[int, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    unordered: list[str] = field(default_factory=list)
+
+
+def split_variant(variant: str, key: str) -> tuple[str, str | None]:
+    """The variant without its swept setting of `key`, and that setting; None if it sweeps nothing or other keys too.
+
+    `probit,pref_beta=0.35` is ("probit", "0.35"), and `probit` is ("probit", None): the section's own point.
+    """
+    parts = variant.split(",") if variant else []
+    rest = [part for part in parts if not part.startswith(f"{key}=")]
+    values = [part.partition("=")[2] for part in parts if part.startswith(f"{key}=")]
+    return ",".join(rest), values[0] if len(values) == 1 else None
+
+
+def swept(study: Published, stage: str, key: str = "pref_beta") -> list[Source]:
+    """The arms and controls that have been run at more than one value of `key`."""
+    found: dict[Source, set[str | None]] = {}
+    for source in study.sources(stage):
+        variant, value = split_variant(source.variant, key)
+        found.setdefault(Source(source.arm, variant), set()).add(value)
+    return [source for source, values in found.items() if values != {None}]
+
+
+def points(
+    study: Published, stage: str, source: Source, *, value: str, kl: str, key: str = "pref_beta"
+) -> dict[int, list[Point]]:
+    """Seed -> the points of an arm or control over a sweep of `key`, in the order of their KL; collapsed ones too."""
+    found: dict[int, list[Point]] = {}
+    for run in study.sources(stage):
+        variant, setting = split_variant(run.variant, key)
+        if (run.arm, variant) != (source.arm, source.variant):
+            continue
+        if setting is None:
+            setting = study.setting(stage, key, variant)
+        kls, values, formed = (study.values(stage, run, metric) for metric in (kl, value, WELL_FORMED))
+        for seed in sorted(kls.keys() & values.keys()):
+            point = Point(kls[seed], values[seed], f"{key}={setting}", _number(setting, study, key), formed.get(seed))
+            found.setdefault(seed, []).append(point)
+    return {seed: sorted(of_seed, key=lambda point: (point.kl, point.label)) for seed, of_seed in found.items()}
+
+
+def _number(setting: object, study: Published, key: str) -> float:
+    try:
+        return float(setting)
+    except (TypeError, ValueError):
+        raise UserError(f"{study.name}: a sweep at matched KL should be over numbers, not {key}: {setting}") from None
+
+
+def matched(weights: Mapping[Source, float], found: Mapping[Source, Mapping[int, Sequence[Point]]]) -> Matched:
+    """sum_a w_a f_a at matched KL, by seed.
+
+    weights: of two sources or more. found: of each, `points` by seed. A seed is in one of `differences` and
+    `undecidable` if any source has points of it.
+    """
+    result = Matched()
+    for seed in sorted({seed for of_source in found.values() for seed in of_source}):
+        lines, lacking = {}, []
+        for source in weights:
+            there = found.get(source, {}).get(seed, [])
+            kept = [point for point in there if not point.has_collapsed]
+            where = f"{source.text}, seed {seed}"
+            result.dropped += [
+                f"{where}, {point.label} (well-formed {point.well_formed:.3f})" for point in there if point.has_collapsed
+            ]
+            if _is_unordered(kept):
+                result.unordered.append(where)
+            lines[source] = _line(kept)
+            if len(lines[source][0]) < 2:
+                lacking.append(f"{source.text} has {len(kept)} of {len(there)} points left")
+        low = max((kl[0] for kl, _ in lines.values() if len(kl)), default=np.nan)
+        high = min((kl[-1] for kl, _ in lines.values() if len(kl)), default=np.nan)
+        if lacking:
+            result.undecidable[seed] = "; ".join(lacking)
+        elif not low < high:
+            result.undecidable[seed] = f"no common range of KL (one begins at {low:.3g}, another ends at {high:.3g})"
+        else:
+            result.ranges[seed] = float(low), float(high)
+            result.differences[seed] = mean_over(low, high, [(w, *lines[source]) for source, w in weights.items()])
+    return result
+
+
+def mean_over(low: float, high: float, lines: Sequence[tuple[float, np.ndarray, np.ndarray]]) -> float:
+    """Integral of sum_a w_a f_a over [low, high] divided by its length, of piecewise linear f_a.
+
+    lines: (w_a, KL, value) each, KL strictly rising. The sum is linear between the knots of all, so the trapezoidal
+    rule on them is exact.
+    """
+    knots = np.unique(np.concatenate([[low, high], *(kl[(kl > low) & (kl < high)] for _, kl, _ in lines)]))
+    total = sum(weight * np.interp(knots, kl, value) for weight, kl, value in lines)
+    return float(np.sum((total[1:] + total[:-1]) / 2 * np.diff(knots)) / (high - low))
+
+
+def _line(kept: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
+    """KL, strictly rising, and the mean value at each."""
+    kls = np.array([point.kl for point in kept], float)
+    values = np.array([point.value for point in kept], float)
+    knots, place, counts = np.unique(kls, return_inverse=True, return_counts=True)
+    return knots, np.bincount(place, weights=values, minlength=len(knots)) / counts
+
+
+def _is_unordered(kept: Sequence[Point]) -> bool:
+    """Whether the KL, which rises along `kept`, does not fall where the coefficient rises."""
+    settings = [point.setting for point in kept]
+    return any(later > earlier for earlier, later in zip(settings, settings[1:], strict=False))
