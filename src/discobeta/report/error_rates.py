@@ -69,8 +69,8 @@ def planted(hypotheses: list[Hypothesis], seeds: list[int], rng: np.random.Gener
             key = hypothesis.matched.vary
             sections[hypothesis.stage] = {key: SWEEP[1]}
             for setting in SWEEP:
-                variant = term.variant if setting == SWEEP[1] else ",".join(filter(None, [term.variant, f"{key}={setting}"]))
-                source = Source(term.arm, variant)
+                swept = "" if setting == SWEEP[1] else f"{key}={setting}"
+                source = Source(term.arm, ",".join(filter(None, [term.variant, swept])))
                 kl = np.exp(0.1 * rng.standard_normal(len(seeds))) / setting
                 values = np.sqrt(kl) + of_seed + drawn(hypothesis.stage, term.source) + shift(hypothesis, term.weight)
                 write(hypothesis.stage, source, hypothesis.matched.over, kl)
@@ -107,30 +107,26 @@ def simulate(registered: Registered, times: int, n_seeds: int, noise: Noise) -> 
         for name, kinds in erred.items():
             for kind in kinds:
                 counts[name][kind] += 1
-    rows = [{"id": name, "stage": stage, "seeds": n_seeds, "studies": times} | of for (name, stage), of in counts.items()]
-    return pd.DataFrame(rows)
+    facts = {"seeds": n_seeds, "studies": times}
+    return pd.DataFrame([{"id": name, "stage": stage} | facts | of for (name, stage), of in counts.items()])
 
 
 def error_rates(registered: Registered, times: int, seeds: tuple[int, ...] = (12, 16)) -> Table:
     """The rates with all noises, as a table."""
-    frames = [
-        simulate(registered, times, n, noise).assign(noise=name) for name, noise in NOISES.items() for n in seeds
-    ]
+    frames = [simulate(registered, times, n, noise).assign(noise=name) for name, noise in NOISES.items() for n in seeds]
     frame = pd.concat(frames, ignore_index=True)
+    titles = {"below_alpha": "p ≤ alpha", "supported": "supported", "contradicted": "contradicted"}
     columns = [
         Column("Noise", lambda row: row["noise"], is_number=False),
         Column("Seeds", lambda row: str(row["seeds"])),
         Column("Hypothesis", lambda row: f"{row['id']} of {row['stage']}" if row["id"] == "any" else row["id"], False),
-        *(
-            Column(title, lambda row, name=name: rate(row[name], row["studies"]))
-            for title, name in (("p ≤ alpha", "below_alpha"), ("supported", "supported"), ("contradicted", "contradicted"))
-        ),
+        *(Column(title, lambda row, name=name: rate(row[name], row["studies"])) for name, title in titles.items()),
     ]
     notes = [
-        f"Share of {times} simulated studies in which no arm differs from another (an equivalence: by its margin), ± the "
-        "standard error of a share. p ≤ alpha: the test alone; supported (or equivalent) and contradicted: the verdict, "
-        f"after Holm's correction; any: of a stage, which should be {registered.alpha:g} at most. Noise: see "
-        "docs/hypotheses.md; with the skewed one the differences are not symmetric, which the tests assume.",
+        f"Share of {times} simulated studies in which no arm differs from another (an equivalence: by its margin), ± "
+        "its standard error. p ≤ alpha: the test alone; supported (or equivalent) and contradicted: the verdict, after "
+        f"Holm's correction; any: of a stage, which should be {registered.alpha:g} at most. Noise: of the numbers of a "
+        "run over seeds; with the skewed one differences are not symmetric, which the tests assume.",
     ]
     return Table(frame, [Panel("How often the pipeline errs.", columns)], notes, {}, ["noise", "seeds"])
 

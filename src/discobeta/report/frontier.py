@@ -24,7 +24,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from discobeta.errors import UserError
-from discobeta.report.published import Published, Source
+from discobeta.report.published import Published, Source, split_variant
+
+REWARD, KL = "true_reward", ("kl_rao_blackwell", "kl_per_sequence")
+"""What is compared at matched KL, and over which KL: the first that is there."""
 
 LEAST_WELL_FORMED = 0.9
 WELL_FORMED = "well_formed"
@@ -50,25 +53,11 @@ class Matched:
     """What arms differ by at matched KL, by seed.
 
     differences: of the seeds that have a common range, and `ranges` that range. undecidable: the others, with why.
-    dropped, unordered: runs that were left out, and lines whose KL does not fall with the coefficient, as texts.
     """
 
     differences: dict[int, float] = field(default_factory=dict)
     ranges: dict[int, tuple[float, float]] = field(default_factory=dict)
     undecidable: dict[int, str] = field(default_factory=dict)
-    dropped: list[str] = field(default_factory=list)
-    unordered: list[str] = field(default_factory=list)
-
-
-def split_variant(variant: str, key: str) -> tuple[str, str | None]:
-    """The variant without its swept setting of `key`, and that setting; None if it sweeps nothing or other keys too.
-
-    `probit,pref_beta=0.35` is ("probit", "0.35"), and `probit` is ("probit", None): the section's own point.
-    """
-    parts = variant.split(",") if variant else []
-    rest = [part for part in parts if not part.startswith(f"{key}=")]
-    values = [part.partition("=")[2] for part in parts if part.startswith(f"{key}=")]
-    return ",".join(rest), values[0] if len(values) == 1 else None
 
 
 def swept(study: Published, stage: str, key: str = "pref_beta") -> list[Source]:
@@ -105,6 +94,22 @@ def _number(setting: object, study: Published, key: str) -> float:
         raise UserError(f"{study.name}: a sweep at matched KL should be over numbers, not {key}: {setting}") from None
 
 
+def kl_of(study: Published, stage: str) -> str:
+    there = study.metrics(stage)
+    return next((name for name in KL if name in there), KL[-1])
+
+
+def has_frontier(study: Published, stage: str) -> bool:
+    return {REWARD, kl_of(study, stage)} <= study.metrics(stage) and bool(swept(study, stage))
+
+
+def frontiers(study: Published, stage: str) -> dict[Source, dict[int, list[Point]]]:
+    """Of every arm and control that has been swept."""
+    kl = kl_of(study, stage)
+    sources = swept(study, stage)
+    return {source: points(study, stage, source, value=REWARD, kl=kl) for source in sources}
+
+
 def matched(weights: Mapping[Source, float], found: Mapping[Source, Mapping[int, Sequence[Point]]]) -> Matched:
     """sum_a w_a f_a at matched KL, by seed.
 
@@ -117,13 +122,7 @@ def matched(weights: Mapping[Source, float], found: Mapping[Source, Mapping[int,
         for source in weights:
             there = found.get(source, {}).get(seed, [])
             kept = [point for point in there if not point.has_collapsed]
-            where = f"{source.text}, seed {seed}"
-            result.dropped += [
-                f"{where}, {point.label} (well-formed {point.well_formed:.3f})" for point in there if point.has_collapsed
-            ]
-            if _is_unordered(kept):
-                result.unordered.append(where)
-            lines[source] = _line(kept)
+            lines[source] = line(kept)
             if len(lines[source][0]) < 2:
                 lacking.append(f"{source.text} has {len(kept)} of {len(there)} points left")
         low = max((kl[0] for kl, _ in lines.values() if len(kl)), default=np.nan)
@@ -149,12 +148,31 @@ def mean_over(low: float, high: float, lines: Sequence[tuple[float, np.ndarray, 
     return float(np.sum((total[1:] + total[:-1]) / 2 * np.diff(knots)) / (high - low))
 
 
-def _line(kept: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
+def line(kept: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
     """KL, strictly rising, and the mean value at each."""
     kls = np.array([point.kl for point in kept], float)
     values = np.array([point.value for point in kept], float)
     knots, place, counts = np.unique(kls, return_inverse=True, return_counts=True)
     return knots, np.bincount(place, weights=values, minlength=len(knots)) / counts
+
+
+def remarks(found: Mapping[Source, Mapping[int, Sequence[Point]]]) -> tuple[str, str]:
+    """Which runs have collapsed, and which lines do not go further as the coefficient falls; empty where none."""
+    dropped: dict[str, list[str]] = {}
+    unordered: dict[str, list[str]] = {}
+    for source, by_seed in found.items():
+        for seed, there in by_seed.items():
+            for point in there:
+                if point.has_collapsed:
+                    share = f"{seed} ({point.well_formed:.3f})"
+                    dropped.setdefault(f"{source.text}, {point.label}", []).append(share)
+            if _is_unordered([point for point in there if not point.has_collapsed]):
+                unordered.setdefault(source.text, []).append(str(seed))
+    texts = (
+        "; ".join(f"{name}: seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" for name, seeds in of.items())
+        for of in (dropped, unordered)
+    )
+    return next(texts), next(texts)
 
 
 def _is_unordered(kept: Sequence[Point]) -> bool:

@@ -34,7 +34,7 @@ from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, did_you_mean, shown
 from discobeta.report import frontier, published
 from discobeta.report.effects import p_value
-from discobeta.report.measures import METRICS
+from discobeta.report.measures import MEASURES
 from discobeta.report.published import Published, Source
 from discobeta.report.render import Column, Panel, Row, Table, number
 from discobeta.report.statistics import detectable, equivalence_p, holm, mean_ci, sign_flip_p
@@ -98,6 +98,7 @@ class Hypothesis(_Mapping):
     stage: Literal[tuple(STAGES)]
     study: str | list[str]  # folder of the numbers, or those of its parts
     text: str
+    quantity: str = ""  # what is compared, in words, where the metric's own do not say it
     metric: str | None = None
     matched: MatchedKL | None = None
     contrast: Annotated[list[Term], Field(min_length=2)]
@@ -131,16 +132,16 @@ class Hypothesis(_Mapping):
         return [self.study] if isinstance(self.study, str) else self.study
 
     @property
-    def quantity(self) -> str:
-        """In words, e.g. `true reward at matched KL`."""
+    def words(self) -> str:
+        """What is compared, e.g. `True reward at matched KL`."""
         name = self.matched.value if self.matched else self.metric
-        words = METRICS[name].words if name in METRICS else name.replace("_", " ")
-        return f"{words} at matched KL" if self.matched else words
+        words = MEASURES[name].words if name in MEASURES else name.replace("_", " ")
+        return self.quantity or (f"{words} at matched KL" if self.matched else words)
 
     @property
     def decimals(self) -> int:
         name = self.matched.value if self.matched else self.metric
-        known = METRICS.get(name.rpartition("/")[2])
+        known = MEASURES.get(name) or MEASURES.get(name.rpartition("/")[2])
         return known.decimals if known else 3
 
 
@@ -227,15 +228,14 @@ class Differences:
 def differences(hypothesis: Hypothesis, study: Published) -> Differences:
     """The weighted sum of every seed, of one metric or at matched KL."""
     weights = {(term.source, term.metric or hypothesis.metric): term.weight for term in hypothesis.contrast}
-    seeds = study.settings.get("seeds") or study.seeds(hypothesis.stage)
     if hypothesis.matched:
-        return _at_matched_kl(hypothesis, study, seeds)
+        return _at_matched_kl(hypothesis, study)
     found = {cell: study.values(hypothesis.stage, *cell) for cell in weights}
     result = Differences()
     if absent := [_cell_text(*cell) for cell, values in found.items() if not values]:
         result.fault = f"{study.name} has no {', no '.join(absent)}"
         return result
-    for seed in sorted({*seeds, *(seed for values in found.values() for seed in values)}):
+    for seed in sorted({*study.seeds, *(seed for values in found.values() for seed in values)}):
         if absent := [_cell_text(*cell) for cell, values in found.items() if seed not in values]:
             result.missing[seed] = f"no {', no '.join(absent)}"
             continue
@@ -250,7 +250,7 @@ def _cell_text(source: Source, metric: str) -> str:
     return f"{metric} of {source.text}"
 
 
-def _at_matched_kl(hypothesis: Hypothesis, study: Published, seeds: list[int]) -> Differences:
+def _at_matched_kl(hypothesis: Hypothesis, study: Published) -> Differences:
     asked = hypothesis.matched
     weights = {term.source: term.weight for term in hypothesis.contrast}
     found = {
@@ -266,13 +266,14 @@ def _at_matched_kl(hypothesis: Hypothesis, study: Published, seeds: list[int]) -
     # a run that has not been made is no collapse: every seed should have the points that any seed has
     for source, points in found.items():
         labels = {point.label for of_seed in points.values() for point in of_seed}
-        for seed in seeds:
+        for seed in study.seeds:
             if lacking := sorted(labels - {point.label for point in points.get(seed, [])}):
                 result.missing.setdefault(seed, f"no {source.text}, {', '.join(lacking)}")
-    if compared.dropped:
-        result.remarks.append(f"dropped, of fewer than 90 % well-formed responses: {'; '.join(compared.dropped)}")
-    if compared.unordered:
-        result.remarks.append(f"KL does not fall along {asked.vary}: {'; '.join(compared.unordered)}")
+    dropped, unordered = frontier.remarks(found)
+    if dropped:
+        result.remarks.append(f"dropped, of fewer than 90 % well-formed responses (their share): {dropped}")
+    if unordered:
+        result.remarks.append(f"KL does not fall along {asked.vary}: {unordered}")
     return result
 
 
@@ -307,7 +308,7 @@ class Verdict:
             "stage": asked.stage,
             "study": " + ".join(asked.studies),
             "text": asked.text,
-            "quantity": asked.quantity,
+            "quantity": asked.words,
             "contrast": contrast_text(asked),
             "direction": asked.direction,
             "margin": math.nan if asked.margin is None else asked.margin,
@@ -334,15 +335,14 @@ def contrast_text(hypothesis: Hypothesis) -> str:
     for term in hypothesis.contrast:
         size = "" if abs(term.weight) == 1 else f"{abs(term.weight):g} "
         metric = f" ({term.metric})" if term.metric else ""
-        sign = "−" if term.weight < 0 else "+"
-        texts.append(f"{sign} {size}{term.source.text}{metric}")
-    return " ".join(texts).removeprefix("+ ").replace("− ", "−", 1) if texts[0][0] == "−" else " ".join(texts)[2:]
+        texts.append(f"{'−' if term.weight < 0 else '+'} {size}{term.source.text}{metric}")
+    return " ".join(texts).removeprefix("+ ")
 
 
 def from_folder(folder: Path) -> Callable[[Hypothesis], Published | str]:
     """What finds the study of a hypothesis among the published ones, or says why not."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: it should hold a folder with metrics.csv and config.yaml of each study")
+        raise UserError(f"{folder} is no folder; it should hold one with metrics.csv and config.yaml of each study")
 
     def find(hypothesis: Hypothesis) -> Published | str:
         if absent := published.missing(folder, hypothesis.studies):
@@ -458,15 +458,14 @@ def verdicts_table(registered: Registered, verdicts: list[Verdict], made_by: dic
         "correction is over the hypotheses of a stage, all that are registered; both kinds of error are at most "
         f"{alpha:g} in each.",
         f"Detectable: the least true difference that this number of seeds finds with probability {power:g} at "
-        f"{alpha:g} divided by the hypotheses of the stage, given the standard deviation of the differences seen; of an "
-        "equivalence the least margin that it shows where the truth is zero.",
+        f"{alpha:g} divided by the number of hypotheses of the stage, given the standard deviation of the differences "
+        "that were seen; of an equivalence the least margin that is shown where the truth is zero.",
         *(f"{row['id']}: undecidable: {row['why']}." for row in frame.to_dict("records") if row["why"]),
         *(f"{row['id']}: {row['remarks']}." for row in frame.to_dict("records") if row["remarks"]),
         f"Hypotheses {made_by['hypotheses']}.",
     ]
-    table = Table(frame.drop(columns="decimals"), [Panel("What was registered, and what came.", columns)], notes, made_by)
-    table.printed, table.group = frame, ["stage"]
-    return table
+    panels = [Panel("What was registered, and what came.", columns)]
+    return Table(frame.drop(columns="decimals"), panels, notes, made_by, ["stage"], printed=frame)
 
 
 def _estimate(row: Row) -> str:
@@ -490,5 +489,3 @@ def json_rows(registered: Registered, verdicts: list[Verdict]) -> list[dict[str,
         row = verdict.row(registered.alpha) | {"differences": {str(k): v for k, v in verdict.found.values.items()}}
         rows.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
     return rows
-
-

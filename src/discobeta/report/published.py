@@ -9,18 +9,20 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from discobeta.design.arms import BY_NAME, Arm
 from discobeta.design.config import default_of
 from discobeta.design.stages import STAGES
 from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, shown, telling
 from discobeta.files import check_regular
 
+TUNED, CHOSEN_BY, SWEPT = "tuned-beta", "calibration/nll", "pref_beta"
 COORDINATES = ["stage", "arm", "variant", "seed", "metric"]
 
 
@@ -41,6 +43,7 @@ class Published:
     """The numbers of one study, or of several parts of one.
 
     frame: long, `COORDINATES` and value. settings: the merged config. made_by: study, config digest and commit.
+    It has what `effects.effects_frame` asks a study for.
     """
 
     name: str
@@ -61,13 +64,20 @@ class Published:
         """Seed -> value, of the seeds that have one."""
         return self.by_cell.get((stage, source.arm, source.variant, metric), {})
 
-    def seeds(self, stage: str) -> list[int]:
-        """Those that any run of the stage is there of."""
-        return sorted({seed for (of, *_), cell in self.by_cell.items() if of == stage for seed in cell})
+    @property
+    def seeds(self) -> list[int]:
+        """Those of the config, whether their numbers are there or not."""
+        return list(self.settings.get("seeds") or sorted(set(self.frame["seed"])))
 
+    @property
     def stages(self) -> list[str]:
+        """Those with any number."""
         there = {cell[0] for cell in self.by_cell}
         return [stage for stage in STAGES if stage in there]
+
+    def arms_of(self, stage: str) -> list[Arm]:
+        """The arms of the grid with any number."""
+        return [Arm.from_name(source.arm) for source in self.sources(stage) if not source.variant]
 
     def sources(self, stage: str) -> list[Source]:
         """Arms and variants with any number, in the order of the file."""
@@ -76,12 +86,33 @@ class Published:
     def metrics(self, stage: str) -> set[str]:
         return {metric for of, _, _, metric in self.by_cell if of == stage}
 
+    def metrics_of(self, stage: str, source: Source) -> set[str]:
+        return {cell[3] for cell in self.by_cell if cell[:3] == (stage, source.arm, source.variant)}
+
+    @property
+    def made_by_line(self) -> str:
+        n = len(self.seeds)
+        of = f"Study {self.name}, {n} seed{'s' * (n != 1)}"
+        return f"{of}, config {self.made_by['config']}, commit {self.made_by['commit']}."
+
     def setting(self, stage: str, key: str, control: str = "") -> Any:
         """What the grid's own runs have of a run key, or those of a control."""
         common, section = (self.settings.get(name) or {} for name in ("common", stage))
         of_control = (self.settings.get("controls") or {}).get(control) or {}
         given = common | section | (of_control.get("settings") or {})
         return given[key] if key in given else default_of(key, stage)
+
+
+def label_of(source: Source, study: Published | None = None) -> str:
+    """E.g. `Disco, probit`; a control's own label, where its study gives one."""
+    label = BY_NAME[source.arm].label
+    label = label[0].upper() + label[1:]
+    if not source.variant:
+        return label
+    if source.variant.rpartition(",")[2] == TUNED:
+        return f"{label_of(Source(source.arm, source.variant.rpartition(',')[0]), study)}, β tuned"
+    control = ((study.settings.get("controls") or {}).get(source.variant) or {}) if study else {}
+    return f"{label}, {control.get('label') or source.variant}"
 
 
 def studies(folder: Path) -> list[str]:
@@ -116,7 +147,50 @@ def _read_one(folder: Path, name: str) -> Published:
     config = folder / name / "config.yaml"
     settings = read_yaml(config)
     digest = hashlib.sha256(config.read_bytes()).hexdigest()[:12]
-    return Published(name, frame, settings, {"study": name, "config": digest, "commit": _commit(folder / name)})
+    study = Published(name, frame, settings, {"study": name, "config": digest, "commit": _commit(folder / name)})
+    tuned = pd.DataFrame(tuned_rows(study), columns=[*COORDINATES, "value"])
+    return replace(study, frame=pd.concat([frame, tuned], ignore_index=True)) if len(tuned) else study
+
+
+def tuned_rows(study: Published) -> list[tuple[str, str, str, int, str, float]]:
+    """Of every arm and control that was swept, a variant `tuned-beta`: the run whose coefficient was chosen by seed.
+
+    Chosen is the coefficient with the lowest NLL on the calibration pairs, which no held-out number has to do with; a
+    seed that lacks any point of the sweep has none. Its numbers are that run's; `tuned/pref_beta` is what was chosen.
+    """
+    swept: dict[tuple[str, Source], dict[Source, float]] = {}
+    for stage in study.stages:
+        for run in study.sources(stage):
+            variant, setting = split_variant(run.variant, SWEPT)
+            if study.values(stage, run, CHOSEN_BY):
+                setting = study.setting(stage, SWEPT, variant) if setting is None else setting
+                swept.setdefault((stage, Source(run.arm, variant)), {})[run] = float(setting)
+    rows = []
+    for (stage, source), points in swept.items():
+        if len(points) < 2:
+            continue
+        nll = {run: study.values(stage, run, CHOSEN_BY) for run in points}
+        for seed in sorted(set.intersection(*map(set, nll.values()))):
+            chosen = min(points, key=lambda run, nll=nll, seed=seed, points=points: (nll[run][seed], points[run]))
+            place = (stage, source.arm, ",".join(filter(None, [source.variant, TUNED])), seed)
+            rows += [
+                (*place, metric, study.values(stage, chosen, metric)[seed])
+                for metric in sorted(study.metrics_of(stage, chosen))
+                if seed in study.values(stage, chosen, metric) and not metric.startswith("posthoc/")
+            ]
+            rows.append((*place, f"tuned/{SWEPT}", points[chosen]))
+    return rows
+
+
+def split_variant(variant: str, key: str) -> tuple[str, str | None]:
+    """The variant without its swept setting of `key`, and that setting; None if there is none.
+
+    `probit,pref_beta=0.35` is ("probit", "0.35"), and `probit` is ("probit", None): the section's own point.
+    """
+    parts = variant.split(",") if variant else []
+    rest = [part for part in parts if not part.startswith(f"{key}=")]
+    values = [part.partition("=")[2] for part in parts if part.startswith(f"{key}=")]
+    return ",".join(rest), values[0] if values else None
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
@@ -127,7 +201,7 @@ def read_metrics(path: Path) -> pd.DataFrame:
     frame = frame if "variant" in frame else frame.assign(variant="")
     for name in (*COORDINATES, "value"):
         if name not in frame:
-            raise UserError(f"{path} has no column {name!r}: it should be the metrics.csv that `discobeta tables` writes")
+            raise UserError(f"{path} has no column {name!r}: is it a metrics.csv that `discobeta tables` has written?")
     if not pd.api.types.is_numeric_dtype(frame["value"]):
         raise UserError(f"{path}: value should be numbers")
     frame = frame[[*COORDINATES, "value"]].dropna(subset="value")
