@@ -40,6 +40,12 @@ def test_equal_lines_that_are_measured_at_other_places_do_not_differ():
     assert of_one_seed(line(a), line(b)).differences[1] == pytest.approx(0, abs=1e-12)
 
 
+def test_what_rounding_leaves_of_equal_lines_is_no_difference():
+    """The line through 0.1 and 1.3 meets the points between its ends but for their last bits."""
+    ends, more = [(0.0, 0.1), (3.0, 1.3)], [(0.0, 0.1), (0.7, 0.1 + 0.7 * 0.4), (1.9, 0.1 + 1.9 * 0.4), (3.0, 1.3)]
+    assert of_one_seed(line(ends), line(more)).differences == {1: 0.0}
+
+
 @pytest.mark.parametrize("far", [100.0, -100.0])
 def test_nothing_beyond_the_common_range_is_used(far):
     """Points that are next to no part of the range may be anything."""

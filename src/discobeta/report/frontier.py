@@ -133,7 +133,10 @@ def matched(weights: Mapping[Source, float], found: Mapping[Source, Mapping[int,
             result.undecidable[seed] = f"no common range of KL (one begins at {low:.3g}, another ends at {high:.3g})"
         else:
             result.ranges[seed] = float(low), float(high)
-            result.differences[seed] = mean_over(low, high, [(w, *lines[source]) for source, w in weights.items()])
+            total = mean_over(low, high, [(weight, *lines[source]) for source, weight in weights.items()])
+            largest = max(float(np.abs(value).max()) for _, value in lines.values())
+            # what is left of the sum of equal numbers is no difference
+            result.differences[seed] = total if abs(total) > 1e-12 * largest else 0.0
     return result
 
 

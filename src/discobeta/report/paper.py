@@ -186,7 +186,12 @@ def sweep_table(study: Published, stage: str) -> Table:
             if Source(run.arm, variant) != source:
                 continue
             setting = float(study.setting(stage, "pref_beta", variant) if setting is None else setting)
-            record = {"arm": source.arm, "variant": source.variant, "label": label_of(source, study), "beta": setting}
+            record = {
+                "arm": source.arm,
+                "variant": source.variant,
+                "label": label_of(source, study),
+                "pref_beta": setting,
+            }
             for name in names:
                 values = list(study.values(stage, run, name).values())
                 record[name], record[f"{name}_ci95"] = mean_ci(values)
@@ -194,10 +199,10 @@ def sweep_table(study: Published, stage: str) -> Table:
             record |= {"n_seeds": max(record[f"{name}_n"] for name in names), "n_expected": len(study.seeds)}
             records.append(record)
     order = {source.text: place for place, source in enumerate(frontier.swept(study, stage))}
-    records.sort(key=lambda row: (order[Source(row["arm"], row["variant"]).text], row["beta"]))
+    records.sort(key=lambda row: (order[Source(row["arm"], row["variant"]).text], row["pref_beta"]))
     columns = [
         Column("Arm", lambda row: row["label"], is_number=False),
-        Column("β", lambda row: f"{row['beta']:g}"),
+        Column("β", lambda row: f"{row['pref_beta']:g}"),
         Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
         *(Column(MEASURES[name].header, lambda row, name=name: _estimate(row, name)) for name in names),
     ]
@@ -348,7 +353,7 @@ def _macros(
                     if name in row:
                         yield from of_row([*filter(None, who), name], row, name, MEASURES[name].decimals)
             for row in _rows(tables, f"{_file(study)}-{stage}-sweep"):
-                who = [study.name, stage, BY_NAME[row["arm"]].label, row["variant"], f"beta={row['beta']:g}"]
+                who = [study.name, stage, BY_NAME[row["arm"]].label, row["variant"], f"beta={row['pref_beta']:g}"]
                 for name in MEASURES:
                     if name in row:
                         yield from of_row([*filter(None, who), name], row, name, MEASURES[name].decimals)
