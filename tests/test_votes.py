@@ -290,6 +290,13 @@ def test_the_measures_of_five_pairs_by_hand():
     )  # fmt: skip
 
 
+def test_two_of_three_disagree_more_than_five_of_eight_because_they_are_fewer():
+    """Variances of a vote, 1/3 and 15/56; of the shares as they stand they would be 2/9 and 15/64, the other way."""
+    votes = {"votes_chosen": [2, 5, 4], "votes_rejected": [1, 3, 0], "votes_tie": 0}
+    examples = pd.DataFrame(votes | {"mean_margin": 1.0, "variance_sum": [3.0, 2.0, 1.0]})
+    assert vote_metrics(examples)["sigma_spearman"] == pytest.approx(1)
+
+
 def test_it_does_not_matter_which_response_of_a_pair_comes_first():
     before = pairs_of()
     after = before.assign(

@@ -27,19 +27,8 @@ import math
 import re
 from typing import Any
 
-from discobeta.data.examples import (
-    THOUGHTS,
-    Example,
-    Kind,
-    Message,
-    Prompt,
-    Reason,
-    Response,
-    Unusable,
-    Votes,
-    texts_of,
-)
 from discobeta.data import votes
+from discobeta.data.examples import THOUGHTS, Example, Kind, Message, Prompt, Reason, Response, Unusable, texts_of
 from discobeta.data.layouts import MEDIA, Layout, is_given
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.errors import shown
@@ -365,7 +354,7 @@ def _check_encodable(texts: list[str]) -> None:
         raise Unusable(Reason.NOT_UTF8) from None
 
 
-def _votes(row: dict[str, Any], layout: Layout, kind: Kind) -> Votes | None:
+def _votes(row: dict[str, Any], layout: Layout, kind: Kind) -> votes.Votes | None:
     if kind != "pairs":
         return None
     if layout.judged:

@@ -8,7 +8,8 @@ All measures of the shares stay the same if the two responses of a pair change p
 votes: therefore they are unbiased for what people at large would say, with few votes a pair too. Only the entropy is
 not: of n votes it is too small, by about 1/(2n) nats where people do disagree (Miller 1955), and the divergence from
 the shares too large by as much, in every run alike. Smoothing q would trade this for a prior; differences between
-runs need neither.
+runs need neither. Pairs without a majority have no chosen response and are not here, so that the deepest doubts are
+missing.
 """
 
 from __future__ import annotations
