@@ -26,8 +26,9 @@ SEEDS = range(1, 7)
 
 
 def write_world(folder):
-    """rm: .05 and .03, a control, a post-hoc fit; dpo: sweeps of four arms with a regret."""
-    rows = cell("rm", BASELINE, "excess_kl", [0.05] * 6) + cell("rm", DISCO, "excess_kl", [0.03] * 6)
+    """rm: .05 and .03, an idle arm, a control, a post-hoc fit; dpo: sweeps of four arms with a regret."""
+    rows = cell("rm", "disco-idle_beta-absent", "excess_kl", [0.05] * 6)
+    rows += cell("rm", BASELINE, "excess_kl", [0.05] * 6) + cell("rm", DISCO, "excess_kl", [0.03] * 6)
     rows += cell("rm", BASELINE, "excess_kl", [0.04, 0.06] * 3, variant="learned-scale")
     rows += cell("rm", BASELINE, "posthoc/topic_scale/excess_kl", [0.02] * 6)
     for arm, more in ((BASELINE, 0.0), (DISCO, 0.1), (LEDPO, 0.0), (BOTH, 0.3)):

@@ -66,37 +66,9 @@ PANELS = {
 METRICS = {metric.name: metric for metrics in PANELS.values() for metric in metrics}
 
 FURTHER = [
-    Metric("best_of_4/true_reward", "Best of 4:\ntrue reward", 3, "↑"),
-    Metric("best_of_16/true_reward", "Best of 16:\ntrue reward", 3, "↑"),
-    Metric("within_prompt_spearman", "ρ within\na prompt", 3, "↑"),
-    Metric("score_spread_ratio", "Spread of scores,\nnoise .2 / 1.6", 2),
-    Metric("kl_rao_blackwell", "KL to reference\n(Rao-Blackwell)", 3),
-    Metric("regret", "Regret to\nthe oracle", 3, "↓"),
-    Metric("question_share", "Share\nof ?", 3),
-    Metric("question_kl", "KL spent\non ?", 3),
-    Metric("calibration/nll", "NLL on\ncalibration pairs", 4, "↓"),
     Metric("tuned/pref_beta", "β chosen on\ncalibration pairs", 2),
     Metric("cost/seconds", "Seconds\nper run", 1, "↓"),
 ]
 """Printed of published studies beside METRICS."""
 
-MEASURES = METRICS | {metric.name: metric for metric in FURTHER if metric.name not in METRICS}
-
-LANDMARKS = {
-    "bayes_accuracy": "Bayes limit of the accuracy",
-    "oracle_nll": "NLL of the oracle",
-    "votes/entropy": "mean entropy of the votes on a pair",
-    "votes/unanimous": "share of the pairs with several votes that are unanimous",
-    "reference_true_reward": "true reward of the reference's own responses",
-}
-"""Properties of the held-out rows and of the reference, the same in every arm."""
-
-PREDICTED = ("probability", "mean_margin")
-GAINED = ("true_reward", "reference_true_reward", "noise")
-"""What figures draw of examples.parquet: of pairs, and of the world's prompts."""
-
-DRAWN = ("loss", "accuracy", "eval_loss", "eval_accuracy", "reward", "kl_per_sequence", "response_length")
-"""What figures draw of log.jsonl."""
-
-TESTED = ("nll", "true_reward")
-"""What the hypotheses of docs/predictions.md are about: only these are tested, and corrected for."""
+MEASURES = METRICS | {metric.name: metric for metric in FURTHER}

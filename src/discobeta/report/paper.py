@@ -137,7 +137,7 @@ def numbers_table(study: Published, stage: str) -> Table:
     """Mean ± CI over seeds of what was measured, of every arm and control at the study's own settings."""
     rows = printed_rows(study, stage)
     there = {metric for row in rows for metric in study.metrics_of(stage, row.source)}
-    names = [name for name in MEASURES if name in there]
+    names = [name for name in MEASURES if name in there and not name.startswith(("posthoc/", "calibration/"))]
     records = []
     for row in rows:
         record: dict[str, Any] = {"arm": row.source.arm, "variant": row.source.variant, "posthoc": row.posthoc}
@@ -177,8 +177,8 @@ def _estimate(row: Row, name: str) -> str:
 
 def sweep_table(study: Published, stage: str) -> Table:
     """Every point of a sweep: mean ± CI over seeds."""
-    names = [*(name for name in (kl_of(study, stage), REWARD, "regret", "well_formed", "excess_kl"))]
-    names = [name for name in dict.fromkeys(names) if name in study.metrics(stage)]
+    names = [kl_of(study, stage), REWARD, "regret", "well_formed", "excess_kl"]
+    names = [name for name in names if name in study.metrics(stage) and name in MEASURES]
     records = []
     for source in frontier.swept(study, stage):
         for run in study.sources(stage):
