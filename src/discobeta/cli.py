@@ -388,14 +388,14 @@ def verdicts(arguments: argparse.Namespace) -> None:
     from discobeta.report import error_rates, hypotheses
 
     registered = hypotheses.read(arguments.hypotheses)
+    made_by = {"hypotheses": hypotheses.digest(arguments.hypotheses)}
     if arguments.simulate is not None:
         if arguments.simulate < 1:
             raise UserError(f"--simulate {arguments.simulate} should be at least 1")
-        name, table = "error-rates", error_rates.error_rates(registered, arguments.simulate)
+        name, table = "error-rates", error_rates.error_rates(registered, arguments.simulate, made_by)
         rows = table.frame.to_dict("records")
     else:
         found = hypotheses.judge(registered, hypotheses.from_folder(arguments.results))
-        made_by = {"hypotheses": hypotheses.digest(arguments.hypotheses)}
         name, table = "verdicts", hypotheses.verdicts_table(registered, found, made_by)
         rows = hypotheses.json_rows(registered, found)
     print(json.dumps(rows, indent=1, ensure_ascii=False) if arguments.json else table.markdown(), end="")

@@ -111,8 +111,10 @@ def simulate(registered: Registered, times: int, n_seeds: int, noise: Noise) -> 
     return pd.DataFrame([{"id": name, "stage": stage} | facts | of for (name, stage), of in counts.items()])
 
 
-def error_rates(registered: Registered, times: int, seeds: tuple[int, ...] = (12, 16)) -> Table:
-    """The rates with all noises, as a table."""
+def error_rates(
+    registered: Registered, times: int, made_by: dict[str, str], seeds: tuple[int, ...] = (12, 16)
+) -> Table:
+    """The rates with all noises, as a table. made_by: the digest of the file of hypotheses."""
     frames = [simulate(registered, times, n, noise).assign(noise=name) for name, noise in NOISES.items() for n in seeds]
     frame = pd.concat(frames, ignore_index=True)
     titles = {"below_alpha": "p ≤ alpha", "supported": "supported", "contradicted": "contradicted"}
@@ -127,8 +129,9 @@ def error_rates(registered: Registered, times: int, seeds: tuple[int, ...] = (12
         "its standard error. p ≤ alpha: the test alone; supported (or equivalent) and contradicted: the verdict, after "
         f"Holm's correction; any: of a stage, which should be {registered.alpha:g} at most. Noise: of the numbers of a "
         "run over seeds; with the skewed one differences are not symmetric, which the tests assume.",
+        f"Hypotheses {made_by['hypotheses']}.",
     ]
-    return Table(frame, [Panel("How often the pipeline errs.", columns)], notes, {}, ["noise", "seeds"])
+    return Table(frame, [Panel("How often the pipeline errs.", columns)], notes, made_by, ["noise", "seeds"])
 
 
 def rate(count: int, of: int) -> str:

@@ -72,3 +72,22 @@ FURTHER = [
 """Printed of published studies beside METRICS."""
 
 MEASURES = METRICS | {metric.name: metric for metric in FURTHER}
+
+LANDMARKS = {
+    "bayes_accuracy": "Bayes limit of the accuracy",
+    "oracle_nll": "NLL of the oracle",
+    "votes/entropy": "mean entropy of the votes on a pair",
+    "votes/unanimous": "share of the pairs with several votes that are unanimous",
+    "reference_true_reward": "true reward of the reference's own responses",
+}
+"""Properties of the held-out rows and of the reference, the same in every arm."""
+
+PREDICTED = ("probability", "mean_margin")
+GAINED = ("true_reward", "reference_true_reward", "noise")
+"""What figures draw of examples.parquet: of pairs, and of the world's prompts."""
+
+DRAWN = ("loss", "accuracy", "eval_loss", "eval_accuracy", "reward", "kl_per_sequence", "response_length")
+"""What figures draw of log.jsonl."""
+
+TESTED = ("nll", "true_reward")
+"""What the hypotheses of docs/predictions.md are about: only these are tested, and corrected for."""
