@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import yaml
 from published_study import BASELINE, DISCO, sweep, write_study
 
 from discobeta.errors import UserError
@@ -174,6 +175,16 @@ def test_parts_of_a_study_are_put_together_unless_they_hold_the_same_run(tmp_pat
     assert study.values("rm", Source(BASELINE), "nll") == {1: 0.1, 2: 0.2, 3: 0.3} and study.seeds == [1, 2, 3]
     with pytest.raises(UserError, match=f"a and c both hold rm, {BASELINE}, 2, nll"):
         published.read(tmp_path, ["a", "c"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"), [({"seeds": 3}, "seeds: 3 should be a list"), ({"dpo": [1]}, "dpo should hold `key: value`")]
+)
+def test_a_config_of_another_form_is_refused_in_a_line(settings, says, tmp_path):
+    place = write_study(tmp_path, "x", [("rm", BASELINE, "", 1, "nll", 0.5)], [1])
+    (place / "config.yaml").write_text(yaml.safe_dump({"study": "x", **settings}))
+    with pytest.raises(UserError, match=says):
+        published.read(tmp_path, "x")
 
 
 @pytest.mark.parametrize(

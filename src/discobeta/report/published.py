@@ -146,6 +146,12 @@ def _read_one(folder: Path, name: str) -> Published:
     frame = read_metrics(folder / name / "metrics.csv")
     config = folder / name / "config.yaml"
     settings = read_yaml(config)
+    seeds = settings.get("seeds", [])
+    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+        raise UserError(f"{config}: seeds: {shown(seeds)} should be a list of whole numbers")
+    for key in ("common", "controls", *STAGES):
+        if not isinstance(settings.get(key) or {}, dict):
+            raise UserError(f"{config}: {key} should hold `key: value` lines, not {shown(settings[key])}")
     digest = hashlib.sha256(config.read_bytes()).hexdigest()[:12]
     study = Published(name, frame, settings, {"study": name, "config": digest, "commit": _commit(folder / name)})
     tuned = pd.DataFrame(tuned_rows(study), columns=[*COORDINATES, "value"])
