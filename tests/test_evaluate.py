@@ -23,8 +23,8 @@ TRUTH = {"topic", "noise", "familiarity"}  # of the rows that conftest makes
 
 
 def test_all_columns_of_all_stages_are_names_that_a_truth_may_not_have(run, monkeypatch):
-    monkeypatch.setattr("discobeta.inputs.world.true_reward", lambda prompt, response: 1.0)
-    monkeypatch.setattr("discobeta.inputs.world.well_formed", lambda prompt, response: True)
+    monkeypatch.setattr("discobeta.inputs.world.World.true_reward", lambda world, prompt, response: 1.0)
+    monkeypatch.setattr("discobeta.inputs.world.World.well_formed", lambda world, prompt, response: True)
     sampling = {"num_eval_generations": 3, "max_new_tokens": 4, "ground_truth": "world"}
     directories = [run("rm", name="rm", **USED), run("dpo", name="dpo", **USED, **sampling)]
     chain = {"reward_model": str(directories[0]), "beta_head": str(directories[1])}

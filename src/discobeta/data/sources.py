@@ -76,7 +76,7 @@ class Source:
 def read_examples(names: str, config: RunConfig, *, split: str, kind: Kind) -> tuple[list[Example], RowReport]:
     """All usable examples of the comma-separated datasets, in order, and the account of their rows.
 
-    split: of hub datasets whose entry names none (config.split or config.eval_split).
+    split: of hub datasets whose entry names none (config.split; of rows that are not trained on, config.eval_split).
     Raises UserError for a dataset that is not there, cannot be read or has no known format, that
     has no usable row at all, and when more than config.max_unusable_rows of all rows are unusable.
     """
@@ -129,10 +129,15 @@ def resolve(names: str | None, config: RunConfig, split: str) -> list[Source]:
     return [_resolve(word, entries, config, split) for word in words]
 
 
+def named(config: RunConfig) -> dict[str, tuple[str, str]]:
+    """Run key -> (names, split of a hub dataset whose entry names none), of all rows of the run."""
+    splits = {"dataset": config.split, "eval_dataset": config.eval_split, "calibration_dataset": config.eval_split}
+    return {key: (names, split) for key, split in splits.items() if (names := getattr(config, key))}
+
+
 def contents_hash(config: RunConfig) -> str:
-    """sha256 over what the run's training and held-out rows come from: contents of files, addresses on the hub."""
-    named = ((config.dataset, config.split), (config.eval_dataset, config.eval_split))
-    sources = [source.identity() for names, split in named if names for source in resolve(names, config, split)]
+    """sha256 over what all rows of the run come from: contents of files, addresses on the hub."""
+    sources = [source.identity() for names, split in named(config).values() for source in resolve(names, config, split)]
     contents = [{key: value for key, value in source.items() if key != "name"} for source in sources]
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
