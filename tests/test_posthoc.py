@@ -170,8 +170,9 @@ def test_no_step_is_the_probit_of_the_temperature(monkeypatch):
     assert found["sigma"]["nll"] == pytest.approx(-np.log(p).mean(), rel=1e-6)
 
 
-def test_sigma_is_of_the_difference_from_the_mean_state():
+def test_sigma_is_of_the_difference_from_the_mean_state(monkeypatch):
     """The level of all states is nothing that the net can read, up to rounding: of states near 100, 4e-6 of 1."""
+    monkeypatch.setattr(posthoc, "STEPS", 60)
     random = np.random.default_rng(9)
     pairs = world_of_pairs(300, random, 0.9)
     moved = Margins(pairs.margin, pairs.states + 100, None, pairs.oracle, pairs.sigma)
@@ -179,7 +180,8 @@ def test_sigma_is_of_the_difference_from_the_mean_state():
     assert found["steps"] > 0 and of_moved["nll"] == pytest.approx(found["nll"], rel=1e-3)
 
 
-def test_a_fit_is_a_function_of_pairs_and_seed_and_leaves_the_global_stream_alone():
+def test_a_fit_is_a_function_of_pairs_and_seed_and_leaves_the_global_stream_alone(monkeypatch):
+    monkeypatch.setattr(posthoc, "STEPS", 60)
     random = np.random.default_rng(10)
     pairs = world_of_pairs(300, random, 0.9)
     torch.manual_seed(1)
