@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -149,25 +150,26 @@ def test_a_planted_sigma_is_found():
     assert found["sigma"]["steps"] > 0
 
 
-def test_where_nothing_but_the_scale_is_to_be_found_sigma_finds_little_else():
-    """The truth is a probit, so that sigma0 for all, which no step is, has next to no divergence."""
-    random = np.random.default_rng(7)
-    calibration, held_out = world_of_pairs(2_400, random, 0.0), world_of_pairs(1_600, random, 0.0)
+def test_where_there_is_no_variance_to_be_found_few_pairs_invent_none():
+    """Trained to the end on 400 pairs, net makes a divergence of .09 to .30 out of labels' noise (three draws)."""
+    random = np.random.default_rng(9)
+    calibration, held_out = world_of_pairs(400, random, 0.0), world_of_pairs(1_600, random, 0.0)
     found = measure(held_out, calibration, seed=2)
-    assert found["sigma"]["excess_kl"] < 0.004
+    assert found["sigma"]["excess_kl"] < 0.02
     assert "sigma_spearman" not in found["sigma"]  # the true one is constant
 
 
-def test_no_step_is_the_probit_of_the_temperature(monkeypatch):
-    """P = Phi(a m / sqrt(8/pi)) where sigma is 2/sqrt(pi) for both."""
+def test_without_a_step_all_responses_have_sigma0_and_the_likeliest_scale(monkeypatch):
+    """Of margins +-b, of which 3/4 are positive, Phi(c b / sqrt(8/pi)) = 3/4, as sigma0 is 2/sqrt(pi)."""
     monkeypatch.setattr(posthoc, "STEPS", 0)
-    random = np.random.default_rng(8)
-    pairs = world_of_pairs(200, random, 0.5)
-    found = measure(pairs, pairs, seed=1)
-    assert found["sigma"]["steps"] == 0 and found["sigma"]["sd_log_sigma"] == 0
-    assert found["sigma"]["scale"] == pytest.approx(found["temperature"]["scale"])
-    p = erf_cdf(found["temperature"]["scale"] * pairs.margin / math.sqrt(8 / math.pi))
-    assert found["sigma"]["nll"] == pytest.approx(-np.log(p).mean(), rel=1e-6)
+    margin = np.array([0.2, 0.2, 0.2, -0.2] * 5)
+    pairs = Margins(margin, torch.randn(20, 2, 3), None, np.where(margin > 0, 0.75, 0.25))
+    found = measure(pairs, pairs, seed=1)["sigma"]
+    assert found["steps"] == 0 and found["sd_log_sigma"] == 0
+    c = NormalDist().inv_cdf(0.75) * math.sqrt(8 / math.pi) / 0.2
+    assert found["scale"] == pytest.approx(c, rel=1e-6)  # it is kept as a float32
+    assert found["nll"] == pytest.approx(-(3 * math.log(0.75) + math.log(0.25)) / 4, rel=1e-6)
+    assert found["excess_kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_sigma_is_of_the_difference_from_the_mean_state(monkeypatch):
@@ -233,11 +235,13 @@ def test_a_baseline_has_them_and_a_second_evaluation_the_same_bytes(run, quick, 
     assert found["posthoc"]["temperature"]["nll"] == pytest.approx(nll.mean())
 
 
-def test_calibration_metrics_are_those_of_the_calibration_pairs(run, quick, known_pairs):
-    """With the held-out file as that of calibration they are the held-out ones, to the last bit."""
-    found = evaluate(run("rm", **known_pairs | {"calibration_dataset": known_pairs["eval_dataset"]}))
-    assert found["calibration"] == {name: found[name] for name in ("accuracy", "nll", "excess_kl")}
-    assert "posthoc" not in found  # 12 pairs are too few
+def test_calibration_metrics_are_what_a_run_that_held_these_pairs_out_has(run, known_pairs):
+    """To the last bit; and of 12 calibration pairs there are no fits."""
+    swapped = {"eval_dataset": known_pairs["calibration_dataset"], "calibration_dataset": known_pairs["eval_dataset"]}
+    found = {name: evaluate(run("rm", name=name, **data)) for name, data in (("a", known_pairs), ("b", swapped))}
+    for one, other in ("ab", "ba"):
+        assert found[one]["calibration"] == {name: found[other][name] for name in ("accuracy", "nll", "excess_kl")}
+    assert "posthoc" in found["a"] and "posthoc" not in found["b"]
 
 
 def test_without_calibration_pairs_a_run_has_neither_and_all_else_is_the_same(run, quick, known_pairs):

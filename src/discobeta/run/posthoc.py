@@ -14,7 +14,7 @@ held-out pairs. Everything is computed on the CPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from discobeta import metrics, seeds
 from discobeta.errors import say
 from discobeta.losses import probit_loss
-from discobeta.method.heads import DiscoHead
+from discobeta.method.heads import SIGMA0, DiscoHead
 from discobeta.method.signals import variance_sum
 
 LARGEST = 1000.0
@@ -73,7 +73,7 @@ def measure(held_out: Margins, calibration: Margins, seed: int) -> dict[str, dic
         scales = topic_scales(calibration.margin, calibration.topic, otherwise=a)
         of_pair = np.array([scales.get(topic, a) for topic in held_out.topic])
         found["topic_scale"] = _scores(logistic_nll(of_pair * held_out.margin), held_out) | {"scale": scales}
-    head, log_c, steps = fit_sigma(calibration.margin, calibration.states, start=a, seed=seed)
+    head, log_c, steps = fit_sigma(calibration.margin, calibration.states, seed)
     with torch.no_grad():
         nll = probit_nll(head, log_c, _float32(held_out.margin), held_out.states).double().numpy()
         log_sigma = _log_sigma(head, held_out.states).double().numpy()
@@ -101,17 +101,28 @@ def logistic_nll(margin: np.ndarray) -> np.ndarray:
     return np.logaddexp(0, -margin)
 
 
-def likeliest_scale(margin: np.ndarray) -> float:
-    """argmin over a in [1/LARGEST, LARGEST] of sum -log sigmoid(a m), from (N,) margins; 1 if all of them are 0.
+def logistic_slope(z: np.ndarray) -> np.ndarray:
+    """(N,) -d/dz -log sigmoid(z) = sigmoid(-z)."""
+    return np.exp(-np.logaddexp(0, z))
 
-    The sum is convex in a; where its derivative, -sum m sigmoid(-a m), changes its sign is halved in until no float64
-    is between.
+
+def probit_slope(z: np.ndarray) -> np.ndarray:
+    """(N,) -d/dz -log Phi(z) = phi(z) / Phi(z)."""
+    log_density = -(z**2) / 2 - math.log(2 * math.pi) / 2
+    return np.exp(log_density - torch.special.log_ndtr(torch.from_numpy(z)).numpy())
+
+
+def likeliest_scale(margin: np.ndarray, slope: Callable[[np.ndarray], np.ndarray] = logistic_slope) -> float:
+    """argmin over a in [1/LARGEST, LARGEST] of sum L(a m), from (N,) margins; 1 if all of them are 0.
+
+    slope: -L'. The sum is convex in a, and its derivative -sum m slope(a m); the interval in which that changes its
+    sign is halved until no float64 is between its ends.
     """
     if not margin.any():
         return 1.0
 
     def rises(a: float) -> bool:
-        return (margin * np.exp(-np.logaddexp(0, a * margin))).sum() < 0  # 0 is all that float64 has left of a fall
+        return (margin * slope(a * margin)).sum() < 0  # 0 is all that float64 has left of a fall
 
     low, high = 1 / LARGEST, LARGEST
     if rises(low) or not rises(high):
@@ -144,14 +155,15 @@ def topic_scales(margin: np.ndarray, topic: np.ndarray, otherwise: float) -> dic
 # --- sigma
 
 
-def fit_sigma(margin: np.ndarray, states: Tensor, *, start: float, seed: int) -> tuple[DiscoHead, float, int]:
+def fit_sigma(margin: np.ndarray, states: Tensor, seed: int) -> tuple[DiscoHead, float, int]:
     """The head whose net is fitted, log c, and the number of steps that were taken.
 
-    margin: (N,); states: (N, 2, hidden_size), whose mean over both responses of all pairs is the head's; start: c at
-    step 0, where sigma = sigma0 for every response. AdamW (STEPS, BATCH, RATE, DECAY) on mean -log P. A step count is
-    chosen by FOLDS-fold cross-validation, and the head trained so long on all N pairs. It depends on its arguments
-    alone.
+    margin: (N,); states: (N, 2, hidden_size), whose mean over both responses of all pairs is the head's. At step 0
+    sigma = sigma0 for every response, and c is the likeliest. Then AdamW (STEPS, BATCH, RATE, DECAY) on mean -log P. A
+    step count is chosen by FOLDS-fold cross-validation, and the head trained so long on all N pairs. It depends on its
+    arguments alone.
     """
+    start = likeliest_scale(margin / math.hypot(SIGMA0, SIGMA0), probit_slope)
     margin, order = _float32(margin), torch.randperm(len(margin), generator=seeds.generator(seed, *PURPOSE, "folds"))
     folds = [order[k::FOLDS] for k in range(FOLDS)]
     left_out = np.zeros(STEPS // EVERY + 1)
