@@ -22,15 +22,9 @@ USED = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_
 TRUTH = {"topic", "noise", "familiarity"}  # of the rows that conftest makes
 
 
-<<<<<<< HEAD
-def test_all_columns_of_all_stages_are_names_that_a_truth_may_not_have(run, monkeypatch):
+def test_all_columns_of_all_stages_are_names_that_a_truth_may_not_have(run, monkeypatch, tmp_path):
     monkeypatch.setattr("discobeta.inputs.world.World.true_reward", lambda world, prompt, response: 1.0)
     monkeypatch.setattr("discobeta.inputs.world.World.well_formed", lambda world, prompt, response: True)
-=======
-def test_all_columns_of_all_stages_are_names_that_a_truth_may_not_have(run, monkeypatch, tmp_path):
-    monkeypatch.setattr("discobeta.inputs.world.true_reward", lambda prompt, response: 1.0)
-    monkeypatch.setattr("discobeta.inputs.world.well_formed", lambda prompt, response: True)
->>>>>>> main
     sampling = {"num_eval_generations": 3, "max_new_tokens": 4, "ground_truth": "world"}
     voted = [row | {"annotators": {"chosen": 2, "rejected": 1}} for row in preference_rows(12, 2)]
     with_votes = str(write_rows(tmp_path / "votes.jsonl", voted))
