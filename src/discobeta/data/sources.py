@@ -22,7 +22,7 @@ from discobeta.data.formats import read_example
 from discobeta.data.layouts import COLUMNS, TAGS, find_layout
 from discobeta.data.local_files import Row, beginning, cells, file_rows
 from discobeta.data.row_report import RowReport
-from discobeta.design.config import RunConfig
+from discobeta.design.config import RunConfig, read_by
 from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, did_you_mean, shorten, shown, telling
 from discobeta.files import check_regular, read_json, sha256
@@ -130,9 +130,10 @@ def resolve(names: str | None, config: RunConfig, split: str) -> list[Source]:
 
 
 def named(config: RunConfig) -> dict[str, tuple[str, str]]:
-    """Run key -> (names, split of a hub dataset whose entry names none), of all rows of the run."""
+    """Run key -> (names, split of a hub dataset whose entry names none), of all rows that the run's stage reads."""
     splits = {"dataset": config.split, "eval_dataset": config.eval_split, "calibration_dataset": config.eval_split}
-    return {key: (names, split) for key, split in splits.items() if (names := getattr(config, key))}
+    there = {key: split for key, split in splits.items() if config.stage in read_by(key)}
+    return {key: (names, split) for key, split in there.items() if (names := getattr(config, key))}
 
 
 def contents_hash(config: RunConfig) -> str:

@@ -17,7 +17,7 @@ from discobeta.data.examples import Kind
 from discobeta.data.formats import KINDS
 from discobeta.data.row_report import RowReport
 from discobeta.data.rows import FACTS, Ragged, Rows, TokenisedData, fingerprints, hold_out, offsets_of
-from discobeta.data.sources import read_examples, resolve
+from discobeta.data.sources import named, read_examples, resolve
 from discobeta.data.templates import TODAY
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError, telling
@@ -52,10 +52,9 @@ def tokenise(config: RunConfig, tokenizer: Any, kind: Kind | None = None) -> Tok
         both = [np.unique(fingerprints([rows.prompt_ids])) for rows in (train, held_out)]
         report["shared_prompts"] = len(np.intersect1d(*both))
     calibration = None
-    if config.calibration_dataset:
-        calibration, account = _read_rows(
-            config.calibration_dataset, config, tokenizer, split=config.eval_split, kind=kind
-        )
+    if "calibration_dataset" in (sources := named(config)):
+        names, split = sources["calibration_dataset"]
+        calibration, account = _read_rows(names, config, tokenizer, split=split, kind=kind)
         others = [rows.fingerprints() for rows in (train, held_out) if rows is not None]
         report["calibration"] = account.as_dict()
         report["shared_calibration"] = len(np.intersect1d(calibration.fingerprints(), np.concatenate(others)))
@@ -126,9 +125,9 @@ def made_from(config: RunConfig, tokenizer: Any, kind: Kind) -> dict[str, Any]:
         recipe["eval_dataset"] = [
             source.identity() for source in resolve(config.eval_dataset, config, config.eval_split)
         ] if config.eval_dataset else []  # fmt: skip
-        if config.calibration_dataset:
-            calibration = resolve(config.calibration_dataset, config, config.eval_split)
-            recipe["calibration_dataset"] = [source.identity() for source in calibration]
+        if "calibration_dataset" in (sources := named(config)):
+            names, split = sources["calibration_dataset"]
+            recipe["calibration_dataset"] = [source.identity() for source in resolve(names, config, split)]
     return recipe
 
 

@@ -308,7 +308,9 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
         if self.val_size >= 1 and self.val_size != int(self.val_size):
             raise UserError(f"val_size: {self.val_size}: a share below 1, or a whole number of rows")
         if self.ground_truth not in ("none", "world") and not self.ground_truth.endswith("world.json"):
-            raise UserError(f"ground_truth: {shown(self.ground_truth)} should be none, world or a path to a world.json")
+            raise UserError(
+                f"ground_truth: {shown(self.ground_truth)} is neither none nor world nor a path to a world.json"
+            )
         if self.adapter_name_or_path and self.finetuning_type == "full":
             raise UserError("adapter_name_or_path needs finetuning_type: lora")
         if not is_base and not self.model_name_or_path:

@@ -351,7 +351,7 @@ def _first_fault(error: ValidationError, settings: Any) -> str:
         return f"{place}: {fault['ctx']['error']}"
     if kind == "too_long":
         return f"{place}: {len(value):,} of them; a study has at most {MOST_SEEDS:,}"
-    if kind == "less_than_equal":
+    if kind == "less_than_equal" and fault["ctx"]["le"] == LARGEST:
         return f"{place}: {shown(value)} should be at most {LARGEST}"
     return f"{place}: {shown(value)} should be {in_words(_schema_at(where))}"
 

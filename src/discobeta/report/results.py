@@ -18,7 +18,6 @@ from typing import Any
 import pandas as pd
 
 from discobeta import files, identity, record
-from discobeta.data.rows import FACTS
 from discobeta.data.sources import contents_hash
 from discobeta.design.config import RunConfig
 from discobeta.design.study import Run, Study
@@ -162,11 +161,12 @@ class Results:
             if folder.exists():
                 try:
                     keys = files.read_sealed(folder / "tokens.json")["keys"]
-                    now = {fact: keys.get(part) for part, fact in FACTS.items()} | {"data": keys["train"]}
+                    others = {"held_out": keys.get("eval"), "calibration": keys.get("calibration")}
+                    now = {"data": keys["train"], **others}
                 except (UserError, KeyError, TypeError, AttributeError):
                     self._refuse(runs, f"stale (there are no rows in {folder})")
                     continue
-            for key in FACTS.values():
+            for key in ("data", "held_out", "calibration"):
                 self._compare(runs, key, now)
             try:
                 with telling("no data"):

@@ -85,7 +85,7 @@ def _evaluate(run: record.Record) -> dict[str, Any]:
         run.check_fact(key, now, config.dataset or config.tokenized_path)
     for key, now in stage_class(config.stage).hashes_of_inputs(config).items():
         run.check_fact(key, now, getattr(config, key))
-    if config.ground_truth not in ("none", "world"):
+    if row.is_policy and config.ground_truth not in ("none", "world"):
         check_regular(Path(config.ground_truth))
         facts["ground_truth"] = sha256(Path(config.ground_truth))
     if data.held_out is None and row.has_pairs:
