@@ -52,7 +52,8 @@ def ipo_loss(margin: Tensor, beta: float) -> Tensor:
     margin: (B,) policy-minus-reference log-ratio in nats, summed over response tokens and not divided by their number.
     beta:   scalar; the margin that a pair is drawn to is 1 / (2 beta).
     Returns (B,) float32, in nats^2; slope -1 / beta at margin 0.
-    Source: Azar et al. 2023 (arXiv:2310.12036), eq. 17.
+    Source: Azar et al. 2023 (arXiv:2310.12036), eq. 17, as it stands there. TRL and LLaMA-Factory divide each
+    log-ratio by its response's number of tokens, so that their beta is another one.
     """
     return (margin.float() - 1 / (2 * beta)).square()
 

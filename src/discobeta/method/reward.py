@@ -29,18 +29,6 @@ if TYPE_CHECKING:
     from discobeta.method.rm import RewardModelling
 
 
-def mean_scores(scores: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) scores and (R,) scores of the reference's responses, as one number each, of M reward models.
-
-    scores: (N, M); reference: (R, M). Of one model they stay what they are. Several have units of their own: each is
-    taken in deviations of its scores of the reference's responses from their mean, and then they are averaged.
-    """
-    if scores.shape[1] == 1:
-        return scores[:, 0], reference[:, 0]
-    mean, deviation = reference.double().mean(0), reference.double().std(0, correction=0).clamp_min(1e-6)
-    return tuple(((values.double() - mean) / deviation).mean(1).float() for values in (scores, reference))
-
-
 @dataclass
 class RewardModel:
     """A trained reward model: a transformers (or PEFT) model, its heads, and `score`."""

@@ -28,7 +28,6 @@ from discobeta.errors import UserError, did_you_mean, say, shown
 from discobeta.files import remove, replacing, write_json, write_text
 from discobeta.inputs import answers as reference_answers
 from discobeta.method.heads import SIGMA0
-from discobeta.method.reward import mean_scores
 from discobeta.method.stage import Stage, stage_class
 from discobeta.model import preflight
 from discobeta.model.forward import hidden_states, response_logps
@@ -229,7 +228,7 @@ def answer_prompts(stage: Stage, data: TokenisedData, run: record.Record, tokeni
     One row per prompt. Policy and reference draw from streams of their own, the same ones in every
     arm, so arms are compared with the same samples of the reference and with common random numbers.
     A ppo run's responses have the scores of its reward model, in its own unit, without a penalty on uncertainty; of
-    several reward models they have the mean (`mean_scores`).
+    several reward models they have the mean (`metrics.mean_scores`).
     """
     config = run.config
     prompts = reference_answers.prompts_of(config, data)
@@ -261,9 +260,9 @@ def answer_prompts(stage: Stage, data: TokenisedData, run: record.Record, tokeni
             for name, of_judge in scores.items():
                 texts = (prompts, sampled[name]) if translation is None else translation(prompts, sampled[name])
                 of_judge.append(judge.score_ids(*texts, config.per_device_eval_batch_size)[0])
-        rewards = mean_scores(*(torch.stack(of_judges, 1) for of_judges in scores.values()))
+        rewards = metrics.mean_scores(*(torch.stack(of_judges, 1).double() for of_judges in scores.values()))
         for side, values in zip(("", "reference_"), rewards, strict=True):
-            answers[f"{side}reward"] = values.double().numpy()
+            answers[f"{side}reward"] = values
         if (log_s := stage.log_s_of(reference, prompts)) is not None:
             answers["log_s"] = log_s.double().numpy()
     if config.ground_truth == "world":
