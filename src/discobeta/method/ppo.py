@@ -5,7 +5,6 @@ docs/ppo.md says where each choice comes from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from discobeta import identity, losses, seeds
-from discobeta.data.batches import Batch, Pairs, Responses, cut, pack
+from discobeta.data.batches import Batch, Pairs, PerToken, Responses, cut, joined, pack
 from discobeta.data.rows import Rows, TokenisedData
 from discobeta.design.config import RunConfig
 from discobeta.design.schedule import Schedule
@@ -56,15 +54,11 @@ KL_GAIN, KL_LARGEST_ERROR = 0.1, 0.2
 class Rollouts(Responses):
     """N responses of the policy as it was before the update, and what was computed for each token then."""
 
-    columns: dict[str, Sequence[Tensor]]  # per response, (its tokens,)
-
-    @property
-    def tokens_per_response(self) -> float:
-        return sum(map(len, self.responses)) / len(self.responses)
+    columns: dict[str, PerToken]
 
     def batch(self, indices: np.ndarray) -> Batch:
-        columns = {name: torch.cat([values[i] for i in indices]) for name, values in self.columns.items()}
-        columns["tokens_per_response"] = torch.tensor(self.tokens_per_response)
+        columns = {name: values.of(indices) for name, values in self.columns.items()}
+        columns["tokens_per_response"] = torch.tensor(self.sizes.mean(), dtype=torch.float32)
         return super().batch(indices, columns)
 
 
@@ -210,7 +204,7 @@ class ProximalPolicy(Stage):
         self.train()
         parts = gather_object([(responses, judged)]) if accelerator.num_processes > 1 else [(responses, judged)]
         responses = [ids for part, _ in parts for ids in part]
-        judged = {name: [value for _, part in parts for value in part[name]] for name in judged}
+        judged = {name: _all_of([part[name] for _, part in parts]) for name in judged}
         rollouts, statistics = self.advantages(prompts, responses, judged)
         if config.ppo_target:
             error = statistics["kl_per_sequence"].mean().item() / config.ppo_target - 1
@@ -232,7 +226,7 @@ class ProximalPolicy(Stage):
                 batch_size=8 * config.per_device_eval_batch_size,
             )  # fmt: skip
 
-    def judge(self, prompts: list[np.ndarray], responses: list[np.ndarray]) -> dict[str, list]:
+    def judge(self, prompts: list[np.ndarray], responses: list[np.ndarray]) -> dict[str, Tensor | PerToken]:
         """What policy, reference, reward model and value head say, on the CPU, in the order of the responses.
 
         Per token of the response: `logps`, `entropy`, `reference_logps`, `values`, and `states`, the
@@ -240,9 +234,9 @@ class ProximalPolicy(Stage):
         number or one of each reward model, `sigma` where it is asked for, and `log_s` where the coefficient is scaled.
         """
         rows, temperature, device = Responses(prompts, responses), self.config.temperature, self.device
-        name = f"reward_model {self.config.reward_model}"
+        sizes, name = rows.sizes, f"reward_model {self.config.reward_model}"
 
-        def of_batch(indices: np.ndarray) -> dict[str, Sequence[Tensor]]:
+        def of_batch(indices: np.ndarray) -> dict[str, Tensor | PerToken]:
             batch = rows.batch(indices).to(device)
             with self.autocast():
                 policy, reference = (hidden_states(model, batch) for model in (self.model, self.reference))
@@ -263,16 +257,13 @@ class ProximalPolicy(Stage):
                 "logps": logps, "entropy": entropy, "reference_logps": reference_logps,
                 "states": states, "values": self.value_head(states),
             }  # fmt: skip
-            sizes = [len(responses[i]) for i in indices]
             per_response = {"scores": scores} if log_s is None else {"scores": scores, "log_s": log_s}
             if self.other_rewards:
                 others = [other.rewards(batch)[0] for other in self.other_rewards]
                 per_response["scores"] = torch.stack([scores, *others], 1)
             elif self.config.uncertainty_penalty:
                 per_response["sigma"] = SIGMA0 * log_sigma.exp()
-            return {name: values.cpu().split(sizes) for name, values in per_token.items()} | {
-                name: values.cpu().unbind() for name, values in per_response.items()
-            }
+            return per_response | {name: PerToken(values, sizes[indices]) for name, values in per_token.items()}
 
         return in_batches(
             rows.lengths, self.config.per_device_eval_batch_size, of_batch,
@@ -294,17 +285,19 @@ class ProximalPolicy(Stage):
         found = in_batches(rows.lengths, size, of_batch, step="evaluation", tokens_per_pass=tokens)
         return found.get("log_s")
 
-    def judged_rewards(self, judged: dict[str, list], units: list[tuple[float, float]] | None) -> tuple[Tensor, Tensor]:
+    def judged_rewards(
+        self, judged: dict[str, Tensor | PerToken], units: list[tuple[float, float]] | None
+    ) -> tuple[Tensor, Tensor]:
         """(N,) rewards, and (N,) how uncertain each is: sigma, or the variance over several models; 0 if not asked for.
 
         Of several reward models the reward is the mean of their scores, each standardised by its own of `units`.
         """
-        scores = torch.stack(judged["scores"])
+        scores = judged["scores"]
         if scores.ndim > 1:
             mean, deviation = torch.tensor(units, dtype=torch.float64).T
             scores = ((scores.double() - mean) / deviation).float()
             return scores.mean(1), scores.var(1, correction=0)
-        return scores, torch.stack(judged["sigma"]) if "sigma" in judged else torch.zeros_like(scores)
+        return scores, judged.get("sigma", torch.zeros_like(scores))
 
     def units_of_scores(self, rows: Rows) -> tuple[tuple[float, float], list[tuple[float, float]]]:
         """Mean and standard deviation of scores of the reference's responses to a random sample of prompts: of what is
@@ -315,7 +308,7 @@ class ProximalPolicy(Stage):
         uniforms = seeds.uniforms(config.seed, "score scale", "responses", shape=(len(prompts), config.max_new_tokens))
         responses = self.respond(self.reference, prompts, uniforms)
         judged = self.judge(prompts, responses)
-        raw = self.check_finite(torch.stack(judged["scores"]), prompts, responses)
+        raw = self.check_finite(judged["scores"], prompts, responses)
         of_each = raw.reshape(len(raw), -1).T
         units = [_unit(scores, name) for scores, name in zip(of_each, config.reward_models, strict=True)]
         scores = losses.pessimistic_scores(*self.judged_rewards(judged, units), config.uncertainty_penalty)
@@ -332,21 +325,23 @@ class ProximalPolicy(Stage):
         return scores
 
     def advantages(
-        self, prompts: list[np.ndarray], responses: list[np.ndarray], judged: dict[str, list]
+        self, prompts: list[np.ndarray], responses: list[np.ndarray], judged: dict[str, Tensor | PerToken]
     ) -> tuple[Rollouts, dict[str, Tensor]]:
         """The buffer to train on, and what is logged of it: (N,) per response, (M,) per token or a number."""
         config = self.config
         raw, uncertainty = self.judged_rewards(judged, self.unit_of_each)
         judgement = losses.pessimistic_scores(raw, uncertainty, config.uncertainty_penalty)
         self.check_finite(judgement, prompts, responses)
-        lengths = torch.tensor([len(ids) for ids in responses])
+        sizes = judged["logps"].sizes
+        lengths = torch.from_numpy(sizes)
         stops = stop_ids(self.model, self.tokenizer)
         ended = torch.tensor([has_ended(ids, stops) for ids in responses])
+        mask = torch.arange(lengths.max())[None, :] < lengths[:, None]  # (N, T) where there is a token
         logps, reference_logps, values = (
-            pad_sequence(judged[name], batch_first=True) for name in ("logps", "reference_logps", "values")
+            torch.zeros(mask.shape).masked_scatter(mask, judged[name].values)
+            for name in ("logps", "reference_logps", "values")
         )
-        mask = torch.arange(logps.shape[1])[None, :] < lengths[:, None]
-        log_s = torch.stack(judged["log_s"]) if "log_s" in judged else None
+        log_s = judged.get("log_s")
         mean, deviation = self.score_scale
         scores = (judgement - mean) / deviation - config.missing_eos_penalty * ~ended
         kl, coefficient = logps - reference_logps, scaled(self.kl_coefficient, log_s)
@@ -365,7 +360,7 @@ class ProximalPolicy(Stage):
             "penalised_reward": totals,
             "kl_per_sequence": kl.sum(1),
             "kl_per_token": kl[mask],
-            "entropy": torch.cat(judged["entropy"]),
+            "entropy": judged["entropy"].values,
             "beta_eff": coefficient if log_s is not None else torch.full_like(raw, coefficient),
             "explained_variance": 1 - unexplained,
             "response_length": lengths,
@@ -376,9 +371,8 @@ class ProximalPolicy(Stage):
             statistics |= {"log_s": log_s, "s": s, "s_sd": s.std(correction=0), "s_min": s.min(), "s_max": s.max()}
         if self.other_rewards or config.uncertainty_penalty:
             statistics["uncertainty"] = uncertainty
-        ragged = {name: values[mask].split(lengths.tolist()) for name, values in columns.items()}
-        ragged["states"] = judged["states"]
-        return Rollouts(prompts, responses, ragged), statistics
+        of_tokens = {name: PerToken(values[mask], sizes) for name, values in columns.items()}
+        return Rollouts(prompts, responses, of_tokens | {"states": judged["states"]}), statistics
 
     # --- the loss
 
@@ -413,6 +407,11 @@ def _unit(scores: Tensor, name: str) -> tuple[float, float]:
             f"ppo_score_norm: reward_model {name} gives all responses of the reference the same score ({mean:.4g})"
         )
     return mean, deviation
+
+
+def _all_of(parts: list[Tensor] | list[PerToken]) -> Tensor | PerToken:
+    """What several processes say, the rows of one after those of another."""
+    return joined(parts) if isinstance(parts[0], PerToken) else torch.cat(parts)
 
 
 def _minibatches(
