@@ -340,6 +340,14 @@ def test_two_processes_see_one_step(settings, tmp_path):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-4), (name, one["step"])
 
 
+def test_a_comma_in_the_directory_of_a_sweep_separates_no_reward_models(settings):
+    """`key=value` behind a comma is the rest of a variant's name."""
+    named = "runs/rm/baseline/probit,pref_beta=0.35/seed-1, runs/rm/b/seed-2,c"
+    config, _ = RunConfig.from_mapping(settings("ppo", reward_model=named, ppo_score_norm=True))
+    assert config.reward_models == ["runs/rm/baseline/probit,pref_beta=0.35/seed-1", "runs/rm/b/seed-2", "c"]
+    assert RunConfig.from_mapping(settings("rm"))[0].reward_models == []
+
+
 def test_the_arm_of_a_control_is_that_of_its_flags(settings):
     wanted = {"pref_loss": "probit", "beta_rule": "learned"}
     assert RunConfig.from_mapping(settings("dpo") | wanted)[0].arm == Arm.from_name("baseline")
