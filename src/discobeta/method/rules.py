@@ -72,8 +72,8 @@ class BatchRule(nn.Module):
         self.log_scale = factor.clamp_min(LEAST_BETA / beta).log()
 
     def log_s(self, columns: dict[str, Tensor], pairs: int) -> Tensor | None:
-        """(B,) float32, in training; None in evaluation."""
-        return self.log_scale.expand(pairs) if self.training else None
+        """(B,) float32, in a step of training; None in evaluation."""
+        return self.log_scale.expand(pairs) if self.training and self.log_scale is not None else None
 
 
 RULES = {"learned": LearnedScale, "mallows": Dispersion, "batch": BatchRule}
