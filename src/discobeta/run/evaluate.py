@@ -25,7 +25,7 @@ from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.config import RunConfig, keys_of
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, did_you_mean, say, shown
-from discobeta.files import remove, replacing, write_json, write_text
+from discobeta.files import check_regular, remove, replacing, sha256, write_json, write_text
 from discobeta.inputs import answers as reference_answers
 from discobeta.method.heads import SIGMA0
 from discobeta.method.stage import Stage, stage_class
@@ -84,6 +84,9 @@ def _evaluate(run: record.Record) -> dict[str, Any]:
         run.check_fact(key, now, config.dataset or config.tokenized_path)
     for key, now in stage_class(config.stage).hashes_of_inputs(config).items():
         run.check_fact(key, now, getattr(config, key))
+    if row.is_policy and config.ground_truth not in ("none", "world"):
+        check_regular(Path(config.ground_truth))
+        facts["ground_truth"] = sha256(Path(config.ground_truth))
     if data.held_out is None and row.has_pairs:
         raise UserError(f"{directory} has no held-out rows: its config needs eval_dataset or val_size")
     if not (row.has_pairs or config.num_eval_generations):
@@ -271,9 +274,10 @@ def answer_prompts(stage: Stage, data: TokenisedData, run: record.Record, tokeni
             answers[f"{side}reward"] = values
         if (log_s := stage.log_s_of(reference, prompts)) is not None:
             answers["log_s"] = log_s.double().numpy()
-    if config.ground_truth == "world":
-        from discobeta.inputs import world
+    if config.ground_truth != "none":
+        from discobeta.inputs.world import ground_truth
 
+        world = ground_truth(config.ground_truth)
         rows, asked = data.to_answer(config.num_eval_generations)
         truth = {name: rows.truth[name][asked] for name in ("topic", "noise", "familiarity") if name in rows.truth}
         answers = answers.assign(**truth)
