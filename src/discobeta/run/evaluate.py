@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from discobeta import lock, metrics, record
+from discobeta import identity, lock, metrics, record
 from discobeta.data.batches import Pairs, Responses
 from discobeta.data.rows import TokenisedData
 from discobeta.data.tokens import load_or_tokenise
@@ -298,7 +298,8 @@ def answer_prompts(stage: Stage, data: TokenisedData, run: record.Record, tokeni
 
     One row per prompt. Policy and reference draw from streams of their own, the same ones in every
     arm, so arms are compared with the same samples of the reference and with common random numbers.
-    A ppo run's responses have the scores of its reward model, in its own unit.
+    A ppo run's responses have the scores of its reward model, in its own unit, without a penalty on uncertainty; of
+    several reward models they have the mean (`metrics.mean_scores`).
     """
     config = run.config
     prompts = reference_answers.prompts_of(config, data)
@@ -321,14 +322,18 @@ def answer_prompts(stage: Stage, data: TokenisedData, run: record.Record, tokeni
         }
     )
     if STAGES[config.stage].judge:
-        judge = runs.load_reward_model(config.reward_model, **runs.judge_settings(config))
-        run.check_fact("reward_model", judge.fingerprint, config.reward_model)
-        judge.stage.to(stage.device)
-        translation = judge.translation(config, reference, tokenizer)
-        for side, name in (("", "policy"), ("reference_", "reference")):
-            texts = (prompts, sampled[name]) if translation is None else translation(prompts, sampled[name])
-            scores, _ = judge.score_ids(*texts, config.per_device_eval_batch_size)
-            answers[f"{side}reward"] = scores.double().numpy()
+        judges = runs.load_reward_models(config)
+        run.check_fact("reward_model", identity.one_of([judge.fingerprint for judge in judges]), config.reward_model)
+        scores: dict[str, list[torch.Tensor]] = {"policy": [], "reference": []}
+        for judge in judges:
+            judge.stage.to(stage.device)
+            translation = judge.translation(config, reference, tokenizer)
+            for name, of_judge in scores.items():
+                texts = (prompts, sampled[name]) if translation is None else translation(prompts, sampled[name])
+                of_judge.append(judge.score_ids(*texts, config.per_device_eval_batch_size)[0])
+        rewards = metrics.mean_scores(*(torch.stack(of_judges, 1).double() for of_judges in scores.values()))
+        for side, values in zip(("", "reference_"), rewards, strict=True):
+            answers[f"{side}reward"] = values
         if (log_s := stage.log_s_of(reference, prompts)) is not None:
             answers["log_s"] = log_s.double().numpy()
     if config.ground_truth != "none":
