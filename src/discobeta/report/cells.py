@@ -15,7 +15,7 @@ import pandas as pd
 from discobeta.design.arms import FLAGS, Cell, grid
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Run, Study
-from discobeta.report.collect import collect, provenance, provenance_line
+from discobeta.report.collect import collect, of_grid, provenance, provenance_line
 from discobeta.report.compare import EQUAL
 from discobeta.report.measures import LANDMARKS, METRICS, PANELS, Metric
 from discobeta.report.neutrality import neutrality_frame
@@ -40,7 +40,7 @@ def stage_table(results: Results, stage: str) -> Table:
     """All 16 cells; those that are not run say why, those that are show mean +- CI over seeds."""
     study = results.study
     runs = results.whole_runs(stage)
-    metrics, proofs = (frame[frame.stage == stage] for frame in (collect(results), neutrality_frame(results)))
+    metrics, proofs = (frame[frame.stage == stage] for frame in (of_grid(collect(results)), neutrality_frame(results)))
     frame = pd.DataFrame([_cell_row(results, cell, runs, metrics, proofs) for cell in grid((stage,))])
     measured = set(metrics.metric)
     frame = frame.drop(columns=[c for m in MEASURED if m not in measured for c in (m, f"{m}_ci95", f"{m}_n")])
@@ -76,7 +76,7 @@ def stage_table(results: Results, stage: str) -> Table:
     for kind, title in (("same-as", "Same as"), ("refused", "Refused")):
         if reasons := "; ".join(dict.fromkeys(frame.reason[frame.status == kind])):
             notes.append(f"{title}: {reasons}.")
-    if missing := results.describe_missing(run for run in study.runs() if run.stage == stage):
+    if missing := results.describe_missing(run for run in study.grid_runs() if run.stage == stage):
         notes.append(f"Missing: {missing}. A mean over fewer seeds than the study has says so.")
     return Table(frame, panels, [*notes, provenance_line(results)], provenance(results), group=list(FLAGS[:2]))
 
