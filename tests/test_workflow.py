@@ -54,6 +54,10 @@ PROVED = ALWAYS | TOKENS | {"train_rm": 8, "train_dpo": 24, "train_ppo": 24, "ev
 SHIPPED = {
     "config": EMBEDDED,
     "config neutrality": WHOLE,
+    # β x learning rate, 3 x 3 without the grid's own, of 4 arms and 2 seeds: 64 beside the 8 of the grid
+    "config quick-exp": {name: EMBEDDED[name] for name in ("tables", "figures", "all", "world_corpus", "sft")}
+    | dict.fromkeys(("world_pairs", "prepare", "reference", "answers"), 2)
+    | {"train_dpo": 72, "evaluate": 72},
     "smoke": WHOLE,
     "hh-rlhf": PROVED,
     "qwen3-0.6b": PROVED,

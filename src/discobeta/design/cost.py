@@ -158,7 +158,8 @@ def read(study: Study, folder: Path) -> Measured:
 
 
 def _read(study: Study, folder: Path) -> Measured:
-    long = pd.read_csv(folder / METRICS, dtype=dict.fromkeys(TEXTS, str) | {"value": float})
+    types = dict.fromkeys(TEXTS, str) | {"value": float}
+    long = pd.read_csv(folder / METRICS, dtype=types, keep_default_na=False, na_values=[""])  # "null" is a name too
     if "variant" in long:
         long = long[long.variant.isna()]  # what is trained otherwise may take longer, or shorter
     wide = long.pivot_table(index=["stage", "arm", "seed"], columns="metric", values="value").reset_index()

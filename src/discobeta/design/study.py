@@ -94,11 +94,11 @@ class Study:
         self._first_configs: dict[tuple, tuple[dict[str, Any], RunConfig]] = {}
         self._configs: dict[Run, RunConfig] = {}
         self._proof_lengths: dict[str, int] = {}
-        self._of_all_stages = variants.variants(file, self._sections, self.arms_of, self._where)
-        self._variants = {(one.stage, one.arm, one.name): one for one in self._of_all_stages if one.stage in self.stages}
+        beside = variants.variants(file, self._sections, self.arms_of, self._where)
+        self._variants = {(one.stage, one.arm, one.name): one for one in beside if one.stage in self.stages}
         self._runs = [run for stage in self.stages for run in self._runs_of(stage)]
         self._by_place = {(run.stage, run.arm, run.seed, run.proof, run.variant): run for run in self._runs}
-        self._check(file)
+        self._check(file, beside)
 
     @classmethod
     def read(cls, configfiles: str | Path | Iterable[str | Path], overrides: Iterable[str] = ()) -> Study:
@@ -160,10 +160,11 @@ class Study:
             **run.arm.flags,
             **self.model,
             **self._reads(run),
-            **({"reference_answers_path": str(self.answers(run))} if self._has_answers(run) else {}),
+            **({"reference_answers_path": str(self.answers(run))} if STAGES[run.stage].is_policy else {}),
             **({"ground_truth": "world"} if self.world and STAGES[run.stage].is_policy else {}),
             **section,
             **self._shared_out(run.stage, section),
+            **({} if self._shares_answers(run) else {"reference_answers_path": None}),
             "overwrite_output_dir": True,  # Snakemake has decided that what is there is out of date
             **({"stop_after_steps": self.proof_length(run.stage)} if run.proof else {}),
         }
@@ -307,13 +308,15 @@ class Study:
         """The folder of the reference's answers to the prompts of `run`, which all arms of its stage and seed read."""
         return self.shared_directory / "answers" / run.stage / f"seed-{run.seed}"
 
-    def _has_answers(self, run: Run) -> bool:
-        """Whether the reference's answers to the prompts of `run` are shared: not if its random streams are its own."""
-        return STAGES[run.stage].is_policy and self._random_streams(run) == run.seed
+    def _shares_answers(self, run: Run) -> bool:
+        """Whether it is measured beside answers of the reference that are its seed's: not if its random streams are
+        its own, from which the reference then answers too."""
+        return self._random_streams(run) == run.seed
 
     def is_answered(self, run: Run) -> bool:
-        """Whether `run` is measured by sampled responses, beside those of the reference that its seed's runs share."""
-        return self._has_answers(run) and not run.proof and bool(self.config(run).num_eval_generations)
+        """Whether `run` is measured by sampled responses, and so beside those of the reference."""
+        is_measured = STAGES[run.stage].is_policy and not run.proof and bool(self.config(run).num_eval_generations)
+        return is_measured and self._shares_answers(run)
 
     @property
     def reference_stage(self) -> str | None:
@@ -456,29 +459,32 @@ class Study:
             kinds = [False, True] if is_twin else [False]
         return [run(seed, proof) for proof in kinds for seed in self.seeds]
 
-    def _check(self, file: StudyFile) -> None:
+    def _check(self, file: StudyFile, beside: list[Variant]) -> None:
         """Every run config of the study, through the same checks as `discobeta train`."""
         if self.sft:
             self.base_config()
         for run in self._runs:
             if run.seed == self.seeds[0]:
                 self.config(run)
-        self._check_variants()
+        self._check_variants(beside)
         for stage in STAGES:
             if stage not in self.stages and (section := getattr(file, stage)):  # where a slip is one too
                 self._checked({"stage": stage, "model_name_or_path": "-", "tokenized_path": "-"} | section, stage)
         if self._prompts and all(STAGES[stage].has_pairs for stage in self.stages):
             self._checked(self.prompt_settings(self.prompt_draw(self.seeds[0])), "prompts")
 
-    def _check_variants(self) -> None:
+    def _check_variants(self, beside: list[Variant]) -> None:
         """Each must be trained as no other run is, on what all runs of its stage share."""
         trained: dict[tuple[str, Arm, str], str] = {}
-        for variant in self._of_all_stages:
+        for variant in beside:
             section = "controls" if variant.control else "sweep"
             where = f"{self._where}: {section}: {variant.control or variant.stage}"
-            fixed = [*REFERENCE_KEYS, *ANSWERS_KEYS] if STAGES[variant.stage].is_policy else []
+            has_reference = STAGES[variant.stage].is_policy or self._sections[variant.stage].get("best_of")
+            fixed = [*REFERENCE_KEYS, *ANSWERS_KEYS] if has_reference else []
             if shared := [key for key in variant.settings if key in fixed]:
-                raise UserError(f"{where}: {shared[0]}: all runs of {variant.stage} share what the reference says by it")
+                raise UserError(
+                    f"{where}: {shared[0]}: what all runs of {variant.stage} share of the reference depends on it"
+                )
             rows = self._data if STAGES[variant.stage].has_pairs else self._prompts or self._data
             if variant.replicate and rows.get("val_size"):
                 raise UserError(f"{where}: replicate: with val_size the seed also draws the rows: give eval_dataset")
@@ -488,13 +494,12 @@ class Study:
                     settings | self._sections[variant.stage] | variant.settings, f"{variant.stage}, {variant.name}"
                 )
                 continue
-            own, run = (self.run(variant.stage, variant.arm, self.seeds[0], variant=name) for name in ("", variant.name))
-            for other in (own, run):
-                text = as_text(self.config(other).settings_of("training"))
-                known = trained.setdefault((run.stage, run.arm, text), other.variant)
-                if known != other.variant:
-                    twin = f"{run.stage} of {run.arm.name}, {known}" if known else f"{run.stage} of {run.arm.name}"
-                    raise UserError(f"{where}: {variant.name} would be trained just as {twin}: leave it out")
+            for name in ("", variant.name):
+                run = self.run(variant.stage, variant.arm, self.seeds[0], variant=name)
+                text = as_text(self.config(run).settings_of("training"))
+                if (known := trained.setdefault((run.stage, run.arm, text), name)) != name:
+                    twin = ", ".join(filter(None, [run.arm.name, known]))
+                    raise UserError(f"{where}: {name} would be trained just as {run.stage} of {twin}: leave it out")
 
     def _checked(self, settings: dict[str, Any], label: str) -> RunConfig:
         where = f"{self._where}: {label}"

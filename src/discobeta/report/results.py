@@ -176,7 +176,7 @@ class Results:
                     self._refuse([run], f"stale (its {key} is {shorten(fault, LONGEST_REASON)})")
                     continue
                 now = [_hash_of_part(self.found[other].facts["files"], key) for other in others]
-                if self.found[run].facts.get(key) != ",".join(now):
+                if self.found[run].facts.get(key) != identity.one_of(now):
                     self._refuse([run], f"stale ({key} has changed)")
 
     def _compare(self, runs: list[Run], key: str, now: dict[str, Any] | None) -> None:
