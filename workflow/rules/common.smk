@@ -56,6 +56,7 @@ DATA = study.shared_directory / "data"
 
 
 wildcard_constraints:
+    stage="[^/]+",
     arm="[a-z_-]+",
     variant="(/[A-Za-z0-9][A-Za-z0-9=,._+-]*)?",
     seed="[0-9]+",
