@@ -443,8 +443,18 @@ def test_a_run_that_does_not_count_is_named_with_its_variant():
         finish(study, run, {"nll": 0.5})
     found = results(study)
     assert found.describe_missing(study.runs()) == "baseline, pref_beta=0.2: seeds 3, 4 (not trained)"
+    assert not any("Missing" in note for note in cells.stage_table(found, "dpo").notes)
     with pytest.raises(UserError, match=r"2 of 6 runs of s do not count: dpo, baseline, pref_beta=0.2: seeds 3, 4"):
         found.require_all()
+
+
+def test_an_idle_arm_is_compared_with_the_grids_run_of_its_twin():
+    arms = ["baseline", "disco-absent_beta-idle"]
+    study = Study(settings(stages=["dpo"], arms=arms, sweep={"dpo": {"pref_beta": [0.25]}}))
+    for run in study.runs():
+        finish(study, run, {"nll": 0.5}, weights=b"others!" if run.variant else b"weights")
+    frame = neutrality.neutrality_frame(results(study))
+    assert frame[["arm", "seed", "result"]].to_numpy().tolist() == [[arms[1], 3, "equal"], [arms[1], 4, "equal"]]
 
 
 @pytest.mark.parametrize("other", ["", "pref_beta=1"])
@@ -566,7 +576,9 @@ def test_a_seed_whose_sweep_is_not_whole_has_no_tuned_beta():
 
 
 def test_a_beta_is_tuned_with_nothing_else_changed():
-    study = Study(settings(stages=["dpo"], sweep={"dpo": {"pref_beta": [0.5, 1.0], "learning_rate": [5e-5, 1e-3]}}))
+    sweep = {"dpo": {"pref_beta": [0.5, 1.0], "learning_rate": [5e-5, 1e-3]}}
+    high = {"high": {"stages": ["dpo"], "settings": {"pref_beta": 2.0}}}  # named, and so no value to choose from
+    study = Study(settings(stages=["dpo"], sweep=sweep, controls=high))
     # the grid's learning rate is 5e-5: of the three points one differs in β alone
     assert controls.betas_of(study, "dpo") == {"": 0.5, "pref_beta=1,learning_rate=5e-05": 1.0}
 
