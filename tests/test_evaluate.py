@@ -22,11 +22,13 @@ USED = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_
 TRUTH = {"topic", "noise", "familiarity"}  # of the rows that conftest makes
 
 
-def test_all_columns_of_all_stages_are_names_that_a_truth_may_not_have(run, monkeypatch):
+def test_all_columns_of_all_stages_are_names_that_a_truth_may_not_have(run, monkeypatch, tmp_path):
     monkeypatch.setattr("discobeta.inputs.world.true_reward", lambda prompt, response: 1.0)
     monkeypatch.setattr("discobeta.inputs.world.well_formed", lambda prompt, response: True)
     sampling = {"num_eval_generations": 3, "max_new_tokens": 4, "ground_truth": "world"}
-    directories = [run("rm", name="rm", **USED), run("dpo", name="dpo", **USED, **sampling)]
+    voted = [row | {"annotators": {"chosen": 2, "rejected": 1}} for row in preference_rows(12, 2)]
+    with_votes = str(write_rows(tmp_path / "votes.jsonl", voted))
+    directories = [run("rm", name="rm", eval_dataset=with_votes, **USED), run("dpo", name="dpo", **USED, **sampling)]
     chain = {"reward_model": str(directories[0]), "beta_head": str(directories[1])}
     one_update = {"max_steps": 1, "logging_steps": 1, "ppo_buffer_size": 1}
     directories.append(run("ppo", name="ppo", **USED, **sampling, **chain, **one_update))
