@@ -44,7 +44,8 @@ def controls_table(results: Results, stage: str) -> Table:
         if variants or more:
             rows += [_run_row(results, stage, arm, name, of_arm) for name in ("", *variants)] + more
     frame = pd.DataFrame(rows or [_run_row(results, stage, study.arms_of(stage)[0], "", metrics[:0])])
-    measured = {name for name in MEASURED if (frame[f"{name}_n"] > 0).any()}
+    fitted = [name for name in MEASURED if name.startswith("posthoc/")]  # which are rows here
+    measured = {name for name in MEASURED if (frame[f"{name}_n"] > 0).any()} - set(fitted)
     frame = frame.drop(columns=[c for m in MEASURED if m not in measured for c in (m, f"{m}_ci95", f"{m}_n")])
     which = [
         Column("Arm", lambda row: row["arm"], is_number=False),
