@@ -160,11 +160,10 @@ class Study:
             **run.arm.flags,
             **self.model,
             **self._reads(run),
-            **({"reference_answers_path": str(self.answers(run))} if STAGES[run.stage].is_policy else {}),
+            **({"reference_answers_path": str(self.answers(run))} if self._has_answers(run) else {}),
             **({"ground_truth": "world"} if self.world and STAGES[run.stage].is_policy else {}),
             **section,
             **self._shared_out(run.stage, section),
-            **({} if self._shares_answers(run) else {"reference_answers_path": None}),
             "overwrite_output_dir": True,  # Snakemake has decided that what is there is out of date
             **({"stop_after_steps": self.proof_length(run.stage)} if run.proof else {}),
         }
@@ -308,15 +307,14 @@ class Study:
         """The folder of the reference's answers to the prompts of `run`, which all arms of its stage and seed read."""
         return self.shared_directory / "answers" / run.stage / f"seed-{run.seed}"
 
-    def _shares_answers(self, run: Run) -> bool:
-        """Whether it is measured beside answers of the reference that are its seed's: not if its random streams are
-        its own, from which the reference then answers too."""
-        return self._random_streams(run) == run.seed
+    def _has_answers(self, run: Run) -> bool:
+        """Whether the answers of the reference that its seed's runs share are its own too: not a replicate's, beside
+        which the reference answers from the same random streams as the replicate does."""
+        return STAGES[run.stage].is_policy and self._random_streams(run) == run.seed
 
     def is_answered(self, run: Run) -> bool:
         """Whether `run` is measured by sampled responses, and so beside those of the reference."""
-        is_measured = STAGES[run.stage].is_policy and not run.proof and bool(self.config(run).num_eval_generations)
-        return is_measured and self._shares_answers(run)
+        return self._has_answers(run) and not run.proof and bool(self.config(run).num_eval_generations)
 
     @property
     def reference_stage(self) -> str | None:
