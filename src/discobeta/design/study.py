@@ -38,8 +38,19 @@ FROZEN_KEYS = ["finetuning_type", "bf16", "flash_attn", "deterministic", "fused_
 REFERENCE_KEYS = [*FROZEN_KEYS, "tokens_per_pass", "share_prompt"]
 """What the reference pass depends on: not seed, adapter, beta or loss."""
 
-ANSWERS_KEYS = [*FROZEN_KEYS, "num_eval_generations", "max_new_tokens", "temperature", "top_p", "top_k"]
+ANSWERS_KEYS = [
+    *FROZEN_KEYS, "num_eval_generations", "max_new_tokens", "temperature", "top_p", "top_k", "generations_per_prompt",
+    "best_of",
+]  # fmt: skip
 """What the reference's answers depend on besides model, data and seed."""
+
+RATING_KEYS = ["tokens_per_pass", "share_prompt"]
+"""And what it says of those that a run ranks."""
+
+
+def answers_keys(config: RunConfig) -> list[str]:
+    """What of a run's config the reference's answers depend on."""
+    return [*ANSWERS_KEYS, *(RATING_KEYS if config.best_of and STAGES[config.stage].reference_pass else [])]
 
 
 @dataclass(frozen=True)
@@ -136,8 +147,8 @@ class Study:
             **run.arm.flags,
             **self.model,
             **self._reads(run),
-            **({"reference_answers_path": str(self.answers(run))} if STAGES[run.stage].is_policy else {}),
-            **({"ground_truth": "world"} if self.world and STAGES[run.stage].is_policy else {}),
+            **({"reference_answers_path": str(self.answers(run))} if self._has_answers(run.stage) else {}),
+            **({"ground_truth": "world"} if self.world and self._has_answers(run.stage) else {}),
             **self._sections[run.stage],
             **self._shared_out(run.stage),
             "overwrite_output_dir": True,  # Snakemake has decided that what is there is out of date
@@ -267,8 +278,12 @@ class Study:
         return self.shared_directory / "answers" / run.stage / f"seed-{run.seed}"
 
     def is_answered(self, run: Run) -> bool:
-        """Whether `run` is measured by sampled responses, and so beside those of the reference."""
-        return STAGES[run.stage].is_policy and not run.proof and bool(self.config(run).num_eval_generations)
+        """Whether `run` is measured by the reference's responses: beside its own, or by how it ranks them."""
+        return not run.proof and bool(self.config(run).reference_samples)
+
+    def _has_answers(self, stage: str) -> bool:
+        """Whether the runs of a stage may be."""
+        return STAGES[stage].is_policy or bool(self._sections[stage].get("best_of"))
 
     @property
     def reference_stage(self) -> str | None:
@@ -358,7 +373,7 @@ class Study:
             **{key: rows[key] for key in (*DATA_KEYS, "tokenized_path") if key in rows},
             "output_dir": folder,
             "reference_answers_path": folder,
-            **{key: section[key] for key in ANSWERS_KEYS if key in section},
+            **{key: section[key] for key in answers_keys(self.config(run)) if key in section},
         }
 
     def answers_rows(self, stage: str, seed: int | str) -> Path:
@@ -373,7 +388,7 @@ class Study:
     def resolved(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings of `prepare`, `reference` or `answers`, with today's defaults of all keys that they read."""
         config, _ = RunConfig.from_mapping(settings, self._where)
-        own = {"reference_path": REFERENCE_KEYS, "reference_answers_path": ANSWERS_KEYS}
+        own = {"reference_path": REFERENCE_KEYS, "reference_answers_path": answers_keys(config)}
         names = [*TOKENS_DEPEND_ON, *(name for path, keys in own.items() if path in settings for name in keys)]
         known = config.resolved()
         return settings | {name: known[name] for name in names}
