@@ -147,8 +147,8 @@ class Study:
             **run.arm.flags,
             **self.model,
             **self._reads(run),
-            **({"reference_answers_path": str(self.answers(run))} if self._has_answers(run.stage) else {}),
-            **({"ground_truth": "world"} if self.world and self._has_answers(run.stage) else {}),
+            **({"reference_answers_path": str(self.answers(run))} if self._has_answers(run) else {}),
+            **({"ground_truth": "world"} if self.world and self._reads_answers(run.stage) else {}),
             **self._sections[run.stage],
             **self._shared_out(run.stage),
             "overwrite_output_dir": True,  # Snakemake has decided that what is there is out of date
@@ -277,13 +277,16 @@ class Study:
         """The folder of the reference's answers to the prompts of `run`, which all arms of its stage and seed read."""
         return self.shared_directory / "answers" / run.stage / f"seed-{run.seed}"
 
+    def _reads_answers(self, stage: str) -> bool:
+        """Whether runs of a stage may be measured by responses of the reference: policies, and what ranks them."""
+        return STAGES[stage].is_policy or bool(self._sections[stage].get("best_of"))
+
+    def _has_answers(self, run: Run) -> bool:
+        return self._reads_answers(run.stage)
+
     def is_answered(self, run: Run) -> bool:
         """Whether `run` is measured by the reference's responses: beside its own, or by how it ranks them."""
-        return not run.proof and bool(self.config(run).reference_samples)
-
-    def _has_answers(self, stage: str) -> bool:
-        """Whether the runs of a stage may be."""
-        return STAGES[stage].is_policy or bool(self._sections[stage].get("best_of"))
+        return self._has_answers(run) and not run.proof and bool(self.config(run).reference_samples)
 
     @property
     def reference_stage(self) -> str | None:

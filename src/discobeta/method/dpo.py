@@ -8,7 +8,7 @@ from discobeta.data.batches import Batch
 from discobeta.data.rows import Rows
 from discobeta.design.config import RunConfig
 from discobeta.inputs import reference
-from discobeta.method.signals import Comparison, Evidence
+from discobeta.method.signals import Comparison, Evidence, scaled
 from discobeta.method.stage import Stage
 from discobeta.model.forward import hidden_states, response_logps
 from discobeta.model.pretrained import load_causal_lm
@@ -37,6 +37,11 @@ class DirectPreference(Stage):
 
     def compare(self, batch: Batch) -> Comparison:
         return self.signals.compare(self.evidence(batch))
+
+    def rewards_of_pairs(self, batch: Batch) -> Tensor:
+        """beta * log(pi(y|x) / ref(y|x)), beta that of the prompt: nothing that depends on the pair is in it."""
+        log_s = self.signals.log_scale(batch.columns["prompt_features"])
+        return scaled(self.config.pref_beta, log_s) * self.evidence(batch).rewards
 
     def evidence(self, batch: Batch) -> Evidence:
         with self.autocast():

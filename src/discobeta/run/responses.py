@@ -250,8 +250,8 @@ def rank(
     """(N, n) scores of the reference's n responses to N prompts, their true rewards where known, and what is known of
     the prompts.
 
-    A score is the run's mean reward of a response, as its `compare` says it of a pair: r or mu of a reward model, in
-    dpo beta * s(x) * log pi(y|x)/ref(y|x), up to whatever is the same within a prompt.
+    A score is the run's mean reward of a response: r or mu of a reward model, in dpo beta * log(pi(y|x) / ref(y|x)),
+    where beta may be the prompt's.
     """
     each, count = config.best_of, len(prompts)
     responses = given.first(count, each)
@@ -262,7 +262,7 @@ def rank(
     pairs = pairs_for(stage.model, config, rows, columns)
 
     def of_batch(indices: np.ndarray) -> dict[str, Tensor]:
-        return {"rewards": stage.compare(pairs.batch(indices).to(stage.device)).rewards.T}
+        return {"rewards": stage.rewards_of_pairs(pairs.batch(indices).to(stage.device)).T}
 
     rewards = in_batches(
         pairs.places, config.per_device_eval_batch_size, of_batch,
