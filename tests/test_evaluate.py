@@ -14,7 +14,8 @@ from discobeta import cli, record
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
 from discobeta.metrics import EVALUATION_COLUMNS
-from discobeta.run.evaluate import evaluate, policy_metrics, preference_metrics
+from discobeta.run.evaluate import evaluate, preference_metrics
+from discobeta.run.responses import policy_metrics
 
 pytestmark = pytest.mark.numeric
 
@@ -26,7 +27,8 @@ def test_all_columns_of_all_stages_are_names_that_a_truth_may_not_have(run, monk
     monkeypatch.setattr("discobeta.inputs.world.true_reward", lambda prompt, response: 1.0)
     monkeypatch.setattr("discobeta.inputs.world.well_formed", lambda prompt, response: True)
     sampling = {"num_eval_generations": 3, "max_new_tokens": 4, "ground_truth": "world"}
-    directories = [run("rm", name="rm", **USED), run("dpo", name="dpo", **USED, **sampling)]
+    several = {"generations_per_prompt": 2, "best_of": 4}
+    directories = [run("rm", name="rm", **USED), run("dpo", name="dpo", **USED, **sampling, **several)]
     chain = {"reward_model": str(directories[0]), "beta_head": str(directories[1])}
     one_update = {"max_steps": 1, "logging_steps": 1, "ppo_buffer_size": 1}
     directories.append(run("ppo", name="ppo", **USED, **sampling, **chain, **one_update))

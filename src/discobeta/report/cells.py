@@ -27,6 +27,7 @@ CAPTIONS = {
     "predictions": "how well held-out preferences are predicted",
     "heads": "what the heads that are used have learned",
     "policy": "what the policy does when it answers held-out prompts itself",
+    "ranking": "how well it tells the reference's own responses to a held-out prompt apart",
 }
 JUDGES = (
     "The reward gain is the mean score of the policy's responses minus that of the reference's, in standard deviations "
