@@ -106,7 +106,8 @@ def ours(folder: Path, output: Path, updates: int) -> tuple[list[float], ...]:
         "stage": "ppo", "model_name_or_path": str(folder / "base"), "reward_model": str(folder / "reward"),
         "dataset": str(folder / "prompts.jsonl"), "output_dir": str(output), "max_steps": updates,
         "per_device_train_batch_size": MINIBATCH, "ppo_buffer_size": MINIBATCHES, "ppo_epochs": EPOCHS,
-        "per_device_eval_batch_size": ROLLOUTS, "lora_rank": 8, "lora_alpha": 16, "max_new_tokens": RESPONSE,
+        "per_device_eval_batch_size": ROLLOUTS, "tokens_per_pass": 2048,  # a minibatch in one pass, as in config.yaml
+        "lora_rank": 8, "lora_alpha": 16, "max_new_tokens": RESPONSE,
         "learning_rate": RATE, "pref_beta": KL_COEFFICIENT, "ppo_score_norm": False, "logging_steps": 1,
         "save_steps": 0,
     }  # fmt: skip

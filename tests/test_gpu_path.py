@@ -54,7 +54,7 @@ def test_what_ppo_collects_comes_to_the_host_once_a_batch(case, found):
     every token whether all responses have ended."""
     collected = waits(found[case]["collect"])
     sampling = [wait for wait in collected if " generate: " in wait or "generate:" in wait or "generation.py" in wait]
-    judging = [wait for wait in collected if wait.startswith("aten._to_copy.default at ppo.py:")]
+    judging = [wait for wait in collected if wait.startswith("aten._to_copy.default at inference.py:")]
     assert len(sampling) + len(judging) == len(collected), set(collected) - set(sampling) - set(judging)
     assert sampling and judging
     assert not [wait for wait in sampling if "__call__: u = " in wait]  # a draw's numbers are all there from the start

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from discobeta.data.batches import PerToken
 from discobeta.errors import UserError
 from discobeta.model.inference import in_batches
 
@@ -24,15 +25,16 @@ def test_values_come_back_in_the_order_of_the_rows_though_the_longest_go_first()
     assert found["pair"].tolist() == [[0, 0], [1, -1], [2, -2], [3, -3], [4, -4]]
 
 
-def test_one_tensor_a_row_may_be_of_any_size_and_holds_nothing_but_itself():
+def test_what_is_said_of_tokens_comes_back_in_the_order_of_the_rows():
     def of_batch(indices):
-        sizes = LENGTHS[indices].tolist()
-        return {"tokens": torch.arange(sum(sizes)).split(sizes)}
+        sizes = LENGTHS[indices]
+        return {"tokens": PerToken(torch.arange(sizes.sum()), sizes)}
 
     found = in_batches(LENGTHS, 2, of_batch, step="a test")["tokens"]
-    assert [len(values) for values in found] == [3, 9, 1, 9, 5]
+    assert [len(values) for values in found] == found.sizes.tolist() == [3, 9, 1, 9, 5]
     assert found[0].tolist() == [5, 6, 7] and found[3].tolist() == list(range(9, 18))  # the second of their batches
-    assert all(values.untyped_storage().nbytes() == 8 * len(values) for values in found)
+    assert found.of(np.array([4, 2])).tolist() == [0, 1, 2, 3, 4, 0]
+    assert found.values.untyped_storage().nbytes() == 8 * 27
 
 
 def test_no_gradient_is_kept():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -139,6 +139,43 @@ class Pairs:
 
 
 @dataclass
+class PerToken:
+    """What is known of each token of N responses, response after response, in one tensor."""
+
+    values: Tensor  # (M, ...), M the sum of
+    sizes: np.ndarray  # (N,) tokens of each response
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, row: int) -> Tensor:
+        """(its tokens, ...) of one response."""
+        return self.of(np.array([range(len(self))[row]]))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[row] for row in range(len(self)))
+
+    def of(self, rows: np.ndarray) -> Tensor:
+        """(m, ...) of the m tokens of `rows`, in their order."""
+        return self.values.index_select(0, self.places(rows))
+
+    def taken(self, rows: np.ndarray) -> PerToken:
+        """`rows` alone, in their order."""
+        return PerToken(self.of(rows), self.sizes[rows])
+
+    def places(self, rows: np.ndarray) -> Tensor:
+        """(m,) where the m tokens of `rows` stand in `values`."""
+        sizes, begin = self.sizes[rows], np.cumsum(self.sizes) - self.sizes
+        shift = begin[rows] - (np.cumsum(sizes) - sizes)  # from a token's place among those of `rows`
+        return torch.from_numpy(np.repeat(shift, sizes) + np.arange(sizes.sum()))
+
+
+def joined(parts: Sequence[PerToken]) -> PerToken:
+    """Those of all parts, one after the other."""
+    return PerToken(torch.cat([part.values for part in parts]), np.concatenate([part.sizes for part in parts]))
+
+
+@dataclass
 class Responses:
     """N prompts, each with one response, as token ids, made into batches on demand."""
 
@@ -148,6 +185,11 @@ class Responses:
     @property
     def lengths(self) -> np.ndarray:
         return np.array([len(a) + len(b) for a, b in zip(self.prompts, self.responses, strict=True)])
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(N,) tokens of each response."""
+        return np.array([len(ids) for ids in self.responses])
 
     def batch(self, indices: np.ndarray, columns: dict[str, Tensor] | None = None) -> Batch:
         return pack([self.prompts[i] for i in indices], [self.responses[i] for i in indices], columns=columns)

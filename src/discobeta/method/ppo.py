@@ -5,7 +5,6 @@ docs/ppo.md says where each choice comes from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from discobeta import losses, seeds
-from discobeta.data.batches import Batch, Pairs, Responses, cut, pack
+from discobeta.data.batches import Batch, Pairs, PerToken, Responses, cut, joined, pack
 from discobeta.data.rows import Rows, TokenisedData
 from discobeta.design.config import RunConfig
 from discobeta.design.schedule import Schedule
@@ -55,15 +53,11 @@ KL_GAIN, KL_LARGEST_ERROR = 0.1, 0.2
 class Rollouts(Responses):
     """N responses of the policy as it was before the update, and what was computed for each token then."""
 
-    columns: dict[str, Sequence[Tensor]]  # per response, (its tokens,)
-
-    @property
-    def tokens_per_response(self) -> float:
-        return sum(map(len, self.responses)) / len(self.responses)
+    columns: dict[str, PerToken]
 
     def batch(self, indices: np.ndarray) -> Batch:
-        columns = {name: torch.cat([values[i] for i in indices]) for name, values in self.columns.items()}
-        columns["tokens_per_response"] = torch.tensor(self.tokens_per_response)
+        columns = {name: values.of(indices) for name, values in self.columns.items()}
+        columns["tokens_per_response"] = torch.tensor(self.sizes.mean(), dtype=torch.float32)
         return super().batch(indices, columns)
 
 
@@ -199,7 +193,7 @@ class ProximalPolicy(Stage):
         self.train()
         parts = gather_object([(responses, judged)]) if accelerator.num_processes > 1 else [(responses, judged)]
         responses = [ids for part, _ in parts for ids in part]
-        judged = {name: [value for _, part in parts for value in part[name]] for name in judged}
+        judged = {name: _all_of([part[name] for _, part in parts]) for name in judged}
         rollouts, statistics = self.advantages(prompts, responses, judged)
         if config.ppo_target:
             error = statistics["kl_per_sequence"].mean().item() / config.ppo_target - 1
@@ -221,7 +215,7 @@ class ProximalPolicy(Stage):
                 batch_size=8 * config.per_device_eval_batch_size,
             )  # fmt: skip
 
-    def judge(self, prompts: list[np.ndarray], responses: list[np.ndarray]) -> dict[str, list]:
+    def judge(self, prompts: list[np.ndarray], responses: list[np.ndarray]) -> dict[str, Tensor | PerToken]:
         """What policy, reference, reward model and value head say, on the CPU, in the order of the responses.
 
         Per token of the response: `logps`, `entropy`, `reference_logps`, `values`, and `states`, the
@@ -229,9 +223,9 @@ class ProximalPolicy(Stage):
         `log_s` where the coefficient is scaled.
         """
         rows, temperature, device = Responses(prompts, responses), self.config.temperature, self.device
-        name = f"reward_model {self.config.reward_model}"
+        sizes, name = rows.sizes, f"reward_model {self.config.reward_model}"
 
-        def of_batch(indices: np.ndarray) -> dict[str, Sequence[Tensor]]:
+        def of_batch(indices: np.ndarray) -> dict[str, Tensor | PerToken]:
             batch = rows.batch(indices).to(device)
             with self.autocast():
                 policy, reference = (hidden_states(model, batch) for model in (self.model, self.reference))
@@ -252,11 +246,8 @@ class ProximalPolicy(Stage):
                 "logps": logps, "entropy": entropy, "reference_logps": reference_logps,
                 "states": states, "values": self.value_head(states),
             }  # fmt: skip
-            sizes = [len(responses[i]) for i in indices]
             per_response = {"scores": scores} if log_s is None else {"scores": scores, "log_s": log_s}
-            return {name: values.cpu().split(sizes) for name, values in per_token.items()} | {
-                name: values.cpu().unbind() for name, values in per_response.items()
-            }
+            return per_response | {name: PerToken(values, sizes[indices]) for name, values in per_token.items()}
 
         return in_batches(
             rows.lengths, self.config.per_device_eval_batch_size, of_batch,
@@ -285,7 +276,7 @@ class ProximalPolicy(Stage):
         prompts = [rows.prompt_ids[i] for i in np.resize(order, SCORED_FOR_SCALE)]
         uniforms = seeds.uniforms(config.seed, "score scale", "responses", shape=(len(prompts), config.max_new_tokens))
         responses = self.respond(self.reference, prompts, uniforms)
-        scores = self.check_finite(torch.stack(self.judge(prompts, responses)["scores"]), prompts, responses).double()
+        scores = self.check_finite(self.judge(prompts, responses)["scores"], prompts, responses).double()
         mean, deviation = scores.mean().item(), scores.std().item()
         if deviation < 1e-6:
             raise UserError(
@@ -304,19 +295,21 @@ class ProximalPolicy(Stage):
         return scores
 
     def advantages(
-        self, prompts: list[np.ndarray], responses: list[np.ndarray], judged: dict[str, list]
+        self, prompts: list[np.ndarray], responses: list[np.ndarray], judged: dict[str, Tensor | PerToken]
     ) -> tuple[Rollouts, dict[str, Tensor]]:
         """The buffer to train on, and what is logged of it: (N,) per response, (M,) per token or a number."""
         config = self.config
-        raw = self.check_finite(torch.stack(judged["scores"]), prompts, responses)
-        lengths = torch.tensor([len(ids) for ids in responses])
+        raw = self.check_finite(judged["scores"], prompts, responses)
+        sizes = judged["logps"].sizes
+        lengths = torch.from_numpy(sizes)
         stops = stop_ids(self.model, self.tokenizer)
         ended = torch.tensor([has_ended(ids, stops) for ids in responses])
+        mask = torch.arange(lengths.max())[None, :] < lengths[:, None]  # (N, T) where there is a token
         logps, reference_logps, values = (
-            pad_sequence(judged[name], batch_first=True) for name in ("logps", "reference_logps", "values")
+            torch.zeros(mask.shape).masked_scatter(mask, judged[name].values)
+            for name in ("logps", "reference_logps", "values")
         )
-        mask = torch.arange(logps.shape[1])[None, :] < lengths[:, None]
-        log_s = torch.stack(judged["log_s"]) if "log_s" in judged else None
+        log_s = judged.get("log_s")
         mean, deviation = self.score_scale
         scores = (raw - mean) / deviation - config.missing_eos_penalty * ~ended
         kl, coefficient = logps - reference_logps, scaled(self.kl_coefficient, log_s)
@@ -335,7 +328,7 @@ class ProximalPolicy(Stage):
             "penalised_reward": totals,
             "kl_per_sequence": kl.sum(1),
             "kl_per_token": kl[mask],
-            "entropy": torch.cat(judged["entropy"]),
+            "entropy": judged["entropy"].values,
             "beta_eff": coefficient if log_s is not None else torch.full_like(raw, coefficient),
             "explained_variance": 1 - unexplained,
             "response_length": lengths,
@@ -344,9 +337,8 @@ class ProximalPolicy(Stage):
         if log_s is not None:
             s = log_s.exp()
             statistics |= {"log_s": log_s, "s": s, "s_sd": s.std(correction=0), "s_min": s.min(), "s_max": s.max()}
-        ragged = {name: values[mask].split(lengths.tolist()) for name, values in columns.items()}
-        ragged["states"] = judged["states"]
-        return Rollouts(prompts, responses, ragged), statistics
+        of_tokens = {name: PerToken(values[mask], sizes) for name, values in columns.items()}
+        return Rollouts(prompts, responses, of_tokens | {"states": judged["states"]}), statistics
 
     # --- the loss
 
@@ -371,6 +363,11 @@ class ProximalPolicy(Stage):
             name: per_sequence(values, batch) / old["tokens_per_response"] for name, values in per_token.items()
         }
         return per_response["loss"], {name: values.detach() for name, values in per_response.items()}
+
+
+def _all_of(parts: list[Tensor] | list[PerToken]) -> Tensor | PerToken:
+    """What several processes say, the rows of one after those of another."""
+    return joined(parts) if isinstance(parts[0], PerToken) else torch.cat(parts)
 
 
 def _minibatches(

@@ -82,23 +82,26 @@ def logits_of(model: nn.Module, states: Tensor) -> Tensor:
 
 
 class _Selected(torch.autograd.Function):
-    """(M,) log softmax(logits)[target] of (M, V) float32 logits, in whose place the backward pass puts their gradient.
+    """(M,) log softmax(logits)[target] of (M, V) float32 logits, which become exp(logits - max): one exponential for
+    value and gradient, and no second tensor of this size. Whoever made the logits has no more use for them.
 
-    d/d logits = one_hot(target) - softmax(logits). Whoever made the logits has no more use for them.
+    d/d logits = one_hot(target) - softmax(logits).
     """
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        log_sum = logits.logsumexp(-1)
-        ctx.save_for_backward(logits, targets, log_sum)
-        return logits.gather(-1, targets[:, None]).squeeze(-1) - log_sum
+        largest = logits.amax(-1, keepdim=True)
+        chosen = logits.gather(-1, targets[:, None]) - largest
+        weights = logits.sub_(largest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        ctx.save_for_backward(weights, targets, total)
+        return (chosen - total.log()).squeeze(-1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        logits, targets, log_sum = ctx.saved_tensors
-        gradient = logits.sub_(log_sum[:, None]).exp_().mul_(-grad[:, None])
-        gradient[torch.arange(len(targets), device=targets.device), targets] += grad
-        return gradient, None
+        weights, targets, total = ctx.saved_tensors
+        grad = grad[:, None]
+        return weights.mul_(-grad / total).scatter_add_(-1, targets[:, None], grad), None
 
 
 def token_logps(
@@ -110,7 +113,7 @@ def token_logps(
     token is predicted, LOGITS_AT_ONCE at a time; if these are not all, the backward pass computes
     them again instead of keeping them.
     """
-    states = hidden.flatten(0, 1)[batch.predictor_index]
+    states = hidden.flatten(0, 1).index_select(0, batch.predictor_index)
     size = max(1, LOGITS_AT_ONCE // unwrapped(model).get_output_embeddings().weight.shape[0])
 
     def of_chunk(part: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -146,7 +149,7 @@ def per_sequence(values: Tensor, batch: Batch) -> Tensor:
 
 def state_at(hidden: Tensor, places: Tensor) -> Tensor:
     """(N, hidden_size) float32, the states at N places of a batch."""
-    return hidden.flatten(0, 1)[places].float()
+    return hidden.flatten(0, 1).index_select(0, places).float()
 
 
 def score_place(model: nn.Module, batch: Batch) -> Tensor:

@@ -79,8 +79,9 @@ def generate(
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([sampler]),
             )
-            for index, new_ids in zip(indices, output[:, ids.shape[1] :].cpu().numpy(), strict=True):
-                responses[index] = _until_stop(new_ids, stops)
+            new_ids = output[:, ids.shape[1] :].cpu().numpy()
+            for index, response, size in zip(indices, new_ids, _sizes(new_ids, stops), strict=True):
+                responses[index] = response[:size].astype(np.int32)
             bar.update(len(indices))
     return responses
 
@@ -172,10 +173,10 @@ def _reads_left_padded(model: PreTrainedModel, settings: GenerationConfig) -> bo
     return _LEFT_PADDED[model]
 
 
-def _until_stop(ids: np.ndarray, stops: list[int]) -> np.ndarray:
-    """Up to and with the first stop token; what follows is padding (and pad may equal <eos>)."""
-    ends = np.flatnonzero(np.isin(ids, stops))
-    return ids[: ends[0] + 1 if len(ends) else None].astype(np.int32)
+def _sizes(ids: np.ndarray, stops: list[int]) -> np.ndarray:
+    """(N,) tokens of each of (N, T) up to and with the first stop; what follows is padding (and pad may be <eos>)."""
+    is_stop = np.isin(ids, stops)
+    return np.where(is_stop.any(1), is_stop.argmax(1) + 1, ids.shape[1])
 
 
 def _padding_id(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
@@ -206,10 +207,12 @@ def _set_for_sampling(model: PreTrainedModel) -> Iterator[None]:
     from transformers import GenerationConfig
 
     training, own_settings = model.training, model.generation_config
-    model.eval()
+    if training:  # else no walk through all modules
+        model.eval()
     model.generation_config = GenerationConfig()
     try:
         yield
     finally:
         model.generation_config = own_settings
-        model.train(training)
+        if training:
+            model.train()

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from discobeta.data.batches import Pairs
+from discobeta.data.batches import Pairs, PerToken
 from discobeta.data.rows import Rows
 from discobeta.design.config import RunConfig
 from discobeta.design.stages import STAGES
@@ -195,9 +195,10 @@ def longest_responses(config: RunConfig, hidden_size: int) -> Any:
 
     count = config.per_device_train_batch_size * config.gradient_accumulation_steps
     prompts, responses = (np.ones((count, size), np.int64) for size in (config.cutoff_len, config.max_new_tokens))
-    values = [torch.zeros(config.max_new_tokens)] * count
-    columns = {name: values for name in ("logps", "values", "returns", "advantages")}
-    return Rollouts(prompts, responses, columns | {"states": [torch.zeros(config.max_new_tokens, hidden_size)] * count})
+    shapes = dict.fromkeys(("logps", "values", "returns", "advantages"), ()) | {"states": (hidden_size,)}
+    sizes = np.full(count, config.max_new_tokens)
+    columns = {name: PerToken(torch.zeros(sizes.sum(), *shape), sizes) for name, shape in shapes.items()}
+    return Rollouts(prompts, responses, columns)
 
 
 def first_pass(stage: Stage, config: RunConfig) -> Any:
