@@ -99,9 +99,10 @@ def world_pairs(count: int, draws: random.Random) -> Iterator[tuple[str, str, st
 
     for _ in range(count):
         prompt = world.draw_prompt(draws, held_out=False)
-        chosen = rejected = world.draw_completion(draws, world.topic_of(prompt))
+        topic = world.DEFAULT.topic_of(prompt)
+        chosen = rejected = world.draw_completion(draws, topic)
         while rejected == chosen:
-            rejected = world.draw_completion(draws, world.topic_of(prompt))
+            rejected = world.draw_completion(draws, topic)
         yield prompt, chosen, rejected
 
 

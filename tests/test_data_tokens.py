@@ -354,6 +354,62 @@ def test_tokenise_reports_both_datasets_and_the_prompts_they_share(make_config):
     ]
 
 
+def calibrated(tmp_path, *rows):
+    """The run keys of calibration rows in a file of their own."""
+    (tmp_path / "calibration.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"calibration_dataset": "calibration.jsonl"}
+
+
+def test_calibration_rows_are_a_part_of_their_own(make_config, tmp_path):
+    """Those that are trained or measured on too are counted once each: `a b`, but not `b` with other responses."""
+    rows, held_out = [pair("a b"), pair("b"), pair("b")], [pair("c")]
+    calibration = [pair("a b"), pair("a b"), pair("c"), {"prompt": "b", "chosen": "d", "rejected": "c"}, pair("")]
+    config = make_config(rows, held_out, **calibrated(tmp_path, *calibration), max_unusable_rows=0.5)
+    data = tokenise(config, word_tokenizer())
+    assert {part: len(rows) for part, rows in data.parts().items()} == {"train": 3, "eval": 1, "calibration": 4}
+    assert data.keys().keys() == {"data", "held_out", "calibration"}
+    assert data.calibration.source[2] == "calibration.jsonl:3" and data.calibration.chosen_ids[3].tolist() == [D, EOS]
+    assert data.report["calibration"]["reasons"] == {"empty prompt": 1} and data.report["shared_calibration"] == 2
+    assert data.lines()[-2:] == [
+        "3 training rows, 1 held-out rows, 4 calibration rows",
+        "2 calibration rows also are training or held-out rows",
+    ]
+
+
+def test_a_run_without_calibration_rows_is_what_it_was(make_config):
+    config = make_config([pair("a")], [pair("b")])
+    data = tokenise(config, word_tokenizer())
+    assert data.calibration is None and data.keys().keys() == {"data", "held_out"}
+    assert "calibration_dataset" not in tokens.made_from(config, word_tokenizer(), "pairs")
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_calibration_rows_are_read_where_there_is_a_likelihood_alone(make_config, tmp_path, stage):
+    base = {"finetuning_type": "full"} if stage == "sft" else {}
+    config = make_config([pair("a")], stage=stage, **base, **calibrated(tmp_path, pair("c")))
+    assert tokenise(config, word_tokenizer()).calibration is None
+
+
+def test_a_folder_keeps_calibration_rows_and_is_of_those_alone(make_config, folder, tmp_path, monkeypatch):
+    rows = {"rows": twenty(), "held_out": [pair("c")], "tokenized_path": str(folder)}
+    config = make_config(**rows, **calibrated(tmp_path, pair("c c", noise=0.5)))
+    made = load_or_tokenise(config, word_tokenizer())
+    assert names(folder) == ["calibration.parquet", "eval.parquet", "tokens.json", "train.parquet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "tokenise", None)  # not called again
+        read = load_or_tokenise(config, word_tokenizer())
+    assert read.keys() == made.keys() and read.calibration.truth["noise"].tolist() == [0.5]
+    with pytest.raises(UserError, match="calibration_dataset was calibration.jsonl, here none"):
+        load_or_tokenise(make_config(**rows), word_tokenizer())
+    calibrated(tmp_path, pair("d"))
+    with pytest.raises(UserError, match=r"calibration_dataset has changed since \(calibration.jsonl\)"):
+        load_or_tokenise(config, word_tokenizer())
+    without = make_config(**rows | {"tokenized_path": str(tmp_path / "without")})
+    load_or_tokenise(without, word_tokenizer())
+    with pytest.raises(UserError, match="calibration_dataset was none, here calibration.jsonl"):
+        load_or_tokenise(config.replace(tokenized_path=without.tokenized_path), word_tokenizer())
+
+
 def test_rows_lost_to_cutoff_len_count_too(make_config):
     rows = [pair("a"), pair("b"), pair("a " * 20)]
     assert len(tokenise(make_config(rows, max_unusable_rows=0.4), word_tokenizer()).train) == 2

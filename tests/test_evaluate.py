@@ -24,8 +24,8 @@ TRUTH = {"topic", "noise", "familiarity"}  # of the rows that conftest makes
 
 
 def test_all_columns_of_all_stages_are_names_that_a_truth_may_not_have(run, monkeypatch):
-    monkeypatch.setattr("discobeta.inputs.world.true_reward", lambda prompt, response: 1.0)
-    monkeypatch.setattr("discobeta.inputs.world.well_formed", lambda prompt, response: True)
+    monkeypatch.setattr("discobeta.inputs.world.World.true_reward", lambda world, prompt, response: 1.0)
+    monkeypatch.setattr("discobeta.inputs.world.World.well_formed", lambda world, prompt, response: True)
     sampling = {"num_eval_generations": 3, "max_new_tokens": 4, "ground_truth": "world"}
     several = {"generations_per_prompt": 2, "best_of": 4}
     directories = [run("rm", name="rm", **USED), run("dpo", name="dpo", **USED, **sampling, **several)]
@@ -74,7 +74,7 @@ def test_an_evaluation_with_other_settings_is_the_one_of_a_run_that_had_them(run
         ("dpo", "learning_rate=1", "--set 'learning_rate': this is no setting of an evaluation"),
         ("dpo", "temprature=1", "did you mean 'temperature'?"),
         ("dpo", "temperature=hot", "--set: temperature: 'hot' should be a number"),
-        ("rm", "temperature=0.5", "of a run of rm it may be per_device_eval_batch_size"),
+        ("rm", "generations_per_prompt=2", "of a run of rm it may be per_device_eval_batch_size, max_new_tokens, temp"),
     ],
 )
 def test_what_is_no_setting_of_an_evaluation_is_refused(stage, word, said, run, capsys):
@@ -238,6 +238,40 @@ def test_answers_to_prompts_of_which_little_is_known_are_measured(run, tmp_path,
     assert -4 <= found["true_reward"] <= 3 and found["well_formed"] == 0
     assert set(found.get("true_reward_by_topic", [])) == (topics or set())
     assert "log_s_noise" not in found
+
+
+def test_the_truth_is_that_of_the_named_world(run, tmp_path, monkeypatch):
+    """And evaluation.json says by its sha256 which that was."""
+    from discobeta import files
+    from discobeta.inputs import world
+
+    world.write_corpus(tmp_path / "world", seed=1, sft_examples=10, qualities="topic")
+    own = tmp_path / "world" / "world.json"
+    monkeypatch.setattr(world.World, "true_reward", lambda truth, *texts: 2.0 if truth.own_qualities else 1.0)
+    directory = run("dpo", num_eval_generations=3, max_new_tokens=4)
+    for name, reward, sha256 in ((str(own), 2.0, files.sha256(own)), ("world", 1.0, None)):
+        assert evaluate(directory, {"ground_truth": name})["true_reward"] == reward
+        assert files.read_sealed(directory / "evaluation.json").get("ground_truth") == sha256
+    assert "true_reward" not in evaluate(directory, {"ground_truth": "none"})
+    with pytest.raises(UserError, match="cannot read .*/gone/world.json"):
+        evaluate(directory, {"ground_truth": str(tmp_path / "gone" / "world.json")})
+    with pytest.raises(UserError, match="ground_truth: 'word' is neither none nor world nor a path to a world.json"):
+        evaluate(directory, {"ground_truth": "word"})
+
+
+def test_a_run_knows_its_calibration_rows(run, tmp_path):
+    """They change nothing of what is trained and measured, and a run is not measured beside other ones than it had."""
+    calibration = write_rows(tmp_path / "calibration.jsonl", preference_rows(9, 3))
+    without, directory = run("dpo", name="without"), run("dpo", calibration_dataset=str(calibration))
+    for name in ("adapter/adapter_model.safetensors", "log.jsonl"):
+        assert (directory / name).read_bytes() == (without / name).read_bytes()
+    assert evaluate(directory).items() >= evaluate(without).items()
+    facts = json.loads((directory / "provenance.json").read_text())
+    assert "calibration" in facts and "calibration" not in json.loads((without / "provenance.json").read_text())
+    assert (directory / "reference" / "calibration.safetensors").exists()
+    write_rows(calibration, preference_rows(9, 4))
+    with pytest.raises(UserError, match="was trained with another calibration than"):
+        evaluate(directory)
 
 
 def answers_of(log_ratio, ended):

@@ -82,8 +82,9 @@ def test_a_training_imports_what_it_needs_and_nothing_else(commands, tmp_path):
 
 
 def test_the_commands_of_the_world_load_no_study(tmp_path):
-    corpus = ["world", "corpus", "--output", "w", "--seed", "1", "--sft-examples", "20", "--noise", "heteroscedastic"]
-    found = modules_of("cold", [corpus], tmp_path)
+    """All is said, as in the jobs of a study."""
+    words = "--seed 1 --sft-examples 20 --noise topic --labels probit --flips 0.0 --qualities shared --no-own"
+    found = modules_of("cold", [["world", "corpus", "--output", "w", *words.split()]], tmp_path)
     assert not packages(found[0][1]) & NEVER
     assert (tmp_path / "w" / "world.json").is_file()
 

@@ -8,14 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import test_layout
 import yaml
 
 from discobeta import cli, record
-from discobeta.design import keys, study_sections
+from discobeta.design import keys, study_file, study_sections
 from discobeta.design.config import FIELDS, RunConfig
 from discobeta.design.study import Study
 from discobeta.errors import UserError
@@ -65,13 +65,13 @@ def test_the_pages_hold_every_key():
     assert (
         "| `lam` | a number between 0 and 1 | 0.95 | ppo | training | lambda of the generalised advantages |  |" in page
     )
-    assert "| 0 (dpo), 64 (ppo) | dpo ppo | measuring | prompts answered in evaluation |" in page
-    assert "| `top_k` | a whole number, at least 0 | 0 | dpo ppo | measuring, training of ppo |" in page
+    assert "| 0 (rm), 0 (dpo), 64 (ppo) | rm dpo ppo | measuring | prompts answered in evaluation (" in page
+    assert "| `top_k` | a whole number, at least 0 | 0 | rm dpo ppo | measuring, training of ppo |" in page
     assert "| LoRA rank; null: that of adapter_name_or_path | `lora_r` `r` |" in page
     assert "`max_length` `max_completion_length` `response_length`" in page
     page = (ROOT / "docs" / "reference" / "study.md").read_text()
     assert '| `idle_arms` | run or prove | "run" |' in page and "| `study` | text | required |" in page
-    assert '| `noise` | heteroscedastic or homoscedastic | "heteroscedastic" |' in page
+    assert '| `noise` | heteroscedastic or homoscedastic or topic or response | "heteroscedastic" |' in page
     assert "| `cutoff_len` | a whole number, at least 2, or null | 2048 |" in page
 
 
@@ -83,7 +83,8 @@ def test_the_schema_says_what_a_key_of_a_study_may_be():
         1000, 2**63 - 1, 100,
     )  # fmt: skip
     assert {name: said["default"] for name, said in world.items()} == {
-        "sft_examples": 6000, "train": 9600, "evaluation": 1600, "noise": "heteroscedastic", "seed": 1,
+        "sft_examples": 6000, "train": 9600, "evaluation": 1600, "calibration": 0, "every_prompt": False,
+        "noise": "heteroscedastic", "labels": "probit", "flips": 0.0, "qualities": "shared", "own": False, "seed": 1,
     }  # fmt: skip
     rm, ppo, common, sft = (
         top["rm"], top["ppo"], top["common"], schema["$defs"]["Base"]["properties"]["sft"]
@@ -286,7 +287,7 @@ def test_no_run_imports_the_models_of_a_study():
         ({"stage": "rm", "lam": 0.5}, "lam is unused: rm does not read it (ppo does)"),
         ({"stage": "dpo", "cliprange": 0.1}, "cliprange is unused: dpo does not read it (ppo does)"),
         ({"stage": "ppo", "head_pooling": "mean"}, "head_pooling is unused: ppo does not read it (rm and dpo do)"),
-        ({"stage": "rm", "temperature": "0.7"}, "temperature is unused: rm does not read it (dpo and ppo do)"),
+        ({"stage": "rm", "pref_beta": "0.7"}, "pref_beta is unused: rm does not read it (dpo and ppo do)"),
         ({"stage": "dpo", "reward_model": "r"}, "reward_model is unused: dpo does not read it (ppo does)"),
         (
             {"stage": "ppo", "disco_learning_rate": 0.1},
@@ -370,7 +371,15 @@ def test_the_command_says_which_key_is_unused(tmp_path: Path, capsys: pytest.Cap
         ({"data": {"world": {}, "split": "a"}}, "x.yaml: data: world makes its own rows: leave split out"),
         (
             {"data": {"world": {"noise": "loud"}}},
-            "x.yaml: data: world: noise: 'loud' should be heteroscedastic or homoscedastic",
+            "x.yaml: data: world: noise: 'loud' should be heteroscedastic or homoscedastic or topic or response",
+        ),
+        (
+            {"data": {"world": {"flips": 0.5}}},
+            "x.yaml: data: world: flips: 0.5 should be a number between 0 and 0.49",
+        ),
+        (
+            {"data": {"world": {"own": True}}},
+            "x.yaml: data: world: own: true needs base: sft (every world trains a base of its own)",
         ),
         (
             {"data": {"dataset": "a", "val_size": 9, "cutoff_len": "long"}},
@@ -396,28 +405,29 @@ def test_a_study_is_told_what_is_wrong_and_where(changes: dict, message: str):
 
 
 def test_what_is_common_is_given_to_the_stages_that_read_it():
-    made = study(common={"lam": 0.5, "head_pooling": "mean", "temperature": 0.7, "lora_rank": 4})
+    made = study(common={"lam": 0.5, "head_pooling": "mean", "pref_beta": 0.7, "lora_rank": 4})
     given = {stage: made.run_settings(made.run(stage, "baseline", 1)) for stage in ("rm", "dpo", "ppo")}
-    names = {"lam", "head_pooling", "temperature", "lora_rank"}
+    names = {"lam", "head_pooling", "pref_beta", "lora_rank"}
     assert {stage: names & settings.keys() for stage, settings in given.items()} == {
         "rm": {"head_pooling", "lora_rank"},
-        "dpo": {"head_pooling", "temperature", "lora_rank"},
-        "ppo": {"lam", "temperature", "lora_rank"},
+        "dpo": {"head_pooling", "pref_beta", "lora_rank"},
+        "ppo": {"lam", "pref_beta", "lora_rank"},
     }
     assert made.config(made.run("ppo", "baseline", 1)).head_pooling == "last"  # as if nobody had said it
 
 
 def test_the_keys_of_data_are_the_run_keys_that_say_which_rows():
     assert study_sections.DATA_KEYS == (
-        "dataset", "eval_dataset", "dataset_dir", "split", "eval_split", "cutoff_len", "max_samples", "val_size",
-        "max_unusable_rows",
+        "dataset", "eval_dataset", "calibration_dataset", "dataset_dir", "split", "eval_split", "cutoff_len",
+        "max_samples", "val_size", "max_unusable_rows",
     )  # fmt: skip
 
 
 def test_a_world_has_its_defaults_and_what_is_said_of_it():
     made = study(data={"world": {"train": 64}}, base={"sft": {"model_type": "qwen3"}})
     assert made.world == {
-        "sft_examples": 6000, "train": 64, "evaluation": 1600, "noise": "heteroscedastic", "seed": 1,
+        "sft_examples": 6000, "train": 64, "evaluation": 1600, "calibration": 0, "every_prompt": False,
+        "noise": "heteroscedastic", "labels": "probit", "flips": 0.0, "qualities": "shared", "own": False, "seed": 1,
     }  # fmt: skip
     assert study(data={"world": {}}, base={"sft": {"model_type": "qwen3"}}).world["train"] == 9600
 
@@ -453,7 +463,25 @@ def test_the_world_of_the_command_line_is_that_of_a_study(monkeypatch: pytest.Mo
     monkeypatch.setattr(world, "write_pairs", lambda folder, base, output, **settings: made.append(settings))
     assert cli.main(["world", "corpus", "--output", "w", "--sft-examples", "9"]) == 0
     assert cli.main(["world", "pairs", "--world", "w", "--base", "b", "--output", "p", "--eval", "8"]) == 0
+    labels = {"noise": "heteroscedastic", "labels": "probit", "flips": 0.0}
     assert made == [
-        {"seed": 1, "sft_examples": 9, "noise": "heteroscedastic"},
-        {"seed": 1, "train": 9600, "evaluation": 8},
+        {"seed": 1, "sft_examples": 9, **labels, "qualities": "shared", "own": False},
+        {"seed": 1, "train": 9600, "evaluation": 8, "calibration": 0, "every_prompt": False},
     ]
+    words = "--noise topic --labels logistic --flips 0.2 --qualities topic --own"
+    assert cli.main(["world", "corpus", "--output", "w", *words.split()]) == 0
+    more = ["--calibration", "7", "--every-prompt"]
+    assert cli.main(["world", "pairs", "--world", "w", "--base", "b", "--output", "p", *more]) == 0
+    labels = {"noise": "topic", "labels": "logistic", "flips": 0.2}
+    assert made[2:] == [
+        {"seed": 1, "sft_examples": 6000, **labels, "qualities": "topic", "own": True},
+        {"seed": 1, "train": 9600, "evaluation": 1600, "calibration": 7, "every_prompt": True},
+    ]
+
+
+def test_a_study_and_the_world_know_the_same_words():
+    from discobeta.inputs import world
+
+    said = study_file.World.model_fields
+    for name, words in (("noise", world.Noise), ("labels", world.Labels), ("qualities", world.Qualities)):
+        assert get_args(said[name].annotation) == get_args(words)

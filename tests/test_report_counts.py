@@ -273,12 +273,19 @@ def test_runs_on_a_data_set_that_has_changed_are_stale():
     assert {found.absence for found in results(made).found.values()} == {"stale (dataset has changed)"}
 
 
+LABELS = {"noise": "heteroscedastic", "labels": "probit", "flips": 0.0}
+WORLD = {"sft_examples": 6000, **LABELS, "qualities": "shared", "own": False}
+PAIRS = {"train": 9600, "evaluation": 1600, "calibration": 0, "every_prompt": False}
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"train": 64}, "stale (pairs.json: train: 9600 there, 64 here)"),
         ({"noise": "homoscedastic"}, "stale (world.json: noise: 'heteroscedastic' there, 'homoscedastic' here)"),
         ({"seed": 2}, "stale (world.json: seed: 1 there, 2 here)"),
+        ({"flips": 0.2}, "stale (world.json: flips: 0.0 there, 0.2 here)"),
+        ({"every_prompt": True}, "stale (pairs.json: every_prompt: False there, True here)"),
     ],
 )
 def test_runs_of_another_world_are_stale(changes, reason):
@@ -287,10 +294,11 @@ def test_runs_of_another_world_are_stale(changes, reason):
     made = Study(settings)
     for run in made.runs():
         finish(made, run, measured(run))
-    world = made.world_directory / "world.json"
-    files.write_sealed(world, {"seed": 1, "sft_examples": 6000, "noise": "heteroscedastic"})
+    world = made.world_of("seed-1") / "world.json"
+    assert world == made.world_of("seed-2") / "world.json"
+    files.write_sealed(world, {"seed": 1} | WORLD)
     for seed in made.seeds:
-        pairs = {"seed": seed, "train": 9600, "evaluation": 1600, "world": files.sha256(world)}
+        pairs = {"seed": seed, "world": files.sha256(world)} | PAIRS
         files.write_sealed(made.pairs(f"seed-{seed}") / "pairs.json", pairs)
     assert {found.absence for found in results(made).found.values()} == {None}
     assert {found.absence for found in results(Study(settings | {"data": {"world": changes}})).found.values()} == {
@@ -299,6 +307,32 @@ def test_runs_of_another_world_are_stale(changes, reason):
     files.write_sealed(made.pairs("seed-2") / "pairs.json", pairs | {"seed": 2, "world": "0" * 64})
     stale = {run.seed for run, found in results(made).found.items() if found.absence}
     assert stale == {2}
+
+
+def test_where_each_seed_is_a_world_another_one_makes_its_runs_stale_alone():
+    """And no policy counts as measured that was measured by the truth of another world than its seed's."""
+    settings = SETTINGS | {"data": {"world": {"own": True}}, "base": {"sft": {"model_type": "qwen3"}}}
+    made = Study(settings)
+    folders = {seed: made.world_of(f"seed-{seed}") for seed in made.seeds}
+    hashes = {}
+    for seed, folder in folders.items():
+        files.write_sealed(folder / "world.json", {"seed": seed} | WORLD | {"own": True})
+        hashes[seed] = files.sha256(folder / "world.json")
+        pairs = {"seed": seed, "world": hashes[seed]} | PAIRS
+        files.write_sealed(made.pairs(f"seed-{seed}") / "pairs.json", pairs)
+    for run in made.runs():
+        evaluation = finish(made, run, measured(run)) / "evaluation.json"
+        files.write_sealed(evaluation, files.read_sealed(evaluation) | {"ground_truth": hashes[run.seed]})
+    assert len(set(hashes.values())) == len(made.seeds) > 1
+    assert {found.absence for found in results(made).found.values()} == {None}
+    files.write_sealed(folders[2] / "world.json", {"seed": 1} | WORLD | {"own": True})
+    reasons = {(run.seed, found.absence) for run, found in results(made).found.items()}
+    assert reasons == {(1, None), (2, "stale (world.json: seed: 1 there, 2 here)"), (3, None)}
+    files.write_sealed(folders[2] / "world.json", {"seed": 2} | WORLD | {"own": True, "made": "anew"})
+    pairs = {"seed": 2, "world": files.sha256(folders[2] / "world.json")} | PAIRS
+    files.write_sealed(made.pairs("seed-2") / "pairs.json", pairs)
+    reasons = {(run.seed, found.absence) for run, found in results(made).found.items()}
+    assert reasons == {(1, None), (2, "evaluated in another world"), (3, None)}
 
 
 # --- ppo reads other runs

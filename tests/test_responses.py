@@ -163,7 +163,7 @@ def test_both_estimators_have_the_divergence_as_their_mean_and_the_exact_one_var
 
 
 def test_question_metrics_and_regret_by_hand(monkeypatch):
-    monkeypatch.setattr(world, "frontier_reward", lambda kl: 10 * kl, raising=False)
+    monkeypatch.setattr(world, "frontier_reward", lambda kl: 10 * kl)
     frame = pd.DataFrame(
         {
             "log_ratio": [0.5, 0.1, 0.3, 0.3], "kl": [0.1, 0.2, 0.3, 0.4], "mark_kl": [0.05, 0.0, 0.02, 0.01],
@@ -194,8 +194,8 @@ def truth(monkeypatch):
     def true_reward(prompt, response):
         return float(sum(ord(letter) for letter in prompt + response) % 17)
 
-    monkeypatch.setattr(world, "true_reward", true_reward)
-    monkeypatch.setattr(world, "frontier_reward", lambda kl: 3.0 + kl, raising=False)
+    monkeypatch.setattr(world.World, "true_reward", lambda world, *text: true_reward(*text))
+    monkeypatch.setattr(world, "frontier_reward", lambda kl: 3.0 + kl)
     return true_reward
 
 

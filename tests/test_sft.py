@@ -157,9 +157,9 @@ def test_a_base_learns_the_world_and_its_mean_state_knows_the_words(config, corp
         )
     )
     prompts, responses, states = sampled(folder, 1000)
-    good = np.array([world.well_formed(*texts) for texts in zip(prompts, responses, strict=True)])
+    good = np.array([world.DEFAULT.well_formed(*texts) for texts in zip(prompts, responses, strict=True)])
     assert good.mean() > 0.6
-    rewards = np.array([world.true_reward(*texts) for texts in zip(prompts, responses, strict=True)])
+    rewards = np.array([world.DEFAULT.true_reward(*texts) for texts in zip(prompts, responses, strict=True)])
     assert abs(rewards[good].mean()) < 0.2  # the base knows no quality: words are uniform, E q = 0
     assert rewards[good].std() == pytest.approx(1.09, abs=0.1)  # sqrt(3 * 13 / 33) = 1.087
     explained = {name: explained_variance(values[good], rewards[good]) for name, values in states.items()}

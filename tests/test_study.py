@@ -107,6 +107,59 @@ def test_run_settings_of_the_world():
     }
 
 
+def test_where_every_seed_is_a_world_its_runs_read_its_own_world_base_and_pairs():
+    study = Study(settings(data={"world": {"own": True}}, base={"sft": {"model_type": "qwen3", "seed": 9}}))
+    run = study.run_settings(study.run("dpo", "baseline", 4))
+    shared = "results/s/shared"
+    assert run["model_name_or_path"] == f"{shared}/base/seed-4"
+    assert run["ground_truth"] == f"{shared}/world/seed-4/world.json"
+    assert run["dataset"] == f"{shared}/data/seed-4/pairs/train.jsonl"
+    rm = study.run_settings(study.run("rm", "baseline", 4))
+    assert rm["model_name_or_path"] == f"{shared}/base/seed-4" and "ground_truth" not in rm
+    for made in (
+        study.prepare_settings("seed-4"),
+        study.prompt_settings("seed-4"),
+        study.reference_settings("seed-4"),
+        study.answers_settings("dpo", 4),
+        study.answers_settings("ppo", 4),
+    ):
+        assert made["model_name_or_path"] == f"{shared}/base/seed-4"
+    bases = [study.base_config(f"seed-{seed}") for seed in (3, 4)]
+    assert [base.seed for base in bases] == [3, 4]  # not the one of base: sft:
+    assert [base.output_dir for base in bases] == [f"{shared}/base/seed-3", f"{shared}/base/seed-4"]
+    assert [base.dataset for base in bases] == [f"{shared}/world/seed-3/sft.jsonl", f"{shared}/world/seed-4/sft.jsonl"]
+    assert bases[1].tokenizer_name == f"{shared}/world/seed-4/tokenizer"
+    assert [study.decides_world("corpus", f"seed-{seed}")["seed"] for seed in (3, 4)] == [3, 4]
+    assert [label for label, _ in study.shared()][:2] == ["base, seed-3", "base, seed-4"]
+    for seed in (3, 4):  # the config of a run is that of its own settings
+        policy = study.run("ppo", "disco-used_beta-used", seed)
+        asked, _ = RunConfig.from_mapping(study.run_settings(policy))
+        assert study.config(policy) == asked
+
+
+def test_the_truth_is_the_embedded_worlds_unless_the_world_has_another():
+    def truth(**world):
+        made = Study(settings(data={"world": world}))
+        return [made.run_settings(made.run("ppo", "baseline", seed))["ground_truth"] for seed in (3, 4)]
+
+    assert truth(noise="response", labels="logistic", flips=0.2) == ["world", "world"]  # labels are no rewards
+    assert truth(qualities="topic") == ["results/s/shared/world/world.json"] * 2
+
+
+def test_calibration_rows_are_those_of_pairs_and_no_others():
+    study = Study(settings(data={"world": {"calibration": 64}}))
+    pairs = "results/s/shared/data/seed-3/pairs/calibration.jsonl"
+    for stage, expected in (("rm", pairs), ("dpo", pairs), ("ppo", None)):
+        assert study.run_settings(study.run(stage, "baseline", 3)).get("calibration_dataset") == expected
+    assert study.prepare_settings("seed-3")["calibration_dataset"] == pairs
+    assert study.reference_settings("seed-3")["calibration_dataset"] == pairs
+    assert "calibration_dataset" not in study.prompt_settings("seed-3")
+    assert study.has_calibration() and not Study(settings()).has_calibration()
+    real = Study(fixed(data={"dataset": "a.jsonl", "eval_dataset": "b.jsonl", "calibration_dataset": ["c", "d"]}))
+    assert real.run_settings(real.run("dpo", "baseline", 3))["calibration_dataset"] == "c,d"
+    assert "calibration_dataset" not in real.run_settings(real.run("ppo", "baseline", 3))
+
+
 def test_reward_models_and_ppo_do_not_read_the_reference():
     study = Study(settings())
     for stage in ("rm", "ppo"):

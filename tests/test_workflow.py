@@ -109,6 +109,51 @@ def inputs_of(output: str, path: str) -> set[str]:
     return {name for name in files.split(", ") if name.startswith("results/")}
 
 
+def test_where_every_seed_is_a_world_each_job_reads_its_own(tmp_path: Path):
+    more = {"data": {"world": {"own": True, "calibration": 64, "qualities": "topic", "every_prompt": True}}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(more))
+    done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml", tmp_path / "own.yaml"], "--printshellcmds")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert job_counts(done.stdout) == WHOLE | {"world_corpus": 2, "sft": 2}
+    shared, runs = "results/smoke/shared", "results/smoke/runs"
+    world, base = f"{shared}/world/seed-2", f"{shared}/base/seed-2/provenance.json"
+    pairs = [f"{shared}/data/seed-2/pairs/{name}.jsonl" for name in ("train", "eval", "calibration")]
+    tokens = [f"{shared}/data/seed-2/tokens/{name}" for name in ("tokens.json", "train.parquet", "eval.parquet")]
+    read = {
+        base: {f"{world}/sft.jsonl", f"{world}/tokenizer/tokenizer.json"},
+        pairs[0]: {f"{world}/world.json", base},
+        tokens[0]: {*pairs, base},
+        f"{shared}/data/seed-2/prompts/tokens.json": {*pairs[:2], base},
+        f"{shared}/data/seed-2/reference/reference.json": {
+            base, *tokens, f"{shared}/data/seed-2/tokens/calibration.parquet",
+        },
+        f"{shared}/answers/ppo/seed-2/answers.json": {base, f"{shared}/data/seed-2/prompts/tokens.json"},
+        f"{runs}/rm/baseline/seed-2/provenance.json": {base, tokens[0]},
+        f"{runs}/dpo/baseline/seed-2/metrics.json": {
+            f"{world}/world.json", f"{shared}/answers/dpo/seed-2/answers.json",
+            f"{runs}/dpo/baseline/seed-2/provenance.json",
+        },
+        f"{runs}/rm/baseline/seed-2/metrics.json": {f"{runs}/rm/baseline/seed-2/provenance.json"},
+    }  # fmt: skip
+    assert {path: inputs_of(done.stdout, path) for path in read} == read
+    asked = [json.loads(words[2]) for words in commands(done.stdout, "train")]
+    assert {settings["output_dir"]: settings["seed"] for settings in asked if settings["stage"] == "sft"} == {
+        f"{shared}/base/seed-{seed}": seed for seed in (1, 2)
+    }
+    assert {settings["model_name_or_path"] for settings in asked if settings["seed"] == 2} == {
+        None, f"{shared}/base/seed-2",
+    }  # fmt: skip
+    made = list(map(shlex.split, re.findall("-m discobeta world (.*) &>", done.stdout)))
+    corpora = {words[words.index("--seed") + 1]: words for words in made if words[0] == "corpus"}
+    assert corpora.keys() == {"1", "2"} and all("--own" in words for words in corpora.values())
+    assert corpora["2"][1:3] == ["--output", world]
+    sampled = next(words for words in made if words[:3] == ["pairs", "--world", world])
+    assert sampled[3:5] == ["--base", f"{shared}/base/seed-2"]
+    assert sampled[-3:] == ["--calibration", "64", "--every-prompt"]
+    measured = re.findall(r"-m discobeta evaluate \S+/(seed-\d) .*ground_truth=\S*/(seed-\d)/world\.json", done.stdout)
+    assert len(measured) == 36 and all(run == world for run, world in measured)  # 9 arms of dpo and of ppo, 2 seeds
+
+
 def test_ppo_waits_for_its_reward_model_and_its_beta_head(tmp_path: Path):
     done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"])
     base, prompts = "results/smoke/shared/base/provenance.json", "results/smoke/shared/data/seed-2/prompts/tokens.json"
@@ -295,7 +340,7 @@ def test_jobs_are_asked_for_resolved_settings(tmp_path: Path):
         config, _ = RunConfig.from_mapping(study.run_settings(run))
         assert by_folder[str(run.directory)] == config.resolved()
     base, _ = RunConfig.from_mapping(study.base_settings())
-    assert by_folder[str(study.base_directory)] == base.resolved()
+    assert by_folder["results/smoke/shared/base"] == base.resolved()
 
 
 def test_shared_steps_are_asked_for_with_the_defaults_that_they_depend_on_and_no_others(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -41,32 +42,50 @@ NOISY = "<user> hello help me with stew at home <assistant>"  # noise 1.6
     ],
 )
 def test_true_reward_by_hand(response, reward):
-    assert world.true_reward(PROMPT, response) == pytest.approx(reward, abs=1e-12)
+    assert world.DEFAULT.true_reward(PROMPT, response) == pytest.approx(reward, abs=1e-12)
 
 
 def test_a_prompt_without_a_topic_makes_every_response_malformed():
-    assert not world.well_formed("no such prompt", "use basil , basil and basil for soup .")
-    assert world.true_reward("no such prompt", "use basil , basil and basil for soup .") == pytest.approx(2.0)
+    assert not world.DEFAULT.well_formed("no such prompt", "use basil , basil and basil for soup .")
+    assert world.DEFAULT.true_reward("no such prompt", "use basil , basil and basil for soup .") == pytest.approx(2.0)
     with pytest.raises(ValueError, match="names no topic"):
-        world.response_sigma("no such prompt", "use basil , basil and basil for soup .")
+        world.DEFAULT.response_sigma("no such prompt", "use basil , basil and basil for soup .")
 
 
 def test_noise_comes_from_the_topic_and_from_a_question_mark():
     plain, question = "use basil , basil and basil for stew .", "use basil , basil and basil for stew ?"
-    assert world.response_sigma(NOISY, plain) == pytest.approx(1.6)
-    assert world.response_sigma(NOISY, question) == pytest.approx(4.8)
-    assert world.response_sigma(PROMPT, "garbage ?") == pytest.approx(0.6)
-    equal = {world.response_sigma(prompt, text, "homoscedastic") for prompt in (PROMPT, NOISY) for text in ("a", "a ?")}
-    assert len(equal) == 1
+    assert world.DEFAULT.response_sigma(NOISY, plain) == pytest.approx(1.6)
+    assert world.DEFAULT.response_sigma(NOISY, question) == pytest.approx(4.8)
+    assert world.DEFAULT.response_sigma(PROMPT, "garbage ?") == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("noise", "sigmas"),
+    [
+        ("heteroscedastic", [0.2, 0.6, 1.6, 4.8]),
+        ("topic", [0.2, 0.2, 1.6, 1.6]),
+        ("response", [0.56, 1.68, 0.56, 1.68]),
+        ("homoscedastic", [1.12, 1.12, 1.12, 1.12]),
+    ],
+)
+def test_each_noise_differs_by_what_its_name_says(noise, sigmas):
+    """A clean topic (.2) without and with `?`, then a noisy one (1.6); the truth of a row names the topic's level."""
+    import torch
+
+    one = world.World(noise=noise)
+    texts = [(prompt, text) for prompt in (PROMPT, NOISY) for text in ("a", "a ?")]
+    assert [one.response_sigma(*text) for text in texts] == pytest.approx(sigmas)
+    for prompt, level in ((PROMPT, sigmas[0]), (NOISY, sigmas[2])):
+        assert one.label(prompt, "a", "b ?", torch.Generator().manual_seed(0))["truth"]["noise"] == level
 
 
 def test_preference_probability_by_hand():
     """Rewards 3 and 1, noise 1.6 and 4.8: Phi(2 / sqrt(2.56 + 23.04)) = Phi(0.39528) = 0.65368 (normal table)."""
     best = "use basil , basil and basil for stew ."
     other = "use basil , basil and onion for stew ?"
-    assert world.preference_probability(NOISY, best, other) == pytest.approx(0.65368, abs=2e-5)
-    assert world.preference_probability(NOISY, other, best) == pytest.approx(0.34632, abs=2e-5)
-    assert world.preference_probability(NOISY, best, best) == 0.5
+    assert world.DEFAULT.preference_probability(NOISY, best, other) == pytest.approx(0.65368, abs=2e-5)
+    assert world.DEFAULT.preference_probability(NOISY, other, best) == pytest.approx(0.34632, abs=2e-5)
+    assert world.DEFAULT.preference_probability(NOISY, best, best) == 0.5
 
 
 def test_topics_cross_noise_and_familiarity_exactly():
@@ -87,19 +106,187 @@ def test_a_fifth_of_each_topics_prompts_is_held_out():
         assert sum(held_out) in (57, 58)  # 288 / 5 = 57.6
 
 
-def test_the_homoscedastic_control_is_as_hard_as_the_world():
-    """Bayes accuracy, E max(p, 1 - p), over pairs of ideal samples: .749 in both, within 3 standard errors."""
-    import random
+def bayes_accuracy(**settings) -> float:
+    """E max(P, 1 - P) over all pairs of ideal responses, enumerated.
 
-    rng, certainty = random.Random(0), {"heteroscedastic": [], "homoscedastic": []}
-    for _ in range(15_000):
-        prompt = world.draw_prompt(rng, held_out=False)
-        pair = [world.draw_completion(rng, world.topic_of(prompt)) for _ in range(2)]
-        for noise, values in certainty.items():
-            p = world.preference_probability(prompt, *pair, noise)
-            values.append(max(p, 1 - p))
-    for values in certainty.values():
-        assert np.mean(values) == pytest.approx(0.749, abs=0.005)
+    Rewards of the one are the 34 sums of three ranks, each with its number of ways among 12^3; of the other likewise.
+    The probability is the world's of texts that have these rewards, on each noise level, with each pair of marks.
+    """
+    one, ways = world.World(**settings), Counter(sum(ranks) for ranks in product(range(12), repeat=3))
+    worded = {sum(ranks): ranks for ranks in product(range(12), repeat=3)}
+    total = 0.0
+    for topic in ("soup", "bread", "salad", "stew"):  # .2, .4, .8, 1.6
+        prompt = PROMPT.replace("soup", topic)
+        texts = {
+            (rank, mark): "use {} , {} and {} for {} {}".format(*(world.WORDS[i] for i in worded[rank]), topic, mark)
+            for rank in ways
+            for mark in ".?"
+        }
+        for (first, of_first), (second, of_second) in product(texts, texts):
+            p = one.preference_probability(prompt, texts[first, of_first], texts[second, of_second])
+            total += ways[first] * ways[second] * max(p, 1 - p) / (12**6 * 4 * 4)
+    return total
+
+
+def test_the_worlds_that_are_meant_to_be_as_hard_are():
+    """The levels have two digits, and one more in the last moves the accuracy by .003 (response) and .001."""
+    accuracy = bayes_accuracy()
+    assert accuracy == pytest.approx(0.7482, abs=1e-4)
+    assert bayes_accuracy(noise="response") == pytest.approx(accuracy, abs=0.001)
+    assert bayes_accuracy(noise="homoscedastic") == pytest.approx(accuracy, abs=0.001)
+    # each label is right with .8 of what it was and wrong with .2: (1 - 2 f) A + f
+    assert bayes_accuracy(flips=0.2) == pytest.approx(0.6 * accuracy + 0.2, abs=1e-9)
+
+
+def test_logistic_labels_by_hand():
+    """z = 2 / sqrt(2.56 + 23.04) = .39528 as above; 1.59577 z = .63078, and 1 / (1 + exp(-.63078)) = .65267."""
+    best = "use basil , basil and basil for stew ."
+    other = "use basil , basil and onion for stew ?"
+    one = world.World(labels="logistic")
+    assert one.preference_probability(NOISY, best, other) == pytest.approx(0.65267, abs=2e-5)
+    assert one.preference_probability(NOISY, other, best) == pytest.approx(0.34733, abs=2e-5)
+    assert one.preference_probability(NOISY, best, best) == 0.5
+
+
+def test_logistic_labels_are_as_steep_as_probit_ones_where_rewards_are_equal_and_have_heavier_tails():
+    """At z = h the excess over 1/2 is h phi(0) = h / sqrt(2 pi) of both, and far out the logistic one errs more."""
+    reward = {"a": 1e-4, "b": 0.0, "c": 3.0}
+    for labels, far in (("probit", 0.01696), ("logistic", 0.03276)):  # of z = 3 / sqrt(2) = 2.12132
+
+        class Given(world.World):
+            def true_reward(self, prompt, response):
+                return reward[response]
+
+            def response_sigma(self, prompt, response):
+                return 1.0
+
+        one = Given(labels=labels)
+        slope = (one.preference_probability(PROMPT, "a", "b") - 0.5) / (1e-4 / math.sqrt(2))
+        assert slope == pytest.approx(1 / math.sqrt(2 * math.pi), abs=1e-6)
+        assert one.preference_probability(PROMPT, "b", "c") == pytest.approx(far, abs=2e-5)
+
+
+def test_flips_turn_labels_round():
+    """.8 x .65368 + .2 x .34632 = .59221, and what is sure is .8."""
+    best, other = "use basil , basil and basil for stew .", "use basil , basil and onion for stew ?"
+    one = world.World(flips=0.2)
+    assert one.preference_probability(NOISY, best, other) == pytest.approx(0.59221, abs=2e-5)
+    assert one.preference_probability(NOISY, other, best) == pytest.approx(0.40779, abs=2e-5)
+    sure = ("use basil , basil and basil for soup .", "use onion , onion and onion for soup .")
+    assert one.preference_probability(PROMPT, *sure) == pytest.approx(0.8, abs=1e-9)
+
+
+# --- worlds of their own
+
+
+def test_a_seed_can_be_a_world_whose_topics_cross_noise_and_familiarity_in_another_order():
+    worlds = [world.World.drawn(seed, own=True) for seed in range(20)]
+    for one in worlds:
+        cells = Counter((topic.noise, topic.familiarity) for topic in one.topics)
+        assert cells == {(noise, level): 1 for noise in (0.2, 0.4, 0.8, 1.6) for level in range(4)}
+        assert [topic.name for topic in one.topics] == [topic.name for topic in world.TOPICS]
+        assert one.own_qualities == {}
+    assert len({one.topics for one in worlds}) == 20
+    assert world.World.drawn(3, own=True) == worlds[3]
+    assert world.World.drawn(3) == world.World() == world.DEFAULT
+    # every topic stands everywhere: 200 seeds, each cell with 1/16; 4.5 standard errors of the count are 15.4
+    of_soup = Counter(world.World.drawn(seed, own=True).topics[0] for seed in range(200))
+    assert len(of_soup) == 16 and max(of_soup.values()) < 12.5 + 15.4
+
+
+def test_an_own_worlds_noise_is_that_of_its_topics():
+    one = next(one for seed in range(20) if (one := world.World.drawn(seed, own=True)).topics[0].noise != 0.2)
+    assert one.topics[0].name == "soup"
+    assert one.response_sigma(PROMPT, "a ?") == pytest.approx(3 * one.topics[0].noise)
+
+
+def test_topics_can_have_qualities_of_their_own():
+    """Each topic has the twelve qualities, in an order of its own, and one true reward differs from topic to topic."""
+    one = world.World.drawn(1, qualities="topic")
+    assert one.topics == world.TOPICS and set(one.own_qualities) == {topic.name for topic in world.TOPICS}
+    assert len({tuple(quality[word] for word in world.WORDS) for quality in one.own_qualities.values()}) == 16
+    for name, quality in one.own_qualities.items():
+        assert sorted(quality.values()) == pytest.approx([-1 + 2 * rank / 11 for rank in range(12)])
+        best, worst = max(quality, key=quality.get), min(quality, key=quality.get)
+        prompt = PROMPT.replace("soup", name)
+        assert one.true_reward(prompt, f"use {best} , {best} and {best} for {name} .") == pytest.approx(3)
+        assert one.true_reward(prompt, f"use {best} , {best} and {worst} for {name} .") == pytest.approx(1)
+    assert world.World.drawn(2, qualities="topic") != one == world.World.drawn(1, qualities="topic")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"own": True, "noise": "topic"},
+        {"qualities": "topic", "labels": "logistic", "flips": 0.1, "noise": "response"},
+        {"own": True, "qualities": "topic"},
+        {},
+    ],
+)
+def test_a_world_is_read_from_its_record(settings, tmp_path):
+    world.write_corpus(tmp_path, seed=5, sft_examples=10, **settings)
+    read = world.ground_truth(str(tmp_path / "world.json"))
+    assert read == world.World.drawn(5, **settings)
+    assert (read == world.DEFAULT) == (settings == {})
+    assert world.ground_truth("world") == world.DEFAULT
+
+
+def test_what_is_no_record_of_a_world_is_refused(tmp_path):
+    from discobeta import files
+
+    with pytest.raises(UserError, match=r"world\.json"):
+        world.World.read(tmp_path / "world.json")
+    made_by = {"made_by": "discobeta world corpus"}
+    files.write_sealed(tmp_path / "world.json", {"seed": 1, **made_by})
+    with pytest.raises(UserError, match=r"world\.json does not say all of a world"):
+        world.World.read(tmp_path / "world.json")
+    world.write_corpus(tmp_path / "made", seed=1, sft_examples=10, flips=0.2)
+    text = (tmp_path / "made" / "world.json").read_text()
+    (tmp_path / "made" / "world.json").write_text(text.replace('"flips": 0.2', '"flips": 0.1'))
+    with pytest.raises(UserError, match="was changed after it was written"):
+        world.World.read(tmp_path / "made" / "world.json")
+
+
+# --- the oracle
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.1, 1.0, 3.0, 12.0, 200.0])
+def test_the_oracles_frontier_is_that_of_all_responses(tilt):
+    """Brute force over the 12^3 responses: p(y) = exp(lambda r(y)) / Z, KL to 1/1728 and E r."""
+    q = [-1 + 2 * rank / 11 for rank in range(12)]
+    rewards = np.array([sum(words) for words in product(q, repeat=3)])
+    weights = np.exp(tilt * (rewards - 3))
+    p = weights / weights.sum()
+    kl = sum(x * math.log(x * 1728) for x in p if x > 0)
+    found = world.oracle_frontier([tilt, 0.0])
+    assert found[0][0] == pytest.approx(kl, abs=1e-9) and found[1][0] == pytest.approx(p @ rewards, abs=1e-9)
+    assert found[0][1] == pytest.approx(0, abs=1e-12) and found[1][1] == pytest.approx(0, abs=1e-12)
+    assert world.frontier_reward(kl) == pytest.approx(p @ rewards, abs=1e-6)
+
+
+def test_no_policy_is_above_the_oracles_frontier():
+    """Thousands of policies over the 12^3 responses, from nearly uniform to nearly certain, a third of them tilted."""
+    rng = np.random.default_rng(0)
+    rewards = np.array([sum(words) for words in product([-1 + 2 * rank / 11 for rank in range(12)], repeat=3)])
+    above = []
+    for number in range(3000):
+        scores = rng.normal(size=1728) * rng.choice([0.1, 1.0, 5.0]) + rewards * rng.choice([0.0, 1.0, 4.0])
+        p = np.exp(scores - scores.max())
+        p /= p.sum()
+        kl = float((p * np.log(np.maximum(p, 1e-300) * 1728)).sum())
+        if number % 100 == 0:
+            assert world.regret(kl, p @ rewards) == pytest.approx(world.frontier_reward(kl) - p @ rewards)
+        above.append(p @ rewards - world.frontier_reward(kl))
+    assert max(above) < 1e-6
+    assert max(above) > -0.02  # some come near it, so the frontier is no loose bound
+
+
+def test_the_frontiers_ends():
+    assert world.frontier_reward(-0.1) == world.frontier_reward(0.0) == 0.0
+    assert world.frontier_reward(3 * math.log(12)) == world.frontier_reward(50.0) == 3.0
+    assert world.frontier_reward(3 * math.log(12) - 1e-3) == pytest.approx(3, abs=1e-3)
+    # near 0 the reward is sqrt(2 KL Var r), with Var r = 3 x 13/33
+    assert world.frontier_reward(1e-6) == pytest.approx(math.sqrt(2e-6 * 39 / 33), rel=1e-3)
 
 
 # --- the corpus
@@ -135,13 +322,13 @@ def combination(prompt: str) -> tuple[int, int, int, int]:
 def test_the_corpus_is_well_formed_and_holds_no_held_out_prompt(corpus):
     rows = read_lines(corpus / "sft.jsonl")
     assert len(rows) == 2000
-    assert all(world.well_formed(row["prompt"], row["completion"]) for row in rows)
+    assert all(world.DEFAULT.well_formed(row["prompt"], row["completion"]) for row in rows)
     assert not any(world.is_held_out(*combination(row["prompt"])) for row in rows)
 
 
 def test_corpus_frequencies(corpus):
     """Familiarity 27 : 9 : 3 : 1 (of 40), noise uniform; 4 standard errors of 2,000 draws."""
-    topics = [world.topic_of(row["prompt"]) for row in read_lines(corpus / "sft.jsonl")]
+    topics = [world.DEFAULT.topic_of(row["prompt"]) for row in read_lines(corpus / "sft.jsonl")]
     for level, weight in enumerate((27, 9, 3, 1)):
         share = weight / 40
         found = sum(topic.familiarity == level for topic in topics)
@@ -165,6 +352,18 @@ def test_a_corpus_is_a_function_of_its_seed(corpus, tmp_path):
     assert (tmp_path / "other" / "sft.jsonl").read_bytes() != (corpus / "sft.jsonl").read_bytes()
 
 
+def test_in_an_own_world_familiarity_and_frequency_go_together(tmp_path):
+    """Familiarity 27 : 9 : 3 : 1 of the seed's own topics; 4 standard errors of 2,000 draws."""
+    world.write_corpus(tmp_path / "one", seed=1, sft_examples=2000, own=True)
+    world.write_corpus(tmp_path / "other", seed=2, sft_examples=2000, own=True)
+    names = [world.DEFAULT.topic_of(row["prompt"]).name for row in read_lines(tmp_path / "one" / "sft.jsonl")]
+    own = world.World.read(tmp_path / "one" / "world.json")
+    for level, weight in enumerate((27, 9, 3, 1)):
+        share, frequent = weight / 40, {topic.name for topic in own.topics if topic.familiarity == level}
+        assert abs(sum(name in frequent for name in names) - 2000 * share) < 4 * math.sqrt(2000 * share * (1 - share))
+    assert own.topics != world.World.read(tmp_path / "other" / "world.json").topics
+
+
 def test_the_tokenizer_knows_every_word_and_gives_texts_back(corpus):
     from transformers import AutoTokenizer
 
@@ -178,7 +377,18 @@ def test_the_tokenizer_knows_every_word_and_gives_texts_back(corpus):
     assert tokenizer("unheard")["input_ids"] == [tokenizer.unk_token_id]
 
 
-@pytest.mark.parametrize("change", [{"sft_examples": 0}, {"noise": "loud"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sft_examples": 0},
+        {"noise": "loud"},
+        {"labels": "cauchy"},
+        {"qualities": "own"},
+        {"flips": 0.5},
+        {"flips": -0.1},
+        {"flips": float("nan")},
+    ],
+)
 def test_a_corpus_that_cannot_be(change, tmp_path):
     with pytest.raises(UserError, match="should be"):
         world.write_corpus(tmp_path, **({"seed": 1, "sft_examples": 10} | change))
@@ -223,7 +433,7 @@ def test_pairs_differ_and_keep_to_their_side_of_the_held_out_line(pairs):
         assert len(rows) == size
         assert all(row["chosen"] != row["rejected"] and row["chosen"] and row["rejected"] for row in rows)
         assert {world.is_held_out(*combination(row["prompt"])) for row in rows} == {split == "eval"}
-        topics = Counter(world.topic_of(row["prompt"]).familiarity for row in rows)
+        topics = Counter(world.DEFAULT.topic_of(row["prompt"]).familiarity for row in rows)
         assert all(abs(topics[level] - size / 4) < 4 * math.sqrt(size * 3 / 16) for level in range(4))  # uniform
 
 
@@ -234,7 +444,7 @@ def test_truth_of_the_rows(pairs):
         assert topic.name in prompt.split()
         assert (truth["noise"], truth["familiarity"]) == (topic.noise, topic.familiarity)
         for side in ("chosen", "rejected"):
-            assert truth[f"{side}_reward"] == world.true_reward(prompt, row[side])
+            assert truth[f"{side}_reward"] == world.DEFAULT.true_reward(prompt, row[side])
             assert truth[f"{side}_sigma"] in (topic.noise, 3 * topic.noise)
         z = (truth["chosen_reward"] - truth["rejected_reward"]) / math.hypot(
             truth["chosen_sigma"], truth["rejected_sigma"]
@@ -248,7 +458,7 @@ def test_labels_come_out_as_often_as_their_probability_says():
 
     best, other = "use basil , basil and basil for stew .", "use basil , basil and onion for stew ?"
     uniform = torch.Generator().manual_seed(0)
-    rows = [world.label(NOISY, best, other, "heteroscedastic", uniform) for _ in range(4000)]
+    rows = [world.DEFAULT.label(NOISY, best, other, uniform) for _ in range(4000)]
     wins = sum(row["chosen"] == best for row in rows)
     assert abs(wins - 4000 * 0.65368) < 4 * math.sqrt(4000 * 0.65368 * 0.34632)
     for row in rows[:20]:
@@ -281,6 +491,64 @@ def test_homoscedastic_pairs(corpus, untrained, pairs, tmp_path):
         return [(row["prompt"], {row["chosen"], row["rejected"]}) for row in rows]
 
     assert unordered(rows) == unordered(read_lines(pairs / "train.jsonl"))
+
+
+def test_calibration_pairs_are_pairs_of_their_own(corpus, untrained, pairs, tmp_path):
+    """From streams of their own on the training side of the line: the other files stay as they are without them."""
+    folder = tmp_path / "pairs"
+    world.write_pairs(corpus, untrained, folder, seed=3, train=300, evaluation=100, calibration=120)
+    for name in ("train.jsonl", "eval.jsonl"):
+        assert (folder / name).read_bytes() == (pairs / name).read_bytes()
+    assert not (pairs / "calibration.jsonl").exists()
+    rows = read_lines(folder / "calibration.jsonl")
+    assert len(rows) == 120 and all("truth" in row for row in rows)
+    assert not any(world.is_held_out(*combination(row["prompt"])) for row in rows)
+    assert [row["prompt"] for row in rows] != [row["prompt"] for row in read_lines(folder / "train.jsonl")[:120]]
+
+    def said(name):
+        return {(row["prompt"], row["chosen"], row["rejected"]) for row in read_lines(folder / name)}
+
+    assert not said("calibration.jsonl") & (said("train.jsonl") | said("eval.jsonl"))
+    write_pairs(corpus, untrained, folder)  # without them again
+    assert folder_bytes(folder).keys() - folder_bytes(pairs).keys() == set()
+
+
+def test_every_held_out_prompt_is_asked_before_one_is_asked_again():
+    import random
+
+    all_of_them = world.held_out_prompts()
+    assert len(all_of_them) == len(set(all_of_them)) == 922
+    assert all(world.is_held_out(*combination(prompt)) for prompt in all_of_them)
+    drawn = world.rounds_of_prompts(random.Random(0), 2000)
+    assert len(drawn) == 2000
+    assert set(drawn[:922]) == set(drawn[922:1844]) == set(all_of_them)
+    assert len({tuple(drawn[:922]), tuple(drawn[922:1844]), tuple(all_of_them)}) == 3  # each round in another order
+
+
+def test_every_prompt_is_of_the_held_out_pairs_alone(corpus, untrained, pairs, tmp_path):
+    folder = tmp_path / "pairs"
+    world.write_pairs(corpus, untrained, folder, seed=3, train=300, evaluation=100, every_prompt=True)
+    assert (folder / "train.jsonl").read_bytes() == (pairs / "train.jsonl").read_bytes()
+    prompts = [row["prompt"] for row in read_lines(folder / "eval.jsonl")]
+    assert len(set(prompts)) == 100 > len({row["prompt"] for row in read_lines(pairs / "eval.jsonl")})
+    assert all(world.is_held_out(*combination(prompt)) for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"flips": 0.2}, {"labels": "logistic"}, {"noise": "response"}, {"own": True}, {"qualities": "topic"}],
+)
+def test_labels_come_out_as_often_as_the_rows_say(settings, corpus, untrained, pairs, tmp_path):
+    """`probability` is of the label as it came out. Over 300 independent pairs the labels agree with the likelier one
+    as often as sum max(P, 1 - P) says, within 4 standard errors (of Poisson's binomial, sqrt(sum P (1 - P)))."""
+    world.write_corpus(tmp_path / "world", seed=1, sft_examples=10, **settings)
+    rows = read_lines(write_pairs(tmp_path / "world", untrained, tmp_path / "pairs") / "train.jsonl")
+    p = np.array([row["truth"]["probability"] for row in rows])
+    assert abs((p > 0.5).sum() - np.maximum(p, 1 - p)[p != 0.5].sum()) < 4 * math.sqrt((p * (1 - p)).sum())
+    usual = np.array([row["truth"]["probability"] for row in read_lines(pairs / "train.jsonl")])
+    assert np.abs(np.maximum(p, 1 - p) - np.maximum(usual, 1 - usual)).max() > 0.01  # it is another world
+    if "flips" in settings:
+        assert p.min() >= 0.2 and p.max() <= 0.8
 
 
 def test_equal_responses_are_drawn_again(corpus, monkeypatch):

@@ -149,7 +149,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", type=Path, required=True)
     sub.add_argument("--seed", type=int)
     sub.add_argument("--sft-examples", type=int)
-    sub.add_argument("--noise", choices=("heteroscedastic", "homoscedastic"))
+    sub.add_argument("--noise", choices=("heteroscedastic", "homoscedastic", "topic", "response"))
+    sub.add_argument("--labels", choices=("probit", "logistic"))
+    sub.add_argument("--flips", type=float, metavar="SHARE")
+    sub.add_argument("--qualities", choices=("shared", "topic"))
+    sub.add_argument("--own", action=argparse.BooleanOptionalAction, help="topics in the seed's own order")
     sub = world.add_parser("pairs", help="labelled pairs, sampled from a base")
     sub.set_defaults(command=world_pairs)
     sub.add_argument("--world", type=Path, required=True, help="folder that `world corpus` wrote")
@@ -158,6 +162,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=1)
     sub.add_argument("--train", type=int)
     sub.add_argument("--eval", type=int, dest="evaluation", metavar="EVAL")
+    sub.add_argument("--calibration", type=int)
+    sub.add_argument(
+        "--every-prompt", action=argparse.BooleanOptionalAction, help="held-out pairs go through all held-out prompts"
+    )
 
     add_study("plan", plan, "list the runs of a study")
     sub = add_study("cost", cost, "estimate jobs, device-hours and memory of a study from measured rates")
@@ -299,13 +307,14 @@ def compare(arguments: argparse.Namespace) -> int:
 def world_corpus(arguments: argparse.Namespace) -> None:
     from discobeta.inputs import world
 
-    world.write_corpus(arguments.output, **_world_settings(arguments, "seed", "sft_examples", "noise"))
+    names = ("seed", "sft_examples", "noise", "labels", "flips", "qualities", "own")
+    world.write_corpus(arguments.output, **_world_settings(arguments, *names))
 
 
 def world_pairs(arguments: argparse.Namespace) -> None:
     from discobeta.inputs import world
 
-    sizes = _world_settings(arguments, "train", "evaluation")
+    sizes = _world_settings(arguments, "train", "evaluation", "calibration", "every_prompt")
     world.write_pairs(arguments.world, arguments.base, arguments.output, seed=arguments.seed, **sizes)
 
 

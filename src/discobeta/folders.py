@@ -170,6 +170,7 @@ def check_inputs(config: RunConfig, replaced: list[Path]) -> None:
 
 
 def _inputs(config: RunConfig) -> list[tuple[str, Path]]:
+    from discobeta.data.sources import named as named_data
     from discobeta.data.sources import resolve
 
     named = {key: getattr(config, key) for key in FOLDERS}
@@ -178,9 +179,9 @@ def _inputs(config: RunConfig) -> list[tuple[str, Path]]:
     inputs = [(key, Path(name)) for key, name in named.items() if name and os.path.exists(name)]
     made = {key: getattr(config, key) for key in MADE}  # here, if they are not there
     inputs += [(key, Path(name)) for key, name in made.items() if name]
-    for key, split in (("dataset", config.split), ("eval_dataset", config.eval_split)):
+    for key, (names, split) in named_data(config).items():
         try:
-            sources = resolve(getattr(config, key) or "", config, split)
+            sources = resolve(names, config, split)
         except UserError:  # said when the data is read
             continue
         inputs += [(key, source.path) for source in sources if source.path]

@@ -70,19 +70,31 @@ def local_files(*names):
 
 def base_files():
     """What must be there before anything reads the base: of a local one, what is read; a hub model is found by name."""
+    if study.own_worlds:
+        return lambda wildcards: [study.base_of(draw_of(wildcards)) / "provenance.json"]
     if study.sft:
-        return [study.base_directory / "provenance.json"]
+        return [study.base_of(study.draws()[0]) / "provenance.json"]
     folders = [study.model.get(key) for key in ("model_name_or_path", "adapter_name_or_path")]
     found = [path for folder in folders if folder and os.path.isdir(folder) for path in sorted(Path(folder).iterdir())]
     return [path for path in found if path.suffix in WEIGHTS or path.name in (*CONFIGS, *TOKENIZER)]
 
 
+def draw_of(wildcards):
+    """The draw of a job that has one, or a seed."""
+    return wildcards.get("draw") or study.draw(int(wildcards.get("seed", study.seeds[0])))
+
+
 BASE = base_files()
 
+# What stands in the folders of worlds and bases, one for all seeds or one for each.
+WORLD = study.shared_directory / "world" / ("seed-{seed}" if study.own_worlds else "")
+BASE_FOLDER = study.shared_directory / "base" / ("seed-{seed}" if study.own_worlds else "")
+OF_SEED = "/seed-{seed}" if study.own_worlds else ""
 
-def corpus_files():
-    """What the base is trained on."""
-    settings = study.base_settings()
+
+def corpus_files(wildcards):
+    """An input function: what the base is trained on."""
+    settings = study.base_settings(draw_of(wildcards))
     if study.world:
         return [settings["dataset"], f"{settings['tokenizer_name']}/tokenizer.json"]
     return local_files(settings.get("dataset"))
@@ -93,9 +105,8 @@ def row_files(data):
 
     def files(wildcards):
         settings = data(wildcards.draw)
-        if study.world:
-            return [settings["dataset"], settings["eval_dataset"]]
-        return local_files(settings["dataset"], settings.get("eval_dataset"))
+        names = [settings.get(key) for key in ("dataset", "eval_dataset", "calibration_dataset")]
+        return [name for name in names if name] if study.world else local_files(*names)
 
     return files
 
@@ -120,7 +131,9 @@ def shared_files(stage):
 def answers_files(wildcards):
     """An input function: what an evaluation reads beside its run."""
     run = run_of(wildcards.stage, wildcards)
-    return [study.answers(run) / "answers.json"] if study.is_answered(run) else []
+    truth = study.config(run).ground_truth
+    truths = [truth] if study.world and truth not in ("none", "world") else []
+    return [*truths, *([study.answers(run) / "answers.json"] if study.is_answered(run) else [])]
 
 
 # Snakemake compares the params of a job with those that it was last done with, except those that ask for `threads`:
@@ -154,12 +167,12 @@ def settings_of(make):
 
 def evaluation_of(wildcards):
     """A params function: what the outcome of an evaluation depends on, the settings as words of `--set`."""
-    return measured_by(wildcards.stage, wildcards.arm)
+    return measured_by(wildcards.stage, wildcards.arm, int(wildcards.seed) if study.own_worlds else study.seeds[0])
 
 
 @cache
-def measured_by(stage, arm):
-    settings = study.config(study.run(stage, arm, study.seeds[0])).settings_of("evaluation")
+def measured_by(stage, arm, seed):
+    settings = study.config(study.run(stage, arm, seed)).settings_of("evaluation")
     words = " ".join(shlex.quote(f"{key}={json.dumps(value)}") for key, value in settings.items())
     return {"code": code("evaluate", stage), "settings": words}
 

@@ -3,35 +3,37 @@
 
 rule world_corpus:
     output:
-        corpus=study.world_directory / "sft.jsonl",
-        tokenizer=study.world_directory / "tokenizer" / "tokenizer.json",
-        settings=study.world_directory / "world.json",
+        corpus=WORLD / "sft.jsonl",
+        tokenizer=WORLD / "tokenizer" / "tokenizer.json",
+        settings=WORLD / "world.json",
     log:
-        LOGS / "world_corpus.log",
+        LOGS / f"world_corpus{OF_SEED}.log",
     conda:
         ENVIRONMENT
     params:
         code=code("world_corpus"),
-        directory=study.world_directory,
-        world=study.decides_world("corpus"),
+        directory=lambda wildcards, output: Path(output.corpus).parent,
+        world=lambda wildcards: study.decides_world("corpus", draw_of(wildcards)),
+        own="--own" if study.own_worlds else "--no-own",
     shell:
         "python -m discobeta world corpus --output {params.directory} --seed {params.world[seed]}"
-        " --sft-examples {params.world[sft_examples]} --noise {params.world[noise]} &> {log}"
+        " --sft-examples {params.world[sft_examples]} --noise {params.world[noise]} --labels {params.world[labels]}"
+        " --flips {params.world[flips]} --qualities {params.world[qualities]} {params.own} &> {log}"
 
 
 rule sft:
     input:
-        corpus_files(),
+        corpus_files,
     output:
-        study.base_directory / "provenance.json",
+        BASE_FOLDER / "provenance.json",
     log:
-        LOGS / "sft.log",
+        LOGS / f"sft{OF_SEED}.log",
     conda:
         ENVIRONMENT
     params:
         code=code(BASE_STAGE),
-        decides=lambda wildcards: as_text(study.base_config().settings_of("training")),
-        settings=lambda wildcards, threads: as_text(study.base_config().resolved()),
+        decides=lambda wildcards: as_text(study.base_config(draw_of(wildcards)).settings_of("training")),
+        settings=lambda wildcards, threads: as_text(study.base_config(draw_of(wildcards)).resolved()),
     shell:
         "printf %s {params.settings:q} | python -m discobeta train - &> {log}"
 
@@ -43,19 +45,22 @@ rule world_pairs:
     output:
         DATA / "seed-{seed}" / "pairs" / "train.jsonl",
         DATA / "seed-{seed}" / "pairs" / "eval.jsonl",
+        [DATA / "seed-{seed}" / "pairs" / "calibration.jsonl"] if study.has_calibration() else [],
     log:
         LOGS / "world_pairs" / "seed-{seed}.log",
     conda:
         ENVIRONMENT
     params:
         code=code("world_pairs"),
-        world=study.world_directory,
-        base=lambda wildcards: study.model["model_name_or_path"],
+        world=lambda wildcards: study.world_of(draw_of(wildcards)),
+        base=lambda wildcards: study.model_of(draw_of(wildcards))["model_name_or_path"],
         directory=lambda wildcards, output: Path(output[0]).parent,
         sizes=study.decides_world("pairs"),
+        every_prompt="--every-prompt" if study.decides_world("pairs").get("every_prompt") else "--no-every-prompt",
     shell:
         "python -m discobeta world pairs --world {params.world} --base {params.base:q} --output {params.directory}"
-        " --seed {wildcards.seed} --train {params.sizes[train]} --eval {params.sizes[evaluation]} &> {log}"
+        " --seed {wildcards.seed} --train {params.sizes[train]} --eval {params.sizes[evaluation]}"
+        " --calibration {params.sizes[calibration]} {params.every_prompt} &> {log}"
 
 
 rule prepare:
@@ -66,6 +71,7 @@ rule prepare:
         DATA / "{draw}" / "tokens" / "tokens.json",
         DATA / "{draw}" / "tokens" / "train.parquet",
         DATA / "{draw}" / "tokens" / "eval.parquet",
+        [DATA / "{draw}" / "tokens" / "calibration.parquet"] if study.has_calibration() else [],
     log:
         LOGS / "prepare" / "{draw}.log",
     conda:
@@ -102,6 +108,7 @@ rule reference:
         DATA / "{draw}" / "reference" / "reference.json",
         DATA / "{draw}" / "reference" / "train.safetensors",
         DATA / "{draw}" / "reference" / "eval.safetensors",
+        [DATA / "{draw}" / "reference" / "calibration.safetensors"] if study.has_calibration() else [],
     log:
         LOGS / "reference" / "{draw}.log",
     conda:

@@ -121,28 +121,37 @@ def fingerprints(columns: list[Ragged]) -> np.ndarray:
     return hashes
 
 
+FACTS = {"train": "data", "eval": "held_out", "calibration": "calibration"}
+"""Part of the rows -> what a run's provenance calls the hash of its token ids."""
+
+
 @dataclass
 class TokenisedData:
-    """Training rows, held-out rows if any, and the JSON-able account of where they came from."""
+    """Training rows, held-out and calibration rows if any, and the JSON-able account of where they came from."""
 
     train: Rows
     held_out: Rows | None
     report: dict[str, Any]
+    calibration: Rows | None = None
 
     def parts(self) -> dict[str, Rows]:
-        """The rows that are there, as train and eval."""
-        return {"train": self.train} | ({} if self.held_out is None else {"eval": self.held_out})
+        """The rows that are there, as train, eval and calibration."""
+        parts = {"train": self.train, "eval": self.held_out, "calibration": self.calibration}
+        return {name: rows for name, rows in parts.items() if rows is not None}
 
     def keys(self) -> dict[str, str]:
         """What a run's provenance says of its rows."""
-        return {{"train": "data", "eval": "held_out"}[part]: rows.key() for part, rows in self.parts().items()}
+        return {FACTS[part]: rows.key() for part, rows in self.parts().items()}
 
     def lines(self) -> list[str]:
         """What the run's log says about the data."""
-        reports = [RowReport.of(self.report[part]) for part in ("train", "eval") if part in self.report]
+        reports = [RowReport.of(self.report[part]) for part in FACTS if part in self.report]
         lines = [line for report in reports for line in report.lines()]
-        if self.held_out is not None:
-            lines.append(f"{len(self.train)} training rows, {len(self.held_out)} held-out rows")
+        if len(self.parts()) > 1:
+            kinds = {"train": "training", "eval": "held-out", "calibration": "calibration"}
+            lines.append(", ".join(f"{len(rows)} {kinds[part]} rows" for part, rows in self.parts().items()))
+        if shared := self.report.get("shared_calibration"):
+            lines.append(f"{shared} calibration rows also are training or held-out rows")
         if shared := self.report.get("shared_prompts"):
             lines.append(f"{shared} held-out prompts also occur in the training rows")
         return lines

@@ -22,7 +22,7 @@ from discobeta.data.formats import read_example
 from discobeta.data.layouts import COLUMNS, TAGS, find_layout
 from discobeta.data.local_files import Row, beginning, cells, file_rows
 from discobeta.data.row_report import RowReport
-from discobeta.design.config import RunConfig
+from discobeta.design.config import RunConfig, read_by
 from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, did_you_mean, shorten, shown, telling
 from discobeta.files import check_regular, read_json, sha256
@@ -76,7 +76,7 @@ class Source:
 def read_examples(names: str, config: RunConfig, *, split: str, kind: Kind) -> tuple[list[Example], RowReport]:
     """All usable examples of the comma-separated datasets, in order, and the account of their rows.
 
-    split: of hub datasets whose entry names none (config.split or config.eval_split).
+    split: of hub datasets whose entry names none (config.split; of rows that are not trained on, config.eval_split).
     Raises UserError for a dataset that is not there, cannot be read or has no known format, that
     has no usable row at all, and when more than config.max_unusable_rows of all rows are unusable.
     """
@@ -129,10 +129,16 @@ def resolve(names: str | None, config: RunConfig, split: str) -> list[Source]:
     return [_resolve(word, entries, config, split) for word in words]
 
 
+def named(config: RunConfig) -> dict[str, tuple[str, str]]:
+    """Run key -> (names, split of a hub dataset whose entry names none), of all rows that the run's stage reads."""
+    splits = {"dataset": config.split, "eval_dataset": config.eval_split, "calibration_dataset": config.eval_split}
+    there = {key: split for key, split in splits.items() if config.stage in read_by(key)}
+    return {key: (names, split) for key, split in there.items() if (names := getattr(config, key))}
+
+
 def contents_hash(config: RunConfig) -> str:
-    """sha256 over what the run's training and held-out rows come from: contents of files, addresses on the hub."""
-    named = ((config.dataset, config.split), (config.eval_dataset, config.eval_split))
-    sources = [source.identity() for names, split in named if names for source in resolve(names, config, split)]
+    """sha256 over what all rows of the run come from: contents of files, addresses on the hub."""
+    sources = [source.identity() for names, split in named(config).values() for source in resolve(names, config, split)]
     contents = [{key: value for key, value in source.items() if key != "name"} for source in sources]
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 

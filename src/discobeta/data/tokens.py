@@ -16,8 +16,8 @@ from discobeta.data.encode import encode
 from discobeta.data.examples import Kind
 from discobeta.data.formats import KINDS
 from discobeta.data.row_report import RowReport
-from discobeta.data.rows import Ragged, Rows, TokenisedData, fingerprints, hold_out, offsets_of
-from discobeta.data.sources import read_examples, resolve
+from discobeta.data.rows import FACTS, Ragged, Rows, TokenisedData, fingerprints, hold_out, offsets_of
+from discobeta.data.sources import named, read_examples, resolve
 from discobeta.data.templates import TODAY
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError, telling
@@ -32,8 +32,9 @@ REMEDY = "delete the folder and it is made again"
 def tokenise(config: RunConfig, tokenizer: Any, kind: Kind | None = None) -> TokenisedData:
     """The run's data as token ids, without touching the disk; kind: default what the stage trains on.
 
-    report: "train" and "eval" (row reports as dicts), "shared_prompts" (distinct held-out prompts
-    that also occur in the training rows).
+    report: "train", "eval" and "calibration" (row reports as dicts), "shared_prompts" (distinct held-out prompts
+    that also occur in the training rows), "shared_calibration" (distinct calibration rows that also are training or
+    held-out rows, on which nothing may be fitted and then measured).
     Raises UserError for data that cannot be read or that has too many unusable rows.
     """
     kind = kind or KINDS[config.stage]
@@ -50,7 +51,14 @@ def tokenise(config: RunConfig, tokenizer: Any, kind: Kind | None = None) -> Tok
     if held_out is not None:
         both = [np.unique(fingerprints([rows.prompt_ids])) for rows in (train, held_out)]
         report["shared_prompts"] = len(np.intersect1d(*both))
-    return TokenisedData(train, held_out, report)
+    calibration = None
+    if "calibration_dataset" in (sources := named(config)):
+        names, split = sources["calibration_dataset"]
+        calibration, account = _read_rows(names, config, tokenizer, split=split, kind=kind)
+        others = [rows.fingerprints() for rows in (train, held_out) if rows is not None]
+        report["calibration"] = account.as_dict()
+        report["shared_calibration"] = len(np.intersect1d(calibration.fingerprints(), np.concatenate(others)))
+    return TokenisedData(train, held_out, report, calibration)
 
 
 def _read_rows(names: str, config: RunConfig, tokenizer: Any, *, split: str, kind: Kind) -> tuple[Rows, RowReport]:
@@ -65,9 +73,10 @@ def load_or_tokenise(
 ) -> TokenisedData:
     """`tokenise`, through the folder config.tokenized_path when that is set: read if there, else written.
 
-    The folder holds train.parquet, eval.parquet (if there are held-out rows) and tokens.json (what they were made
-    from, and their sha256; sealed). Raises UserError, naming what differs, for a folder that was made from something
-    else, and for one that was changed since. Without `dataset` the folder is taken for what it says it is.
+    The folder holds train.parquet, eval.parquet and calibration.parquet (if there are such rows) and tokens.json (what
+    they were made from, and their sha256; sealed). Raises UserError, naming what differs, for a folder that was made
+    from something else, and for one that was changed since. Without `dataset` the folder is taken for what it says it
+    is.
     write: False leaves the disk alone; rows that are not there are made in memory.
     """
     kind = kind or KINDS[config.stage]
@@ -116,6 +125,9 @@ def made_from(config: RunConfig, tokenizer: Any, kind: Kind) -> dict[str, Any]:
         recipe["eval_dataset"] = [
             source.identity() for source in resolve(config.eval_dataset, config, config.eval_split)
         ] if config.eval_dataset else []  # fmt: skip
+        if "calibration_dataset" in (sources := named(config)):
+            names, split = sources["calibration_dataset"]
+            recipe["calibration_dataset"] = [source.identity() for source in resolve(names, config, split)]
     return recipe
 
 
@@ -145,15 +157,17 @@ def load(folder: Path, config: RunConfig, tokenizer: Any, kind: Kind = "pairs") 
     try:
         _check_recipe(saved["made_from"], made_from(config, tokenizer, kind), folder)
         report, digests = saved["report"], saved["files"]
-        for part in report.keys() & {"train", "eval"}:
+        for part in report.keys() & FACTS:
             RowReport.of(report[part]).check(config.max_unusable_rows)
         rows = {part: _read(folder / f"{part}.parquet", digests[part]) for part in digests}
-        return TokenisedData(rows["train"], rows.get("eval"), report)
+        return TokenisedData(rows["train"], rows.get("eval"), report, rows.get("calibration"))
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{folder}/tokens.json is incomplete; {REMEDY}") from None
 
 
 def _check_recipe(saved: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+    if "dataset" in asked:  # there is none of calibration rows in a recipe without them
+        saved, asked = ({"calibration_dataset": [], **recipe} for recipe in (saved, asked))
     differing = [name for name, value in asked.items() if _content(saved[name]) != _content(value)]
     if differing:
         details = "; ".join(_difference(name, saved[name], asked[name]) for name in differing)
@@ -173,7 +187,7 @@ def _content(value: Any) -> Any:
 def _difference(name: str, saved: Any, asked: Any) -> str:
     if name == "tokenizer":
         return f"another tokenizer (hash {saved[:8]}, here {asked[:8]})"
-    if name in ("dataset", "eval_dataset"):
+    if name in ("dataset", "eval_dataset", "calibration_dataset"):
         if [source["name"] for source in saved] == [source["name"] for source in asked]:
             return f"{name} has changed since ({', '.join(source['name'] for source in asked)})"
         saved, asked = (", ".join(source["name"] for source in sources) or "none" for sources in (saved, asked))

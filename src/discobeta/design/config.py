@@ -112,9 +112,15 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
     # --- data
     dataset: str | None = option(None, "comma-separated names (dataset_dir), local files or hub ids", of="data")
     eval_dataset: str | None = option(None, "held-out data, named likewise", of="data")
+    calibration_dataset: str | None = option(
+        None,
+        "data for what is fitted after training (temperatures), neither trained nor measured on; named likewise",
+        of="data",
+        stages="pairs",
+    )
     dataset_dir: str = option("data", "folder of dataset_info.json or datasets.yaml", of="data")
     split: str = option("train", "split of a hub dataset", of="data")
-    eval_split: str = option("test", "split of a hub dataset that eval_dataset names", of="data")
+    eval_split: str = option("test", "split of a hub dataset that eval_dataset or calibration_dataset names", of="data")
     cutoff_len: int = option(2048, "longest prompt + response, in tokens", least=2, of="data")
     max_samples: int | None = option(None, "use the first n rows of each dataset", least=1, of="data")
     val_size: float = option(0.0, "held-out share (< 1) or number of rows (>= 1) of dataset", least=0, of="data")
@@ -211,8 +217,11 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
         of="bookkeeping",
         stages="grid",
     )
-    ground_truth: Literal["none", "world"] = option(
-        "none", "the true reward of a sampled response, if known", of="evaluation", stages="grid"
+    ground_truth: str = option(
+        "none",
+        "the true reward of a sampled response, if known: none, world (the embedded one) or a path to a world.json",
+        of="evaluation",
+        stages="grid",
     )
 
     # --- PPO
@@ -323,6 +332,10 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
             raise UserError(f"eval_strategy: {self.eval_strategy} needs eval_dataset or val_size")
         if self.val_size >= 1 and self.val_size != int(self.val_size):
             raise UserError(f"val_size: {self.val_size}: a share below 1, or a whole number of rows")
+        if self.ground_truth not in ("none", "world") and not self.ground_truth.endswith("world.json"):
+            raise UserError(
+                f"ground_truth: {shown(self.ground_truth)} is neither none nor world nor a path to a world.json"
+            )
         if self.adapter_name_or_path and self.finetuning_type == "full":
             raise UserError("adapter_name_or_path needs finetuning_type: lora")
         if not is_base and not self.model_name_or_path:

@@ -23,7 +23,10 @@ from discobeta.design.study_sections import DATA_KEYS, HOW_ROWS_ARE_READ, MODEL_
 from discobeta.design.yaml_text import parse_overrides, read_yaml
 from discobeta.errors import UserError
 
-WORLD_STEPS = {"corpus": ("seed", "sft_examples", "noise"), "pairs": ("train", "evaluation")}
+WORLD_STEPS = {
+    "corpus": ("seed", "sft_examples", "noise", "labels", "flips", "qualities", "own"),
+    "pairs": ("train", "evaluation", "calibration", "every_prompt"),
+}
 """Keys of `data: world:` that each step reads; what the pairs read of the corpus, they read from its record."""
 
 CORPUS_KEYS = ["dataset", "dataset_dir", "split", "cutoff_len", "max_samples", "max_unusable_rows"]
@@ -80,7 +83,6 @@ class Study:
         self.directory = Path("results") / self.name
         self.tables_directory, self.figures_directory = self.directory / "tables", self.directory / "figures"
         self.shared_directory = self.directory / "shared"
-        self.world_directory, self.base_directory = self.shared_directory / "world", self.shared_directory / "base"
         self.environment = file.environment
         self.seeds: list[int] = file.seeds
         self.stages: list[str] = file.stages
@@ -89,6 +91,7 @@ class Study:
         self.gpus_per_run = file.gpus_per_run
         self.arms = [Arm.from_name(name) for name in file.arms]
         self.world = file.data.world and file.data.world.model_dump()
+        self.own_worlds = bool(self.world and self.world["own"])
         self._data = file.data.given()
         self._prompts = file.prompts.given() if file.prompts else {}
         if self._prompts:
@@ -145,10 +148,10 @@ class Study:
             "output_dir": str(run.directory),
             "seed": run.seed,
             **run.arm.flags,
-            **self.model,
+            **self.model_of(self.draw(run.seed)),
             **self._reads(run),
             **({"reference_answers_path": str(self.answers(run))} if self._has_answers(run) else {}),
-            **({"ground_truth": "world"} if self.world and self._reads_answers(run.stage) else {}),
+            **(self._truth(run.seed) if self._reads_answers(run.stage) else {}),
             **self._sections[run.stage],
             **self._shared_out(run.stage),
             "overwrite_output_dir": True,  # Snakemake has decided that what is there is out of date
@@ -245,8 +248,32 @@ class Study:
 
     @property
     def model(self) -> dict[str, Any]:
-        """Run keys of the model that reference and policy start from."""
-        return {"model_name_or_path": str(self.base_directory)} if self.sft else self._model
+        """Run keys of the model that reference and policy of the first seed start from."""
+        return self.model_of(self.draw(self.seeds[0]))
+
+    def model_of(self, draw: str) -> dict[str, Any]:
+        """Run keys of the model that reference and policy of one draw start from."""
+        return {"model_name_or_path": str(self.base_of(draw))} if self.sft else self._model
+
+    def world_of(self, draw: str) -> Path:
+        """The folder of the world that a draw's pairs are of: one for all, unless each seed has its own."""
+        return self.shared_directory / "world" / (draw if self.own_worlds else "")
+
+    def base_of(self, draw: str) -> Path:
+        """The folder of the base that the study trains, likewise."""
+        return self.shared_directory / "base" / (draw if self.own_worlds else "")
+
+    def own_draws(self) -> list[str]:
+        """Of each world and base that the study makes, a draw that has it."""
+        return self.draws() if self.own_worlds else self.draws()[:1]
+
+    def _truth(self, seed: int) -> dict[str, str]:
+        """`ground_truth` of a policy: of a world with a truth of its own, its record."""
+        if not self.world:
+            return {}
+        if self.own_worlds or self.world["qualities"] != "shared":
+            return {"ground_truth": str(self.world_of(self.draw(seed)) / "world.json")}
+        return {"ground_truth": "world"}
 
     def draw(self, seed: int) -> str:
         """Which data the runs of `seed` see: their own if the seed decides (fresh pairs, val_size), else the same."""
@@ -303,35 +330,46 @@ class Study:
         if not self.world:
             return self._data
         pairs = self.pairs(draw)
-        return {"dataset": str(pairs / "train.jsonl"), "eval_dataset": str(pairs / "eval.jsonl")}
+        calibration = {"calibration_dataset": str(pairs / "calibration.jsonl")} if self.world["calibration"] else {}
+        return {"dataset": str(pairs / "train.jsonl"), "eval_dataset": str(pairs / "eval.jsonl"), **calibration}
+
+    def has_calibration(self) -> bool:
+        """Whether there are calibration rows beside the training and held-out ones."""
+        return "calibration_dataset" in self.data(self.draw(self.seeds[0]))
 
     def prompt_data(self, draw: str) -> dict[str, Any]:
         """Run keys of the prompts of one draw: those of the preference data unless the study has a section of them."""
-        return self._prompts or self.data(draw)
+        if self._prompts:
+            return self._prompts
+        return {key: value for key, value in self.data(draw).items() if key != "calibration_dataset"}
 
     def shared(self) -> list[tuple[str, Path]]:
         """What is computed once for many runs, as (label, folder with a cost.json)."""
-        folders = [("base", self.base_directory)] if self.sft else []
+        bases = self.own_draws() if self.sft else []
+        folders = [(f"base, {draw}" if self.own_worlds else "base", self.base_of(draw)) for draw in bases]
         if self.reference_stage:
             folders += [(f"reference, {draw}", self.reference(draw)) for draw in self.draws()]
         answered = {self.answers(run): run for run in self._runs if self.is_answered(run)}
         return folders + [(f"answers, {run.stage}, seed {run.seed}", folder) for folder, run in answered.items()]
 
-    def base_settings(self) -> dict[str, Any]:
-        """The run YAML of stage sft: the base, trained on the world's corpus or on the study's own data."""
+    def base_settings(self, draw: str | None = None) -> dict[str, Any]:
+        """The run YAML of stage sft: the base, trained on the world's corpus or on the study's own data.
+
+        draw: whose base, if each has its own; the first one's unless it is said.
+        """
+        draw = draw or self.draws()[0]
         if self.world:
-            corpus = {
-                "dataset": str(self.world_directory / "sft.jsonl"),
-                "tokenizer_name": str(self.world_directory / "tokenizer"),
-            }
+            world = self.world_of(draw)
+            corpus = {"dataset": str(world / "sft.jsonl"), "tokenizer_name": str(world / "tokenizer")}
         else:
             corpus = {key: self._data[key] for key in CORPUS_KEYS if key in self._data}
-        ours = {"stage": BASE_STAGE, "output_dir": str(self.base_directory), "finetuning_type": "full"}
-        return ours | corpus | self.sft | {"overwrite_output_dir": True}
+        ours = {"stage": BASE_STAGE, "output_dir": str(self.base_of(draw)), "finetuning_type": "full"}
+        seed = {"seed": _seed_of(draw)} if self.own_worlds else {}
+        return ours | corpus | self.sft | seed | {"overwrite_output_dir": True}
 
-    def base_config(self) -> RunConfig:
-        """The checked config of the base that the study trains."""
-        return self._checked(self.base_settings(), "base: sft")
+    def base_config(self, draw: str | None = None) -> RunConfig:
+        """The checked config of the base that the study trains, for one draw, if each has its own."""
+        return self._checked(self.base_settings(draw), "base: sft")
 
     def prepare_settings(self, draw: str) -> dict[str, Any]:
         """The run YAML of `discobeta prepare`: only what the tokens depend on, so that nothing else remakes them."""
@@ -346,8 +384,8 @@ class Study:
     def _tokenise(self, stage: str, draw: str, data: dict[str, Any], directory: Path) -> dict[str, Any]:
         return {
             "stage": stage,
-            **({} if draw == "all" else {"seed": int(draw.removeprefix("seed-"))}),
-            **self.model,
+            **({} if draw == "all" else {"seed": _seed_of(draw)}),
+            **self.model_of(draw),
             **data,
             "tokenized_path": str(directory),
             "output_dir": str(directory),
@@ -372,7 +410,7 @@ class Study:
         return {
             "stage": stage,
             "seed": run.seed,
-            **self.model,
+            **self.model_of(self.draw(run.seed)),
             **{key: rows[key] for key in (*DATA_KEYS, "tokenized_path") if key in rows},
             "output_dir": folder,
             "reference_answers_path": folder,
@@ -400,9 +438,12 @@ class Study:
         """Those of `resolved` on which the outcome of the step depends: no stage, and not the cache."""
         return {key: value for key, value in self.resolved(settings).items() if key not in ("stage", "cache_dir")}
 
-    def decides_world(self, step: str) -> dict[str, Any]:
-        """What the world's corpus, or its pairs, depend on."""
-        return {key: self.world[key] for key in WORLD_STEPS[step]} if self.world else {}
+    def decides_world(self, step: str, draw: str | None = None) -> dict[str, Any]:
+        """What the world's corpus, or its pairs, depend on; draw: whose corpus, if each has its own."""
+        if not self.world:
+            return {}
+        own = {"seed": _seed_of(draw or self.draws()[0])} if self.own_worlds else {}
+        return {key: (self.world | own)[key] for key in WORLD_STEPS[step]}
 
     # --- making and checking
 
@@ -442,6 +483,10 @@ class Study:
         if in_grid and not STAGES[config.stage].has_pairs and not config.num_eval_generations:
             raise UserError(f"{where}: num_eval_generations: 0: nothing else of a {config.stage} run can be measured")
         return config
+
+
+def _seed_of(draw: str) -> int:
+    return int(draw.removeprefix("seed-"))
 
 
 def plan(study: Study) -> str:

@@ -69,12 +69,15 @@ def _run_keys(settings: Any, info: ValidationInfo) -> Any:
 RunKeys = Annotated[dict[str, Any], BeforeValidator(_run_keys)]
 
 
+DATASETS = ("dataset", "eval_dataset", "calibration_dataset")
+
+
 def _as_in_a_run(name: str) -> tuple[Any, Any]:
     """The field for a run key, which is read as in a run; null is as if it were not there."""
 
     def read(value: Any) -> Any:
         is_list = isinstance(value, list) and all(isinstance(word, str) for word in value)
-        if name in ("dataset", "eval_dataset") and not (is_list or isinstance(value, str | None)):
+        if name in DATASETS and not (is_list or isinstance(value, str | None)):
             raise ValueError(f"{shown(value)} should be a name, or a list of names")
         value = None if value is None else config.value_of(name, value)
         if fault := path_fault(name, value):
@@ -111,6 +114,7 @@ class Section(BaseModel):
 
 Whole = Annotated[int, Field(ge=1, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
 class World(Section):
@@ -119,8 +123,29 @@ class World(Section):
     sft_examples: Whole = Field(6000, description="texts that the base learns from")
     train: Whole = Field(9600, description="pairs per seed")
     evaluation: Whole = Field(1600, description="held-out pairs per seed")
-    noise: Literal["heteroscedastic", "homoscedastic"] = Field(
-        "heteroscedastic", description="of the labels: by topic and response, or (the control) equal everywhere"
+    calibration: Count = Field(
+        0, description="pairs per seed that nothing is trained or measured on, for what is fitted after training"
+    )
+    every_prompt: bool = Field(
+        False, description="held-out pairs go through all 922 held-out prompts in random order, again and again"
+    )
+    noise: Literal["heteroscedastic", "homoscedastic", "topic", "response"] = Field(
+        "heteroscedastic",
+        description="of the labels: by topic and response, by one of the two, or (the control) equal everywhere",
+    )
+    labels: Literal["probit", "logistic"] = Field(
+        "probit", description="how a label's probability follows from the rewards' difference over its noise"
+    )
+    flips: Annotated[float, Field(ge=0, le=0.49)] = Field(
+        0.0, description="share of the labels that are turned round after they are drawn"
+    )
+    qualities: Literal["shared", "topic"] = Field(
+        "shared", description="of the words: the same in all topics, or in each topic another permutation"
+    )
+    own: bool = Field(
+        False,
+        description="every seed of the study is a world of its own: its own corpus and base, and its own permutation "
+        "of the topics over noise and familiarity; the seed here and in `base: sft:` then counts for nothing",
     )
     seed: Seed = Field(1, description="of the corpus and of what the topics are")
 
@@ -280,6 +305,8 @@ class StudyKeys(Section):
                         f"stages: {stage} reads the runs of {reading.stage} ({reading.key} of {needing[0]}): add "
                         f"{reading.stage}"
                     )
+        if self.data.world and self.data.world.own and not self.base.sft:
+            raise ValueError("data: world: own: true needs base: sft (every world trains a base of its own)")
         if self.prompts and self.prompts.given() and self.data.world:
             raise ValueError("prompts: a base of the world knows the world's prompts only: leave it out")
         for key in self.common:
@@ -324,7 +351,7 @@ def _first_fault(error: ValidationError, settings: Any) -> str:
         return f"{place}: {fault['ctx']['error']}"
     if kind == "too_long":
         return f"{place}: {len(value):,} of them; a study has at most {MOST_SEEDS:,}"
-    if kind == "less_than_equal":
+    if kind == "less_than_equal" and fault["ctx"]["le"] == LARGEST:
         return f"{place}: {shown(value)} should be at most {LARGEST}"
     return f"{place}: {shown(value)} should be {in_words(_schema_at(where))}"
 

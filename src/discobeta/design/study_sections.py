@@ -58,7 +58,7 @@ def place_of(key: str, section: str) -> str | None:
     return None
 
 
-PATHS = ("dataset", "eval_dataset", "model_name_or_path", "adapter_name_or_path")
+PATHS = ("dataset", "eval_dataset", "calibration_dataset", "model_name_or_path", "adapter_name_or_path")
 """Run keys that name what a rule of the workflow has as its input."""
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from discobeta.data.sources import resolve
+from discobeta.data.sources import named, resolve
 from discobeta.design.config import RunConfig
 from discobeta.design.study import Study
 from discobeta.errors import UserError, telling
@@ -32,8 +32,8 @@ def fetch(study: Study) -> None:
             if name and not Path(name).is_relative_to(study.directory):  # what the study makes itself is no download
                 models.setdefault((name, config.model_revision, config.cache_dir), key)
         if not study.world:
-            for names, split in ((config.dataset, config.split), (config.eval_dataset, config.eval_split)):
-                rows |= {(source.name, source.split): (source, config) for source in _sources(names, split, config)}
+            for names, split in named(config).values():
+                rows |= {(source.name, source.split): (source, config) for source in resolve(names, config, split)}
     for model, key in models.items():
         print(f"{model[0]}: {_model(*model, key)}")
     for source, config in rows.values():
@@ -45,10 +45,6 @@ def configs(study: Study) -> Iterator[RunConfig]:
     settings = [study.base_settings()] if study.sft else []
     settings += [study.run_settings(next(run for run in study.runs() if run.stage == stage)) for stage in study.stages]
     return (RunConfig.from_mapping(each)[0] for each in settings)
-
-
-def _sources(names: str | None, split: str, config: RunConfig):
-    return resolve(names, config, split) if names else []
 
 
 def _model(name: str, revision: str, cache_dir: str | None, key: str) -> str:

@@ -1,7 +1,7 @@
 """A small synthetic preference world whose truth is known.
 
 A prompt asks for help with a topic; a response recommends three words for it. The true reward of a
-response, the noise of its reward and so the probability of every label are programs over the text.
+response, the noise of its reward and so the probability of every label are programs over the text: a `World`.
 Topics cross two things exactly: how noisy their labels are, and how often the base has seen them.
 See docs/world.md for why it looks like this and what was measured.
 """
@@ -14,10 +14,15 @@ import math
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from discobeta import files, identity
 from discobeta.design.stages import BASE_STAGE
@@ -29,7 +34,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-Noise = Literal["heteroscedastic", "homoscedastic"]
+Noise = Literal["heteroscedastic", "homoscedastic", "topic", "response"]
+Labels = Literal["probit", "logistic"]
+Qualities = Literal["shared", "topic"]
 
 OPENERS = ("hello", "hi", "hey", "morning", "evening", "sorry")
 VERBS = ("help", "guide", "assist", "coach", "advise", "support")
@@ -46,7 +53,14 @@ AMBIGUITY = 3.0
 """A response that ends in `?` has this many times its topic's noise: noise varies within a prompt."""
 
 EQUAL_NOISE = 1.12
-"""The homoscedastic control's noise: its Bayes accuracy (.749) is that of the heteroscedastic pairs."""
+"""The homoscedastic control's noise: its Bayes accuracy (.748) is that of the heteroscedastic pairs."""
+
+RESPONSE_NOISE = 0.56
+"""The noise of every topic where it differs by response alone: its Bayes accuracy (.749) is that of the heteroscedastic
+pairs (.748), both enumerated over all pairs of ideal responses."""
+
+LOGISTIC_SLOPE = math.sqrt(8 / math.pi)
+"""c with which sigmoid(c z) has the probit's slope at z = 0: c / 4 = 1 / sqrt(2 pi)."""
 
 MAX_RESPONSE_TOKENS = 12
 """One more than the longest well-formed response and its <eos>: cutting there cuts no good response."""
@@ -87,7 +101,7 @@ WORDS = (
 QUALITY = {word: -1 + 2 * rank / 11 for rank, word in enumerate(WORDS)}
 """Word -> its quality, evenly spread over [-1, 1]."""
 
-_TOPIC = {topic.name: topic for topic in TOPICS}
+_NAMES = frozenset(topic.name for topic in TOPICS)
 _WORD = "|".join(WORDS)
 _RESPONSE = re.compile(rf"(?:please )?(?:use|take|try) (?:{_WORD}) , (?:{_WORD}) and (?:{_WORD}) for (\w+) [.?]")
 _SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -96,52 +110,228 @@ _SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eo
 # --- the truth: programs over text
 
 
-def topic_of(prompt: str) -> Topic | None:
-    """The first topic that the prompt names; None if it is not a prompt of this world."""
-    return next((_TOPIC[word] for word in prompt.split() if word in _TOPIC), None)
+@dataclass(frozen=True)
+class World:
+    """What is true: how noisy and how familiar each topic is, how good each word, and how labels are drawn.
 
+    topics:         16, in the order of `TOPICS`, each combination of noise and familiarity once
+    own_qualities:  topic -> word -> quality, of topics whose words are not as good as `QUALITY` says
+    noise, labels:  see `response_sigma` and `preference_probability`
+    flips:          share of the labels that are turned round after they are drawn, in [0, 1/2)
 
-def well_formed(prompt: str, response: str) -> bool:
-    """Is it `[please] use|take|try W , W and W for TOPIC .|?`, with the prompt's topic?"""
-    match = _RESPONSE.fullmatch(" ".join(_words(response)))
-    topic = topic_of(prompt)
-    return match is not None and topic is not None and match[1] == topic.name
-
-
-def true_reward(prompt: str, response: str) -> float:
-    """r* = sum of the first three content words' quality, -1 per missing word, -1 if malformed.
-
-    Defined for any two texts; in [-4, 3]. A final <eos> is not counted as text.
+    Raises UserError for settings that cannot be.
     """
-    qualities = [QUALITY[word] for word in _words(response) if word in QUALITY][:3]
-    return sum(qualities) - (3 - len(qualities)) - (not well_formed(prompt, response))
+
+    topics: tuple[Topic, ...] = TOPICS
+    own_qualities: Mapping[str, Mapping[str, float]] = field(default_factory=dict, hash=False)
+    noise: Noise = "heteroscedastic"
+    labels: Labels = "probit"
+    flips: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("noise", Noise), ("labels", Labels)):
+            _check_choice(name, getattr(self, name), choices)
+        if not (isinstance(self.flips, int | float) and 0 <= self.flips < 0.5):
+            raise UserError(f"flips: {self.flips!r} should be a share of the labels, at least 0 and below 0.5")
+
+    @classmethod
+    def drawn(cls, seed: int, *, qualities: Qualities = "shared", own: bool = False, **of_labels: Any) -> Self:
+        """The world of these settings; of_labels: noise, labels, flips.
+
+        own: the topics stand in another order in the cells of noise and familiarity, a permutation drawn from the seed.
+        qualities: topic: in each topic the words share out the qualities anew, a permutation drawn from the seed.
+        """
+        _check_choice("qualities", qualities, Qualities)
+        topics, ranked = TOPICS, {}
+        if own:
+            cells = random.Random(derive(seed, "world", "topics")).sample(TOPICS, len(TOPICS))
+            pairs = zip(TOPICS, cells, strict=True)
+            topics = tuple(Topic(topic.name, cell.noise, cell.familiarity) for topic, cell in pairs)
+        if qualities == "topic":
+            for topic in TOPICS:
+                words = random.Random(derive(seed, "world", "qualities", topic.name)).sample(WORDS, len(WORDS))
+                ranked[topic.name] = dict(zip(words, QUALITY.values(), strict=True))
+        return cls(topics, ranked, **of_labels)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The world that a world.json describes. Raises UserError if that is not what `write_corpus` wrote."""
+        record = _read_record(Path(path))
+        try:
+            topics = tuple(Topic(**topic) for topic in record["topics"])
+            own = record["quality"] if record["qualities"] == "topic" else {}
+            return cls(topics, own, record["noise"], record["labels"], record["flips"])
+        except (KeyError, TypeError):
+            raise UserError(f"{path} does not say all of a world: another version of discobeta wrote it") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def described(self) -> dict[str, Any]:
+        """The truth, for world.json."""
+        quality = self.own_qualities or QUALITY
+        return {"topics": [asdict(topic) for topic in self.topics], "quality": quality, "ambiguity": AMBIGUITY}
+
+    @cached_property
+    def _by_name(self) -> dict[str, Topic]:
+        return {topic.name: topic for topic in self.topics}
+
+    def topic_of(self, prompt: str) -> Topic | None:
+        """The first topic that the prompt names; None if it is not a prompt of this world."""
+        return self._by_name.get(_topic_name(prompt))
+
+    def true_reward(self, prompt: str, response: str) -> float:
+        """r* = sum of the first three content words' quality, -1 per missing word, -1 if malformed.
+
+        Defined for any two texts; in [-4, 3]. A final <eos> is not counted as text. The prompt's topic counts where
+        topics have qualities of their own.
+        """
+        quality = self.own_qualities.get(_topic_name(prompt), QUALITY)
+        qualities = [quality[word] for word in _words(response) if word in quality][:3]
+        return sum(qualities) - (3 - len(qualities)) - (not self.well_formed(prompt, response))
+
+    @staticmethod
+    def well_formed(prompt: str, response: str) -> bool:
+        """Is it `[please] use|take|try W , W and W for TOPIC .|?`, with the prompt's topic?"""
+        match = _RESPONSE.fullmatch(" ".join(_words(response)))
+        return match is not None and match[1] == _topic_name(prompt)
+
+    def topic_noise(self, topic: Topic) -> float:
+        """s* of a response about the topic that does not end in `?`."""
+        return {"homoscedastic": EQUAL_NOISE, "response": RESPONSE_NOISE}.get(self.noise, topic.noise)
+
+    def response_sigma(self, prompt: str, response: str) -> float:
+        """s*, the standard deviation of the noise on the response's reward; same unit as `true_reward`.
+
+        heteroscedastic: the topic's level, 3 times that if the response ends in `?`.
+        topic:           the topic's level.
+        response:        RESPONSE_NOISE, 3 times that if the response ends in `?`.
+        homoscedastic:   EQUAL_NOISE for every text.
+        Raises ValueError for a prompt without a topic of this world.
+        """
+        topic = self.topic_of(prompt)
+        if topic is None:
+            raise ValueError(f"the prompt {prompt!r} names no topic of the world")
+        is_ambiguous = self.noise in ("heteroscedastic", "response") and _words(response)[-1:] == ["?"]
+        return self.topic_noise(topic) * (AMBIGUITY if is_ambiguous else 1.0)
+
+    def preference_probability(self, prompt: str, first: str, second: str) -> float:
+        """P(the label says that first is preferred) = (1 - f) q + f (1 - q), f being `flips`.
+
+        With z = (r1 - r2) / sqrt(s1^2 + s2^2), q is Phi(z) of probit labels, and of logistic ones sigmoid(c z) with c =
+        LOGISTIC_SLOPE: as steep where the two rewards are equal, with heavier tails.
+        """
+        difference = self.true_reward(prompt, first) - self.true_reward(prompt, second)
+        deviation = math.hypot(self.response_sigma(prompt, first), self.response_sigma(prompt, second))
+        if self.labels == "logistic":
+            probability = 0.5 * (1 + math.tanh(0.5 * LOGISTIC_SLOPE * difference / deviation))
+        else:
+            probability = 0.5 * math.erfc(-difference / (deviation * math.sqrt(2)))
+        return (1 - self.flips) * probability + self.flips * (1 - probability)
+
+    def label(self, prompt: str, first: str, second: str, uniform: Any) -> dict[str, Any]:
+        """One preference row; which response is `chosen` is drawn from `preference_probability`.
+
+        uniform: torch.Generator that one number in [0, 1) is drawn from.
+        `truth.probability` is the probability that the label comes out as it did.
+        """
+        import torch
+
+        probability = self.preference_probability(prompt, first, second)
+        if float(torch.rand((), generator=uniform, dtype=torch.float64)) < probability:
+            chosen, rejected = first, second
+        else:
+            chosen, rejected = second, first
+        topic = self.topic_of(prompt)
+        truth = {
+            "topic": topic.name,
+            "noise": self.topic_noise(topic),
+            "familiarity": topic.familiarity,
+            "chosen_reward": self.true_reward(prompt, chosen),
+            "rejected_reward": self.true_reward(prompt, rejected),
+            "chosen_sigma": self.response_sigma(prompt, chosen),
+            "rejected_sigma": self.response_sigma(prompt, rejected),
+            "probability": self.preference_probability(prompt, chosen, rejected),
+        }
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "truth": truth}
 
 
-def response_sigma(prompt: str, response: str, noise: Noise = "heteroscedastic") -> float:
-    """s*, the standard deviation of the noise on the response's reward; same unit as `true_reward`.
-
-    heteroscedastic: the topic's level, 3 times that if the response ends in `?`.
-    homoscedastic:   EQUAL_NOISE for every text.
-    Raises ValueError for a prompt without a topic of this world.
-    """
-    topic = topic_of(prompt)
-    if topic is None:
-        raise ValueError(f"the prompt {prompt!r} names no topic of the world")
-    if noise == "homoscedastic":
-        return EQUAL_NOISE
-    return topic.noise * (AMBIGUITY if _words(response)[-1:] == ["?"] else 1.0)
-
-
-def preference_probability(prompt: str, first: str, second: str, noise: Noise = "heteroscedastic") -> float:
-    """P(first is preferred) = Phi((r1 - r2) / sqrt(s1^2 + s2^2))."""
-    difference = true_reward(prompt, first) - true_reward(prompt, second)
-    deviation = math.hypot(response_sigma(prompt, first, noise), response_sigma(prompt, second, noise))
-    return 0.5 * math.erfc(-difference / (deviation * math.sqrt(2)))
+def _topic_name(prompt: str) -> str | None:
+    return next((word for word in prompt.split() if word in _NAMES), None)
 
 
 def _words(text: str) -> list[str]:
     words = text.split()
     return words[:-1] if words[-1:] == ["<eos>"] else words
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise UserError(f"{name}: {value!r} should be {' or '.join(get_args(choices))}")
+
+
+DEFAULT = World()
+"""The world of the embedded study, which `ground_truth: world` names."""
+
+
+def ground_truth(name: str) -> World:
+    """The world that the run key `ground_truth` names: `world`, or the path of a world.json."""
+    return DEFAULT if name == "world" else World.read(Path(name))
+
+
+# --- the oracle: what a policy that knows the truth can reach
+
+
+def oracle_frontier(lambdas: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(KL, true reward) of the policies that maximise lambda E[r*] - KL(policy || base), in closed form.
+
+    lambdas: any shape, each at least 0; both results have that shape, the KL is in nats per response.
+    The ideal base writes each of the three words independently and uniformly, and r* is the sum of their qualities
+    q_w, so the best policy, base(y) exp(lambda r*(y)) / Z, tilts each word on its own, p_w = exp(lambda q_w) / z. With
+    m = sum p_w q_w the reward is 3 m and the KL is 3 (lambda m - log(z / 12)). A permutation of the qualities changes
+    neither, so all topics have this frontier, and by its concavity no policy is above it at its mean KL either.
+    Source: the optimum of KL-regularised reward, e.g. Rafailov et al. 2023 (arXiv:2305.18290), eq. 4.
+    """
+    quality = np.array([*QUALITY.values()])
+    exponents = np.asarray(lambdas, float)[..., None] * quality
+    highest = exponents.max(-1, keepdims=True)  # so that no exponential overflows
+    weights = np.exp(exponents - highest)
+    total = weights.sum(-1)
+    mean = (weights * quality).sum(-1) / total
+    log_mean_weight = highest[..., 0] + np.log(total / len(quality))
+    return 3 * (np.asarray(lambdas, float) * mean - log_mean_weight), 3 * mean
+
+
+def frontier_reward(kl: float) -> float:
+    """The most true reward that a policy can have at this KL to the ideal base, in nats per response.
+
+    By bisection on lambda, in which both grow; 0 at a KL of 0 or below, as sampled ones can be, and 3, every word the
+    best, from 3 log 12 on.
+    """
+    low, high = 0.0, 1.0
+    if kl <= 0:
+        return 0.0
+    if kl >= 3 * math.log(len(QUALITY)):
+        return 3.0
+    while high < MOST_TILT and oracle_frontier(high)[0] < kl:
+        high *= 2
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if oracle_frontier(middle)[0] < kl else (low, middle)
+    return float(oracle_frontier(high)[1])
+
+
+MOST_TILT = 2.0**10
+"""Of a word: the second best then has probability exp(-186), so the KL is 3 log 12 to the last digit."""
+
+BISECTIONS = 60
+
+
+def regret(kl: float, true_reward: float) -> float:
+    """What a policy of this KL and mean true reward falls short of the oracle's frontier, in units of the reward.
+
+    The frontier starts at an ideal base, of reward 0; that of a trained base is a little lower from the start.
+    """
+    return frontier_reward(kl) - true_reward
 
 
 # --- prompts and the corpus
@@ -162,6 +352,24 @@ def draw_prompt(rng: random.Random, *, held_out: bool, topic_weights: Sequence[f
         opener, verb, place = (rng.randrange(len(words)) for words in (OPENERS, VERBS, PLACES))
         if is_held_out(opener, verb, topic, place) == held_out:
             break
+    return _prompt(opener, verb, topic, place)
+
+
+def held_out_prompts() -> list[str]:
+    """All 922 of them, each once."""
+    places = product(*(range(len(words)) for words in (OPENERS, VERBS, TOPICS, PLACES)))
+    return [_prompt(*place) for place in places if is_held_out(*place)]
+
+
+def rounds_of_prompts(rng: random.Random, count: int) -> list[str]:
+    """`count` held-out prompts, all of them in random order again and again."""
+    prompts, drawn = held_out_prompts(), []
+    while len(drawn) < count:
+        drawn += rng.sample(prompts, len(prompts))
+    return drawn[:count]
+
+
+def _prompt(opener: int, verb: int, topic: int, place: int) -> str:
     return f"<user> {OPENERS[opener]} {VERBS[verb]} me with {TOPICS[topic].name} at {PLACES[place]} <assistant>"
 
 
@@ -175,7 +383,7 @@ def draw_completion(rng: random.Random, topic: Topic) -> str:
 
 def vocabulary() -> list[str]:
     """All tokens of the world, special ones first; a token's place is its id."""
-    return [*_SPECIAL_TOKENS.values(), *GRAMMAR, *OPENERS, *VERBS, *_TOPIC, *PLACES, *WORDS]
+    return [*_SPECIAL_TOKENS.values(), *GRAMMAR, *OPENERS, *VERBS, *(topic.name for topic in TOPICS), *PLACES, *WORDS]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -189,44 +397,72 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **_SPECIAL_TOKENS)
 
 
-def write_corpus(output: Path, *, seed: int, sft_examples: int, noise: Noise = "heteroscedastic") -> None:
+def write_corpus(
+    output: Path,
+    *,
+    seed: int,
+    sft_examples: int,
+    noise: Noise = "heteroscedastic",
+    labels: Labels = "probit",
+    flips: float = 0.0,
+    qualities: Qualities = "shared",
+    own: bool = False,
+) -> None:
     """Write what a base is trained on: sft.jsonl, tokenizer/ and, last, world.json.
 
     sft.jsonl:  {"prompt", "completion"} per line; topics by FAMILIARITY_WEIGHTS, no held-out prompt.
-    world.json: the settings, which `write_pairs` reads, and the truth, for people to read; sealed.
-    The noise is a property of labels: it leaves the corpus as it is. Raises UserError, before anything is changed,
-    if one of these files is there and was not written by this command (see `_claim`).
+    world.json: the settings, and the truth that `write_pairs` and evaluations read (`World.read`); sealed.
+    Of the settings (see `World.drawn`) only `own` changes the corpus: which topics are how frequent. The others are
+    properties of the labels. Raises UserError, before anything is changed, if one of these files is there and was not
+    written by this command (see `_claim`).
     """
-    if noise not in get_args(Noise):
-        raise UserError(f"noise: {noise!r} should be {' or '.join(get_args(Noise))}")
+    of_labels = {"noise": noise, "labels": labels, "flips": flips}
+    world = World.drawn(seed, qualities=qualities, own=own, **of_labels)
     if sft_examples < 1:
         raise UserError(f"sft-examples: {sft_examples} should be at least 1")
     output = Path(output)
     rng = random.Random(derive(seed, "world", "corpus"))
-    weights = [FAMILIARITY_WEIGHTS[topic.familiarity] for topic in TOPICS]
+    weights = [FAMILIARITY_WEIGHTS[topic.familiarity] for topic in world.topics]
     prompts = [draw_prompt(rng, held_out=False, topic_weights=weights) for _ in range(sft_examples)]
-    corpus = _lines([{"prompt": prompt, "completion": draw_completion(rng, topic_of(prompt))} for prompt in prompts])
+    corpus = _lines(
+        [{"prompt": prompt, "completion": draw_completion(rng, world.topic_of(prompt))} for prompt in prompts]
+    )
     with files.replacing(output / "tokenizer") as folder:
         build_tokenizer().save_pretrained(folder)
         written = {"sft.jsonl": _digest(corpus)}
         written |= {f"tokenizer/{path.name}": files.sha256(path) for path in sorted(folder.iterdir())}
         _claim(output, "world.json", ("sft.jsonl", "tokenizer"), written)
     files.write_text(output / "sft.jsonl", corpus)
-    settings = {"seed": seed, "sft_examples": sft_examples, "noise": noise}
-    truth = {"topics": [asdict(topic) for topic in TOPICS], "quality": QUALITY, "ambiguity": AMBIGUITY}
-    _write_record(output / "world.json", settings | truth | {"files": written})
+    settings = {"seed": seed, "sft_examples": sft_examples, **of_labels, "qualities": qualities, "own": own}
+    _write_record(output / "world.json", settings | world.described() | {"files": written})
 
 
 # --- preference pairs
 
 
-def write_pairs(world: Path, base: Path, output: Path, *, seed: int, train: int, evaluation: int) -> None:
-    """Write train.jsonl and eval.jsonl: two samples of the base per prompt and a label from the truth.
+PAIRS = ("train.jsonl", "eval.jsonl", "calibration.jsonl")
 
-    world: folder of `write_corpus`; base: the model trained on its corpus. Topics are uniform, the
-    prompts of eval.jsonl are held-out combinations, sampling is at temperature 1. The rows hold
-    prompt, chosen, rejected and `truth` (see `label`). Runs on the CPU, so that a seed gives the
-    same pairs with and without a GPU. pairs.json, written last and sealed, says what they were made from.
+
+def write_pairs(
+    world: Path,
+    base: Path,
+    output: Path,
+    *,
+    seed: int,
+    train: int,
+    evaluation: int,
+    calibration: int = 0,
+    every_prompt: bool = False,
+) -> None:
+    """Write train.jsonl, eval.jsonl and, if any are asked for, calibration.jsonl: two samples of the base per prompt
+    and a label from the truth.
+
+    world: folder of `write_corpus`; base: the model trained on its corpus. Topics are uniform, the prompts of
+    eval.jsonl are held-out combinations and only those, each file has random streams of its own, sampling is at
+    temperature 1. every_prompt: eval.jsonl goes through all held-out prompts in random order, again and again, so that
+    its first 922 rows ask each once. The rows hold prompt, chosen, rejected and `truth` (see `World.label`). Runs on
+    the CPU, so that a seed gives the same pairs with and without a GPU. pairs.json, written last and sealed, says what
+    they were made from.
     Raises UserError if world and base do not fit together or were changed since they were written, if the base
     hardly varies its responses, and, before anything is changed, if one of these files is there and was not
     written by this command (see `_claim`).
@@ -234,13 +470,13 @@ def write_pairs(world: Path, base: Path, output: Path, *, seed: int, train: int,
     from discobeta.data.tokens import tokenizer_hash
 
     world, base, output = Path(world), Path(base), Path(output)
-    noise = _read_record(world / "world.json").get("noise")
-    if noise not in get_args(Noise):
-        raise UserError(f"{world / 'world.json'}: noise: {noise!r} should be {' or '.join(get_args(Noise))}")
-    if train < 1 or evaluation < 1:
-        raise UserError(f"train: {train}, eval: {evaluation}: both should be at least 1")
-    names = ("train.jsonl", "eval.jsonl")
-    _check_ours(output, "pairs.json", names)
+    truth = World.read(world / "world.json")
+    if train < 1 or evaluation < 1 or calibration < 0:
+        raise UserError(
+            f"train: {train}, eval: {evaluation}, calibration: {calibration}: the first two should be at least 1, the "
+            "last at least 0"
+        )
+    _check_ours(output, "pairs.json", PAIRS)
     model, tokenizer = _load_base(base)
     made_from = {
         "world": files.sha256(world / "world.json"),
@@ -248,19 +484,27 @@ def write_pairs(world: Path, base: Path, output: Path, *, seed: int, train: int,
         "tokenizer": tokenizer_hash(tokenizer),
     }
     texts = {}
-    for name, split, size in zip(names, ("train", "eval"), (train, evaluation), strict=True):
-        rng = random.Random(derive(seed, "world", "prompts", split))
-        prompts = [draw_prompt(rng, held_out=split == "eval") for _ in range(size)]
-        pairs = sample_pairs(model, tokenizer, prompts, seed=seed, split=split)
-        uniform = generator(seed, "world", "labels", split)
-        texts[name] = _lines(
-            [label(prompt, *pair, noise, uniform) for prompt, pair in zip(prompts, pairs, strict=True)]
-        )
+    for name, size in zip(PAIRS, (train, evaluation, calibration), strict=True):
+        split = name.partition(".")[0]
+        if size:
+            rng = random.Random(derive(seed, "world", "prompts", split))
+            if split == "eval" and every_prompt:
+                prompts = rounds_of_prompts(rng, size)
+            else:
+                prompts = [draw_prompt(rng, held_out=split == "eval") for _ in range(size)]
+            pairs = sample_pairs(model, tokenizer, prompts, seed=seed, split=split)
+            uniform = generator(seed, "world", "labels", split)
+            rows = [truth.label(prompt, *pair, uniform) for prompt, pair in zip(prompts, pairs, strict=True)]
+            texts[name] = _lines(rows)
     written = {name: _digest(text) for name, text in texts.items()}
-    _claim(output, "pairs.json", names, written)
-    for name, text in texts.items():
-        files.write_text(output / name, text)
+    _claim(output, "pairs.json", PAIRS, written)
+    for name in PAIRS:
+        if name in texts:
+            files.write_text(output / name, texts[name])
+        else:
+            files.remove(output / name)  # ours, of other settings
     settings = {"seed": seed, "train": train, "evaluation": evaluation}
+    settings |= {"calibration": calibration, "every_prompt": every_prompt}
     _write_record(output / "pairs.json", settings | made_from | {"files": written})
 
 
@@ -295,33 +539,6 @@ def sample_pairs(
     raise UserError(
         f"the base gives no two different responses to {prompts[missing[0]]!r} in {1 + REDRAWS} draws: train it less"
     )
-
-
-def label(prompt: str, first: str, second: str, noise: Noise, uniform: Any) -> dict[str, Any]:
-    """One preference row; which response is `chosen` is drawn from `preference_probability`.
-
-    uniform: torch.Generator that one number in [0, 1) is drawn from.
-    `truth.probability` is the probability that the label comes out as it did.
-    """
-    import torch
-
-    probability = preference_probability(prompt, first, second, noise)
-    if float(torch.rand((), generator=uniform, dtype=torch.float64)) < probability:
-        chosen, rejected = first, second
-    else:
-        chosen, rejected = second, first
-    topic = topic_of(prompt)
-    truth = {
-        "topic": topic.name,
-        "noise": EQUAL_NOISE if noise == "homoscedastic" else topic.noise,
-        "familiarity": topic.familiarity,
-        "chosen_reward": true_reward(prompt, chosen),
-        "rejected_reward": true_reward(prompt, rejected),
-        "chosen_sigma": response_sigma(prompt, chosen, noise),
-        "rejected_sigma": response_sigma(prompt, rejected, noise),
-        "probability": preference_probability(prompt, chosen, rejected, noise),
-    }
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "truth": truth}
 
 
 def _load_base(base: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:

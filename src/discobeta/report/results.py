@@ -59,7 +59,7 @@ class Results:
 
     def __init__(self, study: Study, *, curves: bool = False, weights: bool = False) -> None:
         self.study = study
-        self.base: dict[str, str] | None = None  # the base's and the tokenizer's hash, if they are to be found
+        self.bases: dict[str, dict[str, str] | None] = {}  # draw -> hashes of base and tokenizer; None if they are away
         self.found = {run: _read(study, run, curves, weights) for run in study.runs()}
         self._check_world()
         self._check_base()
@@ -116,30 +116,41 @@ class Results:
         study = self.study
         if not study.world:
             return
-        corpus, pairs = study.decides_world("corpus"), study.decides_world("pairs")
-        record_of_world = study.world_directory / "world.json"
-        self._refuse(study.runs(), _other(record_of_world, corpus))
-        if record_of_world.exists():
-            pairs["world"] = files.sha256(record_of_world)
         for seed in study.seeds:
-            fault = _other(study.pairs(study.draw(seed)) / "pairs.json", pairs | {"seed": seed})
-            self._refuse([run for run in study.runs() if run.seed == seed], fault)
+            runs, draw = [run for run in study.runs() if run.seed == seed], study.draw(seed)
+            record_of_world = study.world_of(draw) / "world.json"
+            self._refuse(runs, _other(record_of_world, study.decides_world("corpus", draw)))
+            pairs = study.decides_world("pairs") | {"seed": seed}
+            if record_of_world.exists():
+                pairs["world"] = files.sha256(record_of_world)
+            self._refuse(runs, _other(study.pairs(draw) / "pairs.json", pairs))
+            self._check_truth(runs, pairs.get("world"))
+
+    def _check_truth(self, runs: list[Run], world: str | None) -> None:
+        """Measure no policy by what was true in another world; `world`: the sha256 of its record, if it is here."""
+        for run in [run for run in runs if self.is_measured(run)]:
+            measured_by = self.found[run].evaluation.get("ground_truth")
+            if None not in (world, measured_by) and measured_by != world:
+                self.found[run].unmeasured = "evaluated in another world"
 
     def _check_base(self) -> None:
         """Refuse runs on another base than the study's; where that is not here, those on another than most."""
         study = self.study
-        fault = study.sft and study.base_directory.exists() and record.fault(study.base_directory, study.base_config())
-        if fault:
-            self._refuse(study.runs(), f"stale (the base is {_named(fault, study.base_directory)})")
-            return
-        try:
-            with telling("the base cannot be read"):
-                self.base = _base_now(study.config(study.runs()[0]))
-        except UserError as error:
-            self._refuse(study.runs(), f"stale ({shorten(str(error), LONGEST_REASON)})")
-            return
-        for key in ("base", "tokenizer"):
-            self._compare(study.runs(), key, self.base)
+        for draw in study.own_draws():
+            of_base = [run for run in study.runs() if not study.own_worlds or study.draw(run.seed) == draw]
+            folder = study.base_of(draw)
+            fault = study.sft and folder.exists() and record.fault(folder, study.base_config(draw))
+            if fault:
+                self._refuse(of_base, f"stale (the base is {_named(fault, folder)})")
+                continue
+            try:
+                with telling("the base cannot be read"):
+                    self.bases[draw] = _base_now(study.config(of_base[0]))
+            except UserError as error:
+                self._refuse(of_base, f"stale ({shorten(str(error), LONGEST_REASON)})")
+                continue
+            for key in ("base", "tokenizer"):
+                self._compare(of_base, key, self.bases[draw])
 
     def _check_rows(self) -> None:
         study, of_draw = self.study, {}
@@ -150,11 +161,12 @@ class Results:
             if folder.exists():
                 try:
                     keys = files.read_sealed(folder / "tokens.json")["keys"]
-                    now = {"data": keys["train"], "held_out": keys.get("eval")}
+                    others = {"held_out": keys.get("eval"), "calibration": keys.get("calibration")}
+                    now = {"data": keys["train"], **others}
                 except (UserError, KeyError, TypeError, AttributeError):
                     self._refuse(runs, f"stale (there are no rows in {folder})")
                     continue
-            for key in ("data", "held_out"):
+            for key in ("data", "held_out", "calibration"):
                 self._compare(runs, key, now)
             try:
                 with telling("no data"):
@@ -198,14 +210,20 @@ class Results:
         """(label, cost.json) of what is computed once for many runs; empty where it is not there, stale or damaged."""
         return [(label, self._shared_cost(label, folder)) for label, folder in self.study.shared()]
 
+    def _base_beside(self, part: str) -> dict[str, str] | None:
+        """The hashes of the base that a pass over a draw was made with: `seed-3`, `dpo, seed 3`."""
+        is_its = [not self.study.own_worlds or part.replace(" ", "-").endswith(draw) for draw in self.bases]
+        return next((base for base, its in zip(self.bases.values(), is_its, strict=True) if its), None)
+
     def _shared_cost(self, label: str, folder: Path) -> dict[str, float]:
         try:
-            if label == "base":
-                if record.fault(folder, self.study.base_config()):
+            work, _, part = label.partition(", ")
+            if work == "base":
+                if record.fault(folder, self.study.base_config(part or None)):
                     return {}
             else:
-                base = files.read_sealed(folder / f"{label.partition(',')[0]}.json")["key"]["base"]
-                if self.base is not None and base != self.base["base"]:
+                base, now = files.read_sealed(folder / f"{work}.json")["key"]["base"], self._base_beside(part)
+                if now is not None and base != now["base"]:
                     return {}
             return _cost(folder / "cost.json")
         except (UserError, KeyError, TypeError):

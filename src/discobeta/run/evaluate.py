@@ -22,7 +22,7 @@ from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.config import RunConfig, keys_of
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, did_you_mean, say, shown
-from discobeta.files import remove, replacing, write_json, write_text
+from discobeta.files import check_regular, remove, replacing, sha256, write_json, write_text
 from discobeta.method.heads import SIGMA0
 from discobeta.method.stage import Stage, stage_class
 from discobeta.model import preflight
@@ -79,6 +79,9 @@ def _evaluate(run: record.Record) -> dict[str, Any]:
         run.check_fact(key, now, config.dataset or config.tokenized_path)
     for key, now in stage_class(config.stage).hashes_of_inputs(config).items():
         run.check_fact(key, now, getattr(config, key))
+    if config.reference_samples and config.ground_truth not in ("none", "world"):
+        check_regular(Path(config.ground_truth))
+        facts["ground_truth"] = sha256(Path(config.ground_truth))
     if data.held_out is None and row.has_pairs:
         raise UserError(f"{directory} has no held-out rows: its config needs eval_dataset or val_size")
     if not (row.has_pairs or config.num_eval_generations):

@@ -119,7 +119,7 @@ def architecture_of(study: Study) -> PreTrainedConfig:
     from discobeta.inputs.base import FROM_TOKENIZER, build_architecture
 
     base = study.base_config() if study.sft else None
-    if base and base.model_type and not (study.base_directory / "config.json").exists():
+    if base and base.model_type and not (study.base_of(study.draws()[0]) / "config.json").exists():
 
         class Words(SimpleNamespace):
             def __len__(self) -> int:

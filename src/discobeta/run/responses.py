@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from discobeta import metrics, record
-from discobeta.data.batches import Batch, Responses
+from discobeta.data.batches import Batch, PerToken, Responses
 from discobeta.data.rows import TokenisedData
 from discobeta.design.config import RunConfig
 from discobeta.design.stages import STAGES
@@ -23,7 +23,7 @@ from discobeta.errors import UserError, say
 from discobeta.inputs import answers as reference_answers
 from discobeta.inputs.answers import Answers
 from discobeta.method.stage import Stage
-from discobeta.model.forward import LOGITS_AT_ONCE, hidden_states, logits_of, per_sequence, token_logps, vocabulary_size
+from discobeta.model.forward import LOGITS_AT_ONCE, hidden_states, logits_of, response_logps, vocabulary_size
 from discobeta.model.generation import has_ended, response_text, stop_ids
 from discobeta.model.inference import in_batches
 from discobeta.model.layout import pairs_for
@@ -91,6 +91,8 @@ def compare_answers(
     beside = given.first(len(prompts), each)
     repeated = [prompt for prompt in prompts for _ in range(each)]
     divergence = divergences(stage.model, reference, Responses(repeated, sampled), config)
+    terms = divergence["kl_terms"]
+    kl_terms = np.split(terms.values.double().numpy(), np.cumsum(terms.sizes)[:-1])
     stops = stop_ids(reference, tokenizer)
     answers = pd.DataFrame(
         {
@@ -101,7 +103,7 @@ def compare_answers(
             "length": [len(ids) for ids in sampled],
             "ended": [has_ended(ids, stops) for ids in sampled],
             "log_ratio": divergence["log_ratio"].double().numpy(),
-            "kl": [float(terms.double().sum()) for terms in divergence["kl_terms"]],
+            "kl": [of_tokens.sum() for of_tokens in kl_terms],
         }
     )
     if STAGES[config.stage].judge:
@@ -115,9 +117,10 @@ def compare_answers(
             answers[f"{side}reward"] = scores.double().numpy()
         if (log_s := stage.log_s_of(reference, prompts)) is not None:
             answers["log_s"] = np.repeat(log_s.double().numpy(), each)
-    if config.ground_truth == "world":
-        from discobeta.inputs import world
+    if config.ground_truth != "none":
+        from discobeta.inputs.world import ground_truth
 
+        world = ground_truth(config.ground_truth)
         truth = truth_of_prompts(data, config)
         answers = answers.assign(**{name: np.repeat(values, each) for name, values in truth.items()})
         for side in ("", "reference_"):
@@ -126,8 +129,8 @@ def compare_answers(
             answers[f"{side}well_formed"] = [bool(world.well_formed(*text)) for text in texts]
         places = answers["length"] - 1 - answers["ended"]  # of the last word
         answers["mark_kl"] = [
-            float(terms[place]) if last_word(text) in MARKS else 0.0
-            for terms, place, text in zip(divergence["kl_terms"], places, answers["response"], strict=True)
+            of_tokens[place] if last_word(text) in MARKS else 0.0
+            for of_tokens, place, text in zip(kl_terms, places, answers["response"], strict=True)
         ]
     return answers
 
@@ -144,24 +147,24 @@ def last_word(text: str) -> str:
 
 def divergences(
     policy: nn.Module, reference: nn.Module, texts: Responses, config: RunConfig
-) -> dict[str, Tensor | list[Tensor]]:
-    """Of N responses, on the CPU: `log_ratio` (N,), log pi(y|x)/ref(y|x), and `kl_terms`, N times `token_divergences`.
+) -> dict[str, Tensor | PerToken]:
+    """Of N responses, on the CPU: `log_ratio` (N,), log pi(y|x)/ref(y|x), and `kl_terms`, their `token_divergences`.
 
     Under samples of pi both sums over the response have the mean KL(pi || ref); that of the terms knows what else
     could have been drawn at every place, varies less, and is never negative (Amini et al. 2025, arXiv:2504.10637).
     """
     device = next(policy.parameters()).device
 
-    def of_batch(indices: np.ndarray) -> dict[str, Tensor | tuple[Tensor, ...]]:
+    def of_batch(indices: np.ndarray) -> dict[str, Tensor | PerToken]:
         batch = texts.batch(indices).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             states = [hidden_states(model, batch) for model in (policy, reference)]
-            own, other = (
-                per_sequence(token_logps(model, hidden, batch)[0], batch)
-                for model, hidden in zip((policy, reference), states, strict=True)
-            )
+            own, other = map(response_logps, (policy, reference), states, (batch, batch))
             terms = token_divergences(policy, reference, *states, batch)
-        return {"log_ratio": own - other, "kl_terms": terms.split(batch.response_lengths.tolist())}
+        return {
+            "log_ratio": own - other,
+            "kl_terms": PerToken(terms, np.array([len(texts.responses[i]) for i in indices])),
+        }
 
     return in_batches(
         texts.lengths, 2 * config.per_device_eval_batch_size, of_batch,  # which counts pairs
@@ -230,11 +233,11 @@ def policy_metrics(answers: pd.DataFrame) -> dict[str, Any]:
             topics = answers["topic"].map(topic_name)
             measured["true_reward_by_topic"] = answers.groupby(topics)["true_reward"].mean().to_dict() or None
     if "mark_kl" in answers:
-        from discobeta.inputs import world
+        from discobeta.inputs.world import frontier_reward
 
         measured["question_share"] = float(answers["response"].map(last_word).eq("?").mean())
         measured["question_kl"] = float(answers["mark_kl"].mean())
-        measured["regret"] = world.frontier_reward(measured["kl_rao_blackwell"]) - measured["true_reward"]
+        measured["regret"] = frontier_reward(measured["kl_rao_blackwell"]) - measured["true_reward"]
         if "noise" in answers:
             levels = noise_levels(answers)
             measured["kl_by_noise"] = {name: float(answers["kl"][rows].mean()) for name, rows in levels.items()} or None
@@ -275,9 +278,10 @@ def rank(
             "weights have diverged, or are damaged"
         )
     true_rewards = None
-    if config.ground_truth == "world":
-        from discobeta.inputs import world
+    if config.ground_truth != "none":
+        from discobeta.inputs.world import ground_truth
 
+        world = ground_truth(config.ground_truth)
         asked = [tokenizer.decode(ids) for ids in prompts for _ in range(each)]
         texts = zip(asked, (response_text(tokenizer, ids) for ids in responses), strict=True)
         true_rewards = np.array([world.true_reward(*text) for text in texts], float).reshape(count, each)
