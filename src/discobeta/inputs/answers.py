@@ -123,7 +123,7 @@ def answer(
 
 def _rates(config: RunConfig) -> bool:
     """Whether the run's scores of candidates are made of the reference's log-probabilities."""
-    return bool(config.best_of) and STAGES[config.stage].reference_pass
+    return STAGES[config.stage].reference_pass and bool(config.best_of)
 
 
 def hash_of(responses: Sequence[np.ndarray]) -> str:

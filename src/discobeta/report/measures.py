@@ -42,7 +42,7 @@ PANELS = {
     ],
     "policy": [
         Metric("kl_per_sequence", "KL to\nreference", 3),
-        Metric("kl_rao_blackwell", "Exact KL\nper token", 3),
+        Metric("kl_rao_blackwell", "KL, Rao-\nBlackwell", 3),
         Metric("reward_gain", "Reward\ngain (sd)", 3, "↑"),
         Metric("true_reward", "True\nreward", 3, "↑"),
         Metric("win_rate", "Win rate", 3, "↑"),

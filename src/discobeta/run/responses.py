@@ -1,8 +1,9 @@
 """What a run makes of responses: those that it samples, and those of the reference that it ranks.
 
-A policy answers held-out prompts beside the reference. A run of pairs, whose reward scores any response, ranks n of
-the reference's responses to each prompt (`best_of`): which of them it prefers costs no divergence from the reference
-that it could choose, so that arms are compared at an equal one, at most log m - (m - 1)/m for the best of m.
+A policy answers held-out prompts beside the reference. A run of pairs, whose reward rates any response, ranks n of the
+reference's responses to each prompt (`best_of`). All arms rank the same ones, and whichever is taken as the best of m,
+the divergence from the reference is that of best-of-m, at most log m - (m - 1)/m (Beirami et al. 2024,
+arXiv:2401.01879): arms are compared at an equal KL by construction.
 """
 
 from __future__ import annotations
@@ -49,20 +50,21 @@ def measure_responses(
 ) -> tuple[pd.DataFrame | None, dict[str, Any], str]:
     """What a policy answers to prompts (None of a reward model), the metrics of responses, and the hash of the
     reference's."""
-    config, policy = run.config, STAGES[run.config.stage].is_policy
+    config, row = run.config, STAGES[run.config.stage]
     prompts = reference_answers.prompts_of(config, data)
-    sampled, each = [], config.generations_per_prompt
-    if policy:
+    sampled = []
+    if row.is_policy:
+        each = config.generations_per_prompt
         sampled = reference_answers.sample(config, stage.model, tokenizer, prompts, "policy", each)
     given = reference_answers.read(config, prompts)
-    reference = load_reference(config).to(stage.device) if policy or given is None else None
+    reference = load_reference(config).to(stage.device) if row.is_policy or given is None else None
     given = given or reference_answers.answer(config, reference, tokenizer, prompts)
     measured, answers = {}, None
-    if policy:
+    if row.is_policy:
         answers = compare_answers(stage, reference, data, run, tokenizer, prompts, sampled, given)
         measured |= policy_metrics(answers)
         answers = answers.drop(columns=[name for name in UNWRITTEN if name in answers])
-    if config.best_of:
+    if row.has_pairs and config.best_of:
         measured |= ranking_metrics(*rank(stage, data, config, tokenizer, prompts, given))
     return answers, measured, reference_answers.hash_of(given.first(len(prompts), config.reference_samples))
 
