@@ -23,12 +23,17 @@ USED = {"add_disco_head": True, "disco_pref": True, "add_beta_head": True, "use_
 TRUTH = {"topic", "noise", "familiarity"}  # of the rows that conftest makes
 
 
-def test_all_columns_of_all_stages_are_names_that_a_truth_may_not_have(run, monkeypatch):
+def test_all_columns_of_all_stages_are_names_that_a_truth_may_not_have(run, monkeypatch, tmp_path):
     monkeypatch.setattr("discobeta.inputs.world.World.true_reward", lambda world, prompt, response: 1.0)
     monkeypatch.setattr("discobeta.inputs.world.World.well_formed", lambda world, prompt, response: True)
     sampling = {"num_eval_generations": 3, "max_new_tokens": 4, "ground_truth": "world"}
+    voted = [row | {"annotators": {"chosen": 2, "rejected": 1}} for row in preference_rows(12, 2)]
+    with_votes = str(write_rows(tmp_path / "votes.jsonl", voted))
     several = {"generations_per_prompt": 2, "best_of": 4}
-    directories = [run("rm", name="rm", **USED), run("dpo", name="dpo", **USED, **sampling, **several)]
+    directories = [
+        run("rm", name="rm", eval_dataset=with_votes, **USED),
+        run("dpo", name="dpo", **USED, **sampling, **several),
+    ]
     chain = {"reward_model": str(directories[0]), "beta_head": str(directories[1])}
     one_update = {"max_steps": 1, "logging_steps": 1, "ppo_buffer_size": 1}
     directories.append(run("ppo", name="ppo", **USED, **sampling, **chain, **one_update))

@@ -472,6 +472,23 @@ def test_the_divergence_from_the_truth_is_a_column_of_all_three_files():
     assert r"\shortstack{KL(truth $\|$\\model)~$\downarrow$} \\" in (directory / "rm.tex").read_text()
 
 
+def test_what_votes_say_is_a_panel_of_its_own_and_a_note():
+    made = study(stages=["rm"])
+    for run in made.runs():
+        votes = {"kl": 0.25 if run.seed == 1 else 0.35, "entropy": 0.4, "unanimous": 0.625, "pairs": 8}
+        finish(made, run, {"nll": 0.5, "votes": votes | ({"sigma_spearman": 0.5} if run.arm.used else {})})
+    tables.write(results(made))
+    directory = made.directory / "tables"
+    frame = pd.read_csv(directory / "rm.csv")
+    assert frame["votes/kl"][0] == pytest.approx(0.3)
+    text = (directory / "rm.md").read_text()
+    panel = text[text.index("how the run agrees with several people who judged the same held-out pairs") :].splitlines()
+    header, row = ([cell.strip() for cell in panel[number].split("|")] for number in (2, 4))
+    assert header[-3:-1] == ["KL(votes ‖ model) ↓", "ρ(σ, disagreement) ↑"] and row[-3:-1] == ["0.3000 ± 0.6353", "–"]
+    assert "mean entropy of the votes on a pair 0.400, share of the pairs with several votes that are unanimous" in text
+    assert "votes/pairs" in set(pd.read_csv(directory / "metrics.csv").metric)
+
+
 def test_one_frame_gives_three_formats():
     frame = pd.DataFrame({"arm": ["a_b"], "x": [0.123456], "g": [1]})
     columns = [

@@ -20,6 +20,7 @@ EVALUATION_COLUMNS = frozenset(
     [
         "row", "source", "nll", "mean_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected",
         "variance_sum", "sigma_chosen", "sigma_rejected", "log_s", "oracle_probability",
+        "votes_chosen", "votes_rejected", "votes_tie",
         "prompt", "sample", "response", "reference_response", "length", "ended", "log_ratio",
         "reward", "reference_reward", "true_reward", "reference_true_reward", "well_formed", "reference_well_formed",
     ]
@@ -46,10 +47,16 @@ def correctness(margin: Margin) -> Margin:
     return 0.5 * (margin > 0) + 0.5 * (margin >= 0)
 
 
-def reliability(probability: ArrayLike, margin: ArrayLike, bins: int = BINS) -> dict[str, Array]:
-    """Per bin of confidence: `low`, `high`, `count`, mean `confidence` and `accuracy` (NaN if empty)."""
-    p = np.asarray(probability, float)
+def reliability(
+    probability: ArrayLike, margin: ArrayLike, bins: int = BINS, *, share: ArrayLike = 1.0
+) -> dict[str, Array]:
+    """Per bin of confidence: `low`, `high`, `count`, mean `confidence` and `accuracy` (NaN if empty).
+
+    share: of several labels of a pair those that are the one that p and margin speak of.
+    """
+    p, q = np.asarray(probability, float), np.asarray(share, float)
     confidence, correct = np.maximum(p, 1 - p), correctness(np.asarray(margin, float))
+    correct = q * correct + (1 - q) * (1 - correct)
     edges = np.linspace(0.5, 1, bins + 1)
     place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
     count = np.bincount(place, minlength=bins).astype(float)
@@ -63,9 +70,11 @@ def reliability(probability: ArrayLike, margin: ArrayLike, bins: int = BINS) -> 
         }
 
 
-def expected_calibration_error(probability: ArrayLike, margin: ArrayLike, bins: int = BINS) -> float:
-    """sum_b n_b/N * |accuracy_b - confidence_b| (Guo et al. 2017, arXiv:1706.04599)."""
-    table = reliability(probability, margin, bins)
+def expected_calibration_error(
+    probability: ArrayLike, margin: ArrayLike, bins: int = BINS, *, share: ArrayLike = 1.0
+) -> float:
+    """sum_b n_b/N * |accuracy_b - confidence_b| (Guo et al. 2017, arXiv:1706.04599); share as in `reliability`."""
+    table = reliability(probability, margin, bins, share=share)
     gap = np.abs(table["accuracy"] - table["confidence"])
     return float(np.nansum(table["count"] * gap) / table["count"].sum())
 
@@ -103,17 +112,26 @@ def against_oracle(nll: ArrayLike, oracle_probability: ArrayLike) -> dict[str, f
     nll, q = np.asarray(nll, float)[known], np.asarray(oracle_probability, float)[known]
     if not len(q):
         return {"bayes_accuracy": None, "oracle_nll": None, "excess_kl": None}
-    # log(1-p), by expm1 because 1 - exp(-nll) is 0 from nll = 1e-16 down. An nll that float32 has rounded to 0 says
-    # that 1-p is below the smallest positive one, not that it is 0: that number keeps the row's KL, and the mean,
-    # finite, and bounds it from below.
-    log_other = np.log(-np.expm1(-np.maximum(nll, SMALLEST_FLOAT32)))
-    kl = _x_log_x(q) + q * nll + _x_log_x(1 - q) - (1 - q) * log_other
     possible = q[q > 0]
     return {
         "bayes_accuracy": float(np.maximum(q, 1 - q).mean()),
         "oracle_nll": float(-np.log(possible).mean()) + 0.0 if len(possible) else None,  # if all are 1: 0 and not -0
-        "excess_kl": float(kl.mean()),
+        "excess_kl": float(divergence(nll, q).mean()),
     }
+
+
+def divergence(nll: Array, q: Array) -> Array:
+    """(N,) KL((q, 1-q) || (p, 1-p)) = q log(q/p) + (1-q) log((1-q)/(1-p)) in nats, p = exp(-nll) from float32 nll."""
+    # log(1-p), by expm1 because 1 - exp(-nll) is 0 from nll = 1e-16 down. An nll that float32 has rounded to 0 says
+    # that 1-p is below the smallest positive one, not that it is 0: that number keeps the row's KL, and the mean,
+    # finite, and bounds it from below.
+    log_other = np.log(-np.expm1(-np.maximum(nll, SMALLEST_FLOAT32)))
+    return _x_log_x(q) + q * nll + _x_log_x(1 - q) - (1 - q) * log_other
+
+
+def entropy(q: Array) -> Array:
+    """(N,) -q log q - (1-q) log(1-q), nats."""
+    return -_x_log_x(q) - _x_log_x(1 - q)
 
 
 def _x_log_x(x: Array) -> Array:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from discobeta.data.examples import Example, Kind, Prompt, Reason, Response, Unusable
+from discobeta.data.examples import Example, Kind, Prompt, Reason, Response, Unusable, Votes
 from discobeta.data.formats import transcript
 from discobeta.data.row_report import RowReport
 from discobeta.data.rows import Ragged, Rows
@@ -75,6 +75,7 @@ def encode(examples: list[Example], tokenizer: Any, cutoff_len: int, kind: Kind,
         *map(Ragged.of, columns),
         source=[example.source for example in kept],
         truth=_truth_columns([example.truth for example in kept], report.dataset),
+        votes=_vote_columns([example.votes for example in kept]),
     )
 
 
@@ -238,3 +239,11 @@ def _truth_columns(truths: list[dict[str, float | str | int]], where: str) -> di
                 )
             columns[name] = np.array([np.nan if value is None else value for value in values], np.float64)
     return columns
+
+
+def _vote_columns(votes: list[Votes | None]) -> dict[str, np.ndarray]:
+    """Side -> (rows,) int64 numbers of people, 0 where a row has no votes; nothing if none has."""
+    if not any(votes):
+        return {}
+    columns = np.array([of_row or Votes(0, 0) for of_row in votes], np.int64).T
+    return dict(zip(Votes._fields, columns, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Message = dict[str, Any]
 """{"role": "system" | "user" | "assistant" | "tool", "content": text or None}, and what it has of `formats.FIELDS`."""
@@ -24,6 +24,11 @@ class Reason(StrEnum):
     WRONG_TYPES = "wrong types"
     UNREADABLE = "a value that cannot be read"
     TRUTH_TOO_LARGE = "truth that cannot be kept"
+    NO_COUNT = "votes that are no counts"
+    NO_VOTES = "no votes"
+    NO_MAJORITY = "no majority of the annotators"
+    MINORITY = "more annotators for rejected than for chosen"
+    UNKNOWN_VERDICT = "unknown verdict"
     MISSING_COLUMN = "missing column"
     UNKNOWN_ROLE = "unknown role"
     NOT_ASSISTANT = "last turn is not the assistant's"
@@ -50,6 +55,14 @@ class Unusable(Exception):
         self.reason, self.detail = reason, detail
 
 
+class Votes(NamedTuple):
+    """How many people found the chosen response better, how many the rejected one, how many neither."""
+
+    chosen: int
+    rejected: int
+    tie: int = 0
+
+
 @dataclass(frozen=True)
 class Example:
     """A usable row. Preference rows have both responses, supervised rows `chosen` only, prompts neither."""
@@ -59,6 +72,7 @@ class Example:
     rejected: Response | None = None
     truth: dict[str, float | str | int] = field(default_factory=dict)
     source: str = ""
+    votes: Votes | None = None
     tools: list[dict[str, Any]] | None = None
     variables: dict[str, Any] = field(default_factory=dict)
     """What the chat template is given beside messages and tools (chat_template_kwargs)."""

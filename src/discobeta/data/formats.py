@@ -9,10 +9,12 @@ it; `_join` is the one place that takes these apart. Known:
     {instruction, input?, history?, system?, chosen, rejected}         alpaca; also output: [chosen, rejected]
     {conversations | messages, system?, chosen, rejected}              sharegpt, openai
     {prompt, completion}, {messages}, {text}, alpaca's output, sharegpt's last turn      supervised
+    {context, response1, response2, individual_preference}             HelpSteer3; MultiPref likewise (`votes`)
     {prompt}, and every row above but {text}                           prompts
 
 Beside these, `system`, `history`, `tools` and `chat_template_kwargs` shape the prompt in every format but {text}.
-What dataset_info.json's `columns` does not name is not read.
+What dataset_info.json's `columns` does not name is not read. Pairs may have `annotators`, numbers of people
+(`votes.counted`).
 
 A row that cannot be used raises `Unusable` with one of a fixed set of reasons, so that rows can be
 counted by reason; it never becomes an Example that is only partly there.
@@ -25,6 +27,7 @@ import math
 import re
 from typing import Any
 
+from discobeta.data import votes
 from discobeta.data.examples import THOUGHTS, Example, Kind, Message, Prompt, Reason, Response, Unusable, texts_of
 from discobeta.data.layouts import MEDIA, Layout, is_given
 from discobeta.design.stages import BASE_STAGE, STAGES
@@ -68,7 +71,7 @@ def read_example(row: Any, layout: Layout, kind: Kind, source: str = "") -> Exam
     truth = _truth(row.get("truth"))
     example = Example(
         prompt, *responses, truth=truth, source=source,
-        tools=_tools(row, layout), variables=_variables(row, layout),
+        tools=_tools(row, layout), variables=_variables(row, layout), votes=_votes(row, layout, kind),
     )  # fmt: skip
     _check_encodable([*example.texts(), *truth, *map(str, truth.values())])
     return example
@@ -96,6 +99,8 @@ def _prompt_and_responses(row: dict[str, Any], layout: Layout, kind: Kind) -> tu
         if not isinstance(answers, list) or len(answers) < 2:
             raise Unusable(Reason.WRONG_TYPES, layout.ranked)
         answers = [(layout.ranked, answer) for answer in answers]
+    elif layout.judged:
+        answers = [(column, _value(row, column)) for column in layout.judged.of(row)[:wanted]]
     elif layout.chosen and layout.rejected:
         answers = [(column, _value(row, column)) for column in (layout.chosen, layout.rejected)[:wanted]]
     else:
@@ -347,6 +352,14 @@ def _check_encodable(texts: list[str]) -> None:
         "\n".join(texts).encode()
     except UnicodeEncodeError:
         raise Unusable(Reason.NOT_UTF8) from None
+
+
+def _votes(row: dict[str, Any], layout: Layout, kind: Kind) -> votes.Votes | None:
+    if kind != "pairs":
+        return None
+    if layout.judged:
+        return layout.judged.of(row).votes
+    return votes.counted(_readable(row.get(layout.annotators)), layout.annotators) if layout.annotators else None
 
 
 def _truth(value: Any) -> dict[str, float | str | int]:

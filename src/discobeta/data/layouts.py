@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from discobeta.data import votes
 from discobeta.data.examples import Kind
 from discobeta.errors import UserError, shorten, shown
 
 KNOWN: dict[Kind, str] = {
     "pairs": "{prompt, chosen, rejected}, {chosen, rejected} as messages or \\n\\nHuman: … \\n\\nAssistant: … "
     "transcripts, {instruction, chosen, rejected}, {instruction, output: [chosen, rejected]}, "
-    "{conversations, chosen, rejected}",
+    "{conversations, chosen, rejected}, "
+    + ", ".join(f"{{{', '.join((form.prompt, *form.responses, *form.lists))}}}" for form in votes.KNOWN),
     "supervised": "{prompt, completion}, {messages}, {text}, {instruction, output}, {conversations}, "
     "and the chosen responses of preference rows",
     "prompts": "{prompt}, {messages}, {instruction}, {conversations}, and the prompts of preference rows",
@@ -24,7 +26,7 @@ SHAPING = ("instruction", "input", "history", "system", "tools", "chat_template_
 """Columns of whose presence the report speaks where they are not read."""
 TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "system_tag", "observation_tag", "function_tag")
 COLUMNS = ("prompt", "query", "response", "history", "system", "tools", "messages", "chosen", "rejected")
-COLUMNS += ("images", "videos", "audios", "kto_tag")
+COLUMNS += ("images", "videos", "audios", "kto_tag", "annotators")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Layout:
     rejected: str | None = None
     ranked: str | None = None
     """A column that holds [chosen, rejected]."""
+    judged: votes.Judgements | None = None
+    """Two responses in columns of their own, and what people said of them, in the place of chosen and rejected."""
+    annotators: str | None = None
+    """A column that holds {chosen: …, rejected: …, tie: …}, numbers of people."""
     text: str | None = None
     role_key: str | None = None
     content_key: str | None = None
@@ -55,10 +61,10 @@ class Layout:
     @property
     def in_turns(self) -> bool:
         """Whether a text prompt is what the user says, and not the text that the model continues."""
-        return bool(self.instruction or self.conversation or self.history or self.system or self.tools)
+        return bool(self.instruction or self.conversation or self.history or self.system or self.tools or self.judged)
 
     def holds(self, kind: Kind) -> bool:
-        preference = bool(self.chosen and self.rejected or self.ranked)
+        preference = bool(self.chosen and self.rejected or self.ranked or self.judged)
         if kind == "pairs":
             return preference
         supervised = preference or bool(self.completion or self.conversation)
@@ -75,13 +81,14 @@ def find_layout(rows: Iterable[dict[str, Any]], entry: dict[str, Any], kind: Kin
     """
     columns: dict[str, None] = {}
     filled: set[str] = set()
-    ranked_output = False
+    ranked_output = has_votes = False
     named = {role: name for role, name in (entry.get("columns") or {}).items() if name}
-    output = named.get("response", "output")
+    output, people = named.get("response", "output"), named.get("annotators", "annotators")
     for row in rows:
         columns.update(dict.fromkeys(row))
         filled.update(name for name in SHAPING if name not in filled and is_given(row.get(name)))
         ranked_output = ranked_output or isinstance(row.get(output), list)
+        has_votes = has_votes or (isinstance(row.get(people), dict) and bool({"chosen", "rejected"} & set(row[people])))
     there = f"{where} has the columns {shorten(', '.join(map(str, columns))) or '(none)'}"
 
     def column(role: str, default: str) -> str | None:
@@ -98,8 +105,14 @@ def find_layout(rows: Iterable[dict[str, Any]], entry: dict[str, Any], kind: Kin
     fields: dict[str, Any] = {"chosen": column("chosen", "chosen"), "rejected": column("rejected", "rejected")}
     fields |= _tags(entry.get("tags") or {})
     fields["media"] = tuple(dict.fromkeys(name for name in (*map(named.get, MEDIA), *MEDIA) if name in columns))
+    if has_votes or "annotators" in named:
+        fields["annotators"] = column("annotators", "annotators")
     style = entry.get("formatting")
-    if style in ("sharegpt", "openai") or "messages" in named or (style is None and "conversations" in columns):
+    free = not (named or style or (fields["chosen"] and fields["rejected"]))
+    judged = next((form for form in votes.KNOWN if free and form.columns <= set(columns)), None)
+    if judged:
+        fields |= {"judged": judged, "prompt": judged.prompt}
+    elif style in ("sharegpt", "openai") or "messages" in named or (style is None and "conversations" in columns):
         default = "messages" if style == "openai" and "conversations" not in columns else "conversations"
         fields["conversation"] = column("messages", default)
     elif "prompt" in named or "instruction" in columns:

@@ -60,7 +60,8 @@ class Rows:
 
     chosen_ids and rejected_ids are None as a whole when the kind has none. `source` says where a
     row stood ("file:line", "hub:index"); `truth` holds columns of what is known about it, with NaN or
-    "" where a row says nothing.
+    "" where a row says nothing; `votes` how many people took which side of a pair (`examples.Votes`), 0 of a row
+    without votes, and nothing if no row has any.
     """
 
     prompt_ids: Ragged
@@ -68,13 +69,14 @@ class Rows:
     rejected_ids: Ragged | None = None
     source: list[str] = field(default_factory=list)
     truth: dict[str, np.ndarray] = field(default_factory=dict)
+    votes: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.prompt_ids = Ragged.of(self.prompt_ids)
         self.chosen_ids = None if self.chosen_ids is None else Ragged.of(self.chosen_ids)
         self.rejected_ids = None if self.rejected_ids is None else Ragged.of(self.rejected_ids)
         self.source = list(self.source) or [""] * len(self)
-        for part in (*self.parts().values(), self.source, *self.truth.values()):
+        for part in (*self.parts().values(), self.source, *self.truth.values(), *self.votes.values()):
             if len(part) != len(self):
                 raise ValueError(f"columns of {len(self)} and {len(part)} rows")
 
@@ -92,6 +94,7 @@ class Rows:
             **{name: column.select(indices) for name, column in self.parts().items()},
             source=[self.source[index] for index in indices],
             truth={name: column[indices] for name, column in self.truth.items()},
+            votes={name: column[indices] for name, column in self.votes.items()},
         )
 
     def fingerprints(self) -> np.ndarray:

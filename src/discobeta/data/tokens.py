@@ -219,6 +219,7 @@ def _write_rows(rows: Rows, path: Path) -> None:
     }
     columns["source"] = pa.array(rows.source, pa.large_string())
     columns |= {f"truth.{name}": pa.array(column) for name, column in rows.truth.items()}
+    columns |= {f"votes.{name}": pa.array(column) for name, column in rows.votes.items()}
     pq.write_table(pa.table(columns), path, compression="zstd")
 
 
@@ -236,12 +237,13 @@ def _read(path: Path, digest: str) -> Rows:
     with telling(f"cannot read {path}"):
         table = pq.ParquetFile(io.BytesIO(content)).read()  # read_table would import pyarrow.dataset
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}
-        truth = {name: column for name, column in columns.items() if name.startswith("truth.")}
-        return Rows(
-            **{name: _ragged(column) for name, column in columns.items() if name not in truth and name != "source"},
-            source=columns["source"].to_pylist(),
-            truth={name.removeprefix("truth."): _truth_array(column) for name, column in truth.items()},
+        source = columns.pop("source").to_pylist()
+        truth, votes = (
+            {name.removeprefix(start): _array(columns.pop(name)) for name in [*columns] if name.startswith(start)}
+            for start in ("truth.", "votes.")
         )
+        parts = {name: _ragged(column) for name, column in columns.items()}
+        return Rows(**parts, source=source, truth=truth, votes=votes)
 
 
 def _ragged(column: Any) -> Ragged:
@@ -250,6 +252,6 @@ def _ragged(column: Any) -> Ragged:
     return Ragged(values, offsets_of(column.value_lengths().to_numpy()))
 
 
-def _truth_array(column: Any) -> np.ndarray:
+def _array(column: Any) -> np.ndarray:
     array = column.to_numpy(zero_copy_only=False)
     return array.astype(str) if array.dtype == object else array

@@ -26,6 +26,7 @@ from discobeta.report.statistics import mean_ci
 CAPTIONS = {
     "predictions": "how well held-out preferences are predicted",
     "heads": "what the heads that are used have learned",
+    "votes": "how the run agrees with several people who judged the same held-out pairs",
     "policy": "what the policy does when it answers held-out prompts itself",
     "ranking": "how well it tells the reference's own responses to a held-out prompt apart",
 }

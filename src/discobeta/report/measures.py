@@ -40,6 +40,17 @@ PANELS = {
         Metric("log_s_noise", "r(log s,\nnoise)", 3),
         Metric("log_s_familiarity", "r(log s,\nfamiliarity)", 3),
     ],
+    "votes": [
+        Metric("votes/kl", "KL(votes ‖\nmodel)", 4, "↓"),
+        Metric("votes/brier", "Brier\n(votes)", 4, "↓"),
+        Metric("votes/ece", "ECE\n(votes)", 3, "↓"),
+        Metric("votes/accuracy_unanimous", "Accuracy,\nunanimous", 3, "↑"),
+        Metric("votes/accuracy_split", "Accuracy,\nsplit", 3, "↑"),
+        Metric("votes/sigma_spearman", "ρ(σ,\ndisagreement)", 3, "↑"),
+        Metric("votes/sigma_partial", "the same,\ngiven the margin", 3, "↑"),
+        Metric("votes/log_s_spearman", "ρ(log s,\ndisagreement)", 3, "↓"),
+        Metric("votes/log_s_partial", "the same,\ngiven the margin", 3, "↓"),
+    ],
     "policy": [
         Metric("kl_per_sequence", "KL to\nreference", 3),
         Metric("kl_rao_blackwell", "KL, Rao-\nBlackwell", 3),
@@ -67,6 +78,8 @@ METRICS = {metric.name: metric for metrics in PANELS.values() for metric in metr
 LANDMARKS = {
     "bayes_accuracy": "Bayes limit of the accuracy",
     "oracle_nll": "NLL of the oracle",
+    "votes/entropy": "mean entropy of the votes on a pair",
+    "votes/unanimous": "share of the pairs with several votes that are unanimous",
     "reference_true_reward": "true reward of the reference's own responses",
 }
 """Properties of the held-out rows and of the reference, the same in every arm."""

@@ -32,6 +32,7 @@ from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels
 from discobeta.run import load as runs
 from discobeta.run.responses import measure_responses
 from discobeta.run.truth import scale_metrics, topic_name, truth_numbers, without_gaps
+from discobeta.run.votes import vote_metrics
 
 
 def evaluate(
@@ -137,11 +138,13 @@ def compare_all(stage: Stage, pairs: Pairs) -> pd.DataFrame:
         examples.insert(2, "probability", np.exp(-examples["nll"]))
     # the truth's own `probability` is that of the label under the oracle
     truth = {{"probability": "oracle_probability"}.get(name, name): values for name, values in pairs.rows.truth.items()}
-    return pd.concat([examples, pd.DataFrame(truth)], axis=1)
+    votes = {f"votes_{side}": numbers for side, numbers in pairs.rows.votes.items()}
+    return pd.concat([examples, pd.DataFrame(truth), pd.DataFrame(votes)], axis=1)
 
 
 def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
-    """Accuracy and, of a likelihood, NLL, Brier score and calibration; overall, per topic, and against a known truth.
+    """Accuracy and, of a likelihood, NLL, Brier score and calibration; overall, per topic, against a known truth
+    and against the votes of several people.
 
     What the truth leaves undefined is said and left out.
     """
@@ -169,4 +172,7 @@ def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
         } or None
         if gaps := int(topics.isna().sum()):
             say(f"truth column topic: {gaps} of {len(topics)} rows hold none; by_topic is without them")
+    of_votes = without_gaps({f"votes/{name}": value for name, value in vote_metrics(examples).items()})
+    if of_votes:
+        measured["votes"] = {name.removeprefix("votes/"): value for name, value in of_votes.items()}
     return without_gaps(measured)
