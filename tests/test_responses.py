@@ -67,13 +67,13 @@ def test_the_rank_correlation_within_rows_is_that_of_every_row():
 
 def test_ranking_metrics_by_hand():
     """Three prompts of noise .2, .2 and 1.6, four responses each; the last prompt's true rewards are all the same."""
-    scores = np.array([[0.0, 1, 2, 3], [3, 2, 1, 0], [0, 2, 4, 6]])
+    scores = np.array([[0.0, 1, 2, 3], [1, 0, 2, 3], [0, 2, 4, 6]])
     truth = np.array([[0.0, 1, 2, 3], [0, 1, 2, 3], [7, 7, 7, 7]])
     found = ranking_metrics(scores, truth, pd.DataFrame({"noise": [0.2, 0.2, 1.6]}))
     sd = np.sqrt(5 / 3)  # of 0, 1, 2, 3
     assert found == {
-        "best_of_4": {"true_reward": pytest.approx((3 + 0 + 7) / 3)},
-        "within_prompt_spearman": pytest.approx(0.0),  # of 1 and -1
+        "best_of_4": {"true_reward": pytest.approx((3 + 3 + 7) / 3)},
+        "within_prompt_spearman": pytest.approx(0.9),  # of 1 and .8
         "score_spread": {"0.2": pytest.approx(sd / (4 * sd / 3)), "1.6": pytest.approx(2 * sd / (4 * sd / 3))},
         "score_spread_ratio": pytest.approx(0.5),
     }
