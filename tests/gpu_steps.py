@@ -20,6 +20,9 @@ CASES = {
     "dpo, prompts twice": {"stage": "dpo", "share_prompt": False},
     "dpo, LoRA of PEFT": {"stage": "dpo", "fused_lora": False},
     "dpo, float32": {"stage": "dpo", "bf16": False},
+    "dpo, one learned scale": {"stage": "dpo", "beta_rule": "learned"},
+    "dpo, the batch's rule of beta": {"stage": "dpo", "beta_rule": "batch", "tokens_per_pass": 64},
+    "dpo, IPO": {"stage": "dpo", "pref_loss": "ipo"},
     "dpo, all weights": {"stage": "dpo", "finetuning_type": "full"},
     "rm": {"stage": "rm"},
     "rm, Disco, checkpointing": {

@@ -7,7 +7,15 @@ import sys
 import pytest
 import torch
 
-from discobeta.losses import earlier_probit_loss, logistic_loss, probit_loss
+from discobeta.losses import (
+    conservative_logistic_loss,
+    earlier_probit_loss,
+    ipo_loss,
+    logistic_loss,
+    pessimistic_scores,
+    probit_loss,
+    robust_logistic_loss,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -62,6 +70,44 @@ def test_probit_tail_is_finite_where_the_naive_formula_is_not():
     loss.sum().backward()
     assert margin.grad.item() == pytest.approx(-30 - 1 / 30, rel=1e-3)  # grows linearly: hence clipping
     assert torch.isinf(torch.log(0.5 * (1 + torch.erf(torch.tensor(-6.0) / math.sqrt(2)))))
+
+
+def test_ipo_is_the_squared_distance_to_the_margin_that_beta_names():
+    """beta = 1/4: a pair is drawn to a margin of 2, so 3, 2, 0 and -1 cost 1, 0, 4 and 9; slope -1/beta at 0."""
+    margin = torch.tensor([3.0, 2.0, 0.0, -1.0])
+    torch.testing.assert_close(ipo_loss(margin, 0.25), torch.tensor([1.0, 0.0, 4.0, 9.0]))
+    assert slope_and_curvature(lambda x: ipo_loss(x, 0.25)) == pytest.approx((-4.0, 2.0))
+
+
+def test_smoothed_losses_have_values_by_hand():
+    """beta * margin = log 3, whose losses are log(4/3) and, turned round, log 4; a tenth of the labels is flipped."""
+    margin = torch.tensor([math.log(3) / 0.5])
+    conservative = 0.9 * math.log(4 / 3) + 0.1 * math.log(4)
+    robust = (0.9 * math.log(4 / 3) - 0.1 * math.log(4)) / 0.8
+    assert conservative_logistic_loss(margin, 0.5, 0.1).item() == pytest.approx(conservative, rel=1e-6)
+    assert robust_logistic_loss(margin, 0.5, 0.1).item() == pytest.approx(robust, rel=1e-6)
+
+
+def test_the_robust_loss_of_flipped_labels_is_on_average_that_of_the_true_ones():
+    margin = torch.linspace(-3, 3, 13)
+    for flips in (0.1, 0.3, 0.45):
+        mean = (1 - flips) * robust_logistic_loss(margin, 0.7, flips) + flips * robust_logistic_loss(
+            -margin, 0.7, flips
+        )
+        expected = torch.log1p(torch.exp(-0.7 * margin))
+        torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_conservative_loss_is_least_where_the_probability_is_that_of_an_unflipped_label():
+    """sigmoid(margin) = .8 at margin log 4: no slope there, and curvature .8 * .2."""
+    slope, curvature = slope_and_curvature(lambda x: conservative_logistic_loss(x, 1.0, 0.2), at=math.log(4))
+    assert slope == pytest.approx(0, abs=1e-6) and curvature == pytest.approx(0.16, abs=1e-6)
+
+
+def test_pessimistic_scores_are_lower_where_they_are_uncertain():
+    mean, uncertainty = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
+    assert pessimistic_scores(mean, uncertainty, 0.5).tolist() == [0.75, 0.0]
+    assert pessimistic_scores(mean, uncertainty, 0.0).tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -63,6 +63,12 @@ def test_a_pass_of_more_tokens_needs_more_and_checkpointing_less(base, stage):
     assert weights < again < long and weights < short < long
 
 
+@pytest.mark.parametrize("rule", ["learned", "mallows", "batch"])
+def test_a_rule_of_beta_needs_a_few_numbers_more(base, rule):
+    fixed, ruled = peaks(base), peaks(base, beta_rule=rule)
+    assert fixed.keys() == ruled.keys() and all(0 <= ruled[name] - fixed[name] < 2**14 for name in fixed)
+
+
 def test_a_pass_keeps_at_least_what_its_layers_need_in_backward(base):
     """Of each token and layer, in bf16: the inputs of three groups of linear layers (two norms' outputs, the product of
     the gate), q, k, v and what attention gives; and no (T, T) weights, which would be more than all of it."""

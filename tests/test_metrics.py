@@ -17,6 +17,14 @@ def logits(probability):
     return np.log(p / (1 - p))
 
 
+def test_the_mean_of_several_reward_models_is_taken_in_their_own_units():
+    """The reference's scores 1, 3 (mean 2, deviation 1) and 10, 50 (30, 20): 5 and 0 are 3 and -1.5 deviations off."""
+    scores, reference = metrics.mean_scores([[5.0, 0.0]], [[1.0, 10.0], [3.0, 50.0]])
+    assert scores.tolist() == pytest.approx([0.75]) and reference.tolist() == pytest.approx([-1, 1])
+    alone, before = metrics.mean_scores([[5.0], [7.0]], [[1.0], [3.0]])
+    assert alone.tolist() == [5, 7] and before.tolist() == [1, 3]
+
+
 def test_classification():
     # labels predicted with p = .9, .6, .2, .5: right, right, wrong, tie
     found = metrics.classification(-np.log([0.9, 0.6, 0.2, 0.5]), logits([0.9, 0.6, 0.2, 0.5]))

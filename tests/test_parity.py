@@ -64,10 +64,11 @@ def raw_dataset():
     return Dataset.from_list([{"prompt": "user red assistant", "chosen": "one .", "rejected": "two ."}] * 4)
 
 
-def test_dpo_loss_and_gradients_are_trls(prepared, tmp_path):
+@pytest.mark.parametrize(("loss", "flips"), [("sigmoid", 0.0), ("robust", 0.2)])
+def test_dpo_loss_and_gradients_are_trls(prepared, tmp_path, loss, flips):
     from trl import DPOConfig, DPOTrainer
 
-    config, tokenizer, rows = prepared("dpo", pref_beta=2.0)
+    config, tokenizer, rows = prepared("dpo", pref_beta=2.0, pref_loss=loss, dpo_label_smoothing=flips)
     columns = compute(load_causal_lm(config), rows, config, torch.device("cpu"))
     stage = DirectPreference(config, perturbed(load_causal_lm(config)), Heads())
     objective, _ = stage(Pairs(rows, columns).batch(INDICES))
@@ -75,7 +76,8 @@ def test_dpo_loss_and_gradients_are_trls(prepared, tmp_path):
 
     policy = perturbed(load_causal_lm(config))
     trainer = DPOTrainer(
-        policy, load_causal_lm(config), args=DPOConfig(**trl_settings(tmp_path, beta=2.0)),
+        policy, load_causal_lm(config),
+        args=DPOConfig(**trl_settings(tmp_path, beta=2.0, loss_type=loss, label_smoothing=flips)),
         train_dataset=raw_dataset(), processing_class=tokenizer,
     )  # fmt: skip
     inputs = trainer.data_collator(
@@ -88,10 +90,10 @@ def test_dpo_loss_and_gradients_are_trls(prepared, tmp_path):
             for i in INDICES
         ]
     )
-    loss = trainer.compute_loss(trainer.model, inputs)
-    loss.backward()
-    assert objective.mean().item() == pytest.approx(loss.item(), rel=1e-5)
-    assert abs(loss.item() - np.log(2)) > 0.01  # the policy is not the reference
+    said = trainer.compute_loss(trainer.model, inputs)
+    said.backward()
+    assert objective.mean().item() == pytest.approx(said.item(), rel=1e-5)
+    assert abs(said.item() - np.log(2)) > 0.01  # the policy is not the reference
     assert_same_gradients(gradients(stage.model), gradients(policy))
 
 

@@ -744,6 +744,158 @@ def test_ppo_takes_reward_models_of_all_makes(go, upstream, tmp_path):
     assert log_of(whole)[0]["reward"] == pytest.approx(log_of(ours)[0]["reward"], rel=1e-4)
 
 
+# --- rewards that are uncertain
+
+
+SEVERAL = {"ppo_score_norm": True, "uncertainty_penalty": 0.5}
+
+
+@pytest.fixture
+def three(upstream, base, pairs, tmp_path):
+    """Comma-separated: the rm run of `upstream`, and two of other seeds and learning rates."""
+    names = [str(upstream["rm"])]
+    for seed, rate in ((8, 3e-2), (9, 1e-1)):
+        settings = {
+            "stage": "rm", "model_name_or_path": str(base), "dataset": str(pairs["train"]), "cutoff_len": 32,
+            "output_dir": str(tmp_path / f"rm-{seed}"), "per_device_train_batch_size": 8, "learning_rate": rate,
+            "max_steps": 6, "lora_rank": 4, "seed": seed,
+        }  # fmt: skip
+        train(RunConfig.from_mapping(settings)[0])
+        names.append(settings["output_dir"])
+    return ",".join(names)
+
+
+def wide(directory: Path, folder: Path) -> Path:
+    """A copy of a Disco reward model whose sigma differs between responses: six steps have hardly moved it."""
+    shutil.copytree(directory, folder)
+    tensors = load_file(folder / "heads.safetensors")
+    noise = torch.Generator().manual_seed(0)
+    tensors["disco.net.2.weight"] = torch.randn(tensors["disco.net.2.weight"].shape, generator=noise)
+    save_file(tensors, folder / "heads.safetensors")
+    reseal(folder)
+    return folder
+
+
+def said_by(judge, prompts, responses):
+    """(N,) means and variances that a reward model gives the token ids of responses, one by one."""
+    said = [judge.score_ids([prompt], [ids]) for prompt, ids in zip(prompts, responses, strict=True)]
+    return [torch.cat(values) if values[0] is not None else None for values in zip(*said, strict=True)]
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_a_score_is_lower_where_the_reward_is_uncertain(started, upstream, tmp_path, normalised):
+    """mu - k sigma, of mu and sigma as `load_reward_model` gives them, in the unit of the reference's responses."""
+    judge = discobeta.load_reward_model(wide(upstream["rm-disco"], tmp_path / "wide"))
+    settings = {"reward_model": str(tmp_path / "wide"), "ppo_score_norm": normalised, "missing_eos_penalty": 0.0}
+    stage, prompts = started(**settings, uncertainty_penalty=0.7, **DISCO)
+    work = collected(stage, prompts)
+    rollouts, found = work.material, work.statistics
+    mean, variance = said_by(judge, rollouts.prompts, rollouts.responses)
+    assert variance.sqrt().std() > 0.05
+    torch.testing.assert_close(found["reward"], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["uncertainty"], variance.sqrt(), rtol=1e-4, atol=1e-5)
+    center, deviation = stage.score_scale
+    expected = (mean - 0.7 * variance.sqrt() - center) / deviation  # KL is 0 before the first update
+    torch.testing.assert_close(found["penalised_reward"], expected, rtol=1e-4, atol=1e-4)
+    if normalised:  # of what is maximised, the mean of 256 others
+        scale = stage.units_of_scores(prompts.rows)
+        assert scale[0] == stage.score_scale and scale[1][0][0] > scale[0][0] + 0.3
+
+
+def test_no_penalty_is_the_run_without_it_bit_for_bit(go, upstream):
+    plain = go(name="plain", reward_model=str(upstream["rm-disco"]), ppo_score_norm=True, **DISCO)
+    zero = go(name="zero", reward_model=str(upstream["rm-disco"]), ppo_score_norm=True, uncertainty_penalty=0, **DISCO)
+    some = go(
+        name="some", reward_model=str(upstream["rm-disco"]), ppo_score_norm=True, uncertainty_penalty=1.0, **DISCO
+    )
+    for name in FILES:
+        assert (plain / name).read_bytes() == (zero / name).read_bytes() != (some / name).read_bytes()
+    assert "uncertainty" in log_of(some)[0] and "uncertainty" not in log_of(plain)[0]
+
+
+def test_several_reward_models_give_the_mean_less_their_disagreement(started, three):
+    """By hand: each model's scores in the units of its own on 256 of the reference's responses; mean - k variance."""
+    stage, prompts = started(reward_model=three, missing_eos_penalty=0.0, **SEVERAL)
+    work = collected(stage, prompts)
+    rollouts, found = work.material, work.statistics
+    judges = [discobeta.load_reward_model(name) for name in three.split(",")]
+    raw = torch.stack([said_by(judge, rollouts.prompts, rollouts.responses)[0] for judge in judges]).double().numpy()
+    units = np.array(stage.unit_of_each)
+    assert len(units) == 3 and units[:, 1].max() > 1.2 * units[:, 1].min()
+    each = (raw - units[:, :1]) / units[:, 1:]
+    mean, variance = each.mean(0), ((each - each.mean(0)) ** 2).sum(0) / 3
+    assert variance.max() > 0.05
+    assert found["reward"].tolist() == pytest.approx(mean.tolist(), rel=1e-3, abs=1e-4)
+    assert found["uncertainty"].tolist() == pytest.approx(variance.tolist(), rel=1e-3, abs=1e-4)
+    center, deviation = stage.score_scale
+    expected = (mean - 0.5 * variance - center) / deviation
+    assert found["penalised_reward"].tolist() == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-3)
+
+
+def test_the_units_of_several_are_those_of_their_own_scores(started, three):
+    """Each model alone, under ppo_score_norm, finds its own mean and deviation on the same 256 responses."""
+    stage, prompts = started(reward_model=three, **SEVERAL)
+    collected(stage, prompts)
+    for name, unit in zip(three.split(","), stage.unit_of_each, strict=True):
+        alone, prompts = started(reward_model=name, ppo_score_norm=True)
+        collected(alone, prompts)
+        assert alone.score_scale == pytest.approx(unit, rel=1e-6)
+
+
+def test_a_run_with_several_reward_models_is_resumed_and_theirs(go, three, monkeypatch):
+    """Killed in the second update and resumed; and refused once one of them has changed."""
+    settings = {"reward_model": three, "save_steps": 1, **SEVERAL}
+    whole, original, count = go(name="whole", **settings), torch.optim.AdamW.step, 0
+
+    class Killed(BaseException):
+        pass
+
+    def dying(self, *arguments, **options):
+        nonlocal count
+        count += 1
+        if count == 6:  # four optimiser steps an update
+            raise Killed
+        return original(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", dying)
+        with pytest.raises(Killed):
+            go(name="killed", **settings)
+    killed = go(name="killed", **settings)
+    for name in FILES:
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+    weights = Path(three.split(",")[2]) / "adapter" / "adapter_model.safetensors"
+    _zero(weights, "score")
+    reseal(weights.parent.parent)
+    with pytest.raises(UserError, match="was trained with another reward model"):
+        evaluate(whole)
+
+
+def test_several_reward_models_measure_by_their_mean(go, three, monkeypatch):
+    """Each in deviations of its scores of the reference's responses from their mean, and no penalty."""
+    from discobeta.inputs import answers
+
+    sampled, original = {}, answers.sample
+
+    def recording(config, model, tokenizer, prompts, name):
+        sampled[name] = prompts, original(config, model, tokenizer, prompts, name)
+        return sampled[name][1]
+
+    monkeypatch.setattr(answers, "sample", recording)
+    directory = go(reward_model=three, **SEVERAL)
+    evaluate(directory)
+    rows = [json.loads(line) for line in (directory / "generations.jsonl").read_text().splitlines()]
+    expected = {"policy": np.zeros(8), "reference": np.zeros(8)}
+    for judge in map(discobeta.load_reward_model, three.split(",")):
+        scores = {name: said_by(judge, *texts)[0].double().numpy() for name, texts in sampled.items()}
+        for name, of_texts in scores.items():
+            expected[name] += (of_texts - scores["reference"].mean()) / scores["reference"].std() / 3
+    assert [row["reward"] for row in rows] == pytest.approx(expected["policy"].tolist(), rel=1e-3, abs=1e-4)
+    assert [row["reference_reward"] for row in rows] == pytest.approx(
+        expected["reference"].tolist(), rel=1e-3, abs=1e-4
+    )
+
+
 # --- refused
 
 
@@ -773,6 +925,8 @@ def test_ppo_takes_reward_models_of_all_makes(go, upstream, tmp_path):
             r"gives \d+ of 16 responses a score that is no finite number, the first one \(-?inf",
         ),
         ({"reward_model": "constant", "ppo_score_norm": True}, "the same score"),
+        ({"reward_model": "rm,rm-disco", "ppo_score_norm": True}, "is of arm disco-used_beta-absent, and this run of"),
+        ({"reward_model": "rm,./nowhere", "ppo_score_norm": True}, "there is no directory ./nowhere"),
         ({"reward_model": "two-labels"}, "has a `score` of another size than a reward model's"),
         ({"eval_dataset": "long-prompt"}, "a prompt of 62 tokens and max_new_tokens: 6 do not fit"),
     ],
@@ -803,8 +957,10 @@ def test_bad_input_is_refused(go, upstream, base, tmp_path, changes, says):
         (tmp_path / "long-prompt.jsonl").write_text(json.dumps({"prompt": words}) + "\n")
         changes = changes | {"cutoff_len": 64}
     keys = ("reward_model", "beta_head", "eval_dataset")
-    changes = {name: str(places.get(value, value)) if name in keys and value else value
-               for name, value in changes.items()}  # fmt: skip
+    changes = {
+        name: ",".join(str(places.get(part, part)) for part in value.split(",")) if name in keys and value else value
+        for name, value in changes.items()
+    }
     with pytest.raises(UserError, match=says) as refusal:
         go(name="refused", **changes)
     assert len(str(refusal.value)) < 400 and str(refusal.value).count("\n") <= 1

@@ -74,6 +74,20 @@ def test_killed_and_resumed_is_never_killed(run, killed_at, monkeypatch, stage, 
     assert_same_run(whole, killed)
 
 
+@pytest.mark.parametrize("rule", ["learned", "batch", "mallows"])
+def test_a_rule_of_beta_goes_on_as_it_was(run, killed_at, monkeypatch, rule):
+    settings = {name: value for name, value in COMMON.items() if name not in USED} | {"beta_rule": rule}
+    whole = run("dpo", name="whole", **settings)
+    killed_at(6)
+    with pytest.raises(Killed):
+        run("dpo", name="killed", **settings)
+    monkeypatch.undo()
+    killed = whole.with_name("killed")
+    assert [path.name for path in (killed / "checkpoints").glob("*")] == ["step-4.pt"]
+    run("dpo", name="killed", **settings)
+    assert_same_run(whole, killed)
+
+
 def test_killed_twice(run, killed_at, monkeypatch):
     whole = run("dpo", name="whole", **COMMON)
     for step in (4, 3):

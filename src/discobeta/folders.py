@@ -43,7 +43,7 @@ INSIDE = {
 """What is ours in the parts that are directories."""
 
 FOLDERS = ("model_name_or_path", "adapter_name_or_path", "tokenizer_name", "reward_model", "beta_head")
-"""Run keys that may name a local folder which a run reads."""
+"""Run keys that may name a local folder which a run reads, or (`reward_model`) several."""
 
 MADE = ("tokenized_path", "reference_path", "reference_answers_path")
 """Run keys that name a folder of what this package makes for many runs."""
@@ -173,10 +173,11 @@ def _inputs(config: RunConfig) -> list[tuple[str, Path]]:
     from discobeta.data.sources import named as named_data
     from discobeta.data.sources import resolve
 
-    named = {key: getattr(config, key) for key in FOLDERS}
+    named = [(key, getattr(config, key)) for key in FOLDERS]
+    named += [("reward_model", name) for name in config.reward_models]
     if isinstance(config.resume_from_checkpoint, str):
-        named["resume_from_checkpoint"] = config.resume_from_checkpoint
-    inputs = [(key, Path(name)) for key, name in named.items() if name and os.path.exists(name)]
+        named.append(("resume_from_checkpoint", config.resume_from_checkpoint))
+    inputs = [(key, Path(name)) for key, name in named if name and os.path.exists(name)]
     made = {key: getattr(config, key) for key in MADE}  # here, if they are not there
     inputs += [(key, Path(name)) for key, name in made.items() if name]
     for key, (names, split) in named_data(config).items():

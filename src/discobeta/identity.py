@@ -116,6 +116,11 @@ def folders_hash(*folders: Path) -> str:
     return digest_of(hashes)
 
 
+def one_of(hashes: list[str]) -> str:
+    """A hash that stands for several, in their order; of one it is itself."""
+    return hashes[0] if len(hashes) == 1 else digest_of((str(place), value) for place, value in enumerate(hashes))
+
+
 def digest_of(hashes) -> str:
     """sha256 over (name, sha256) pairs."""
     digest = hashlib.sha256()

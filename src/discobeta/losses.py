@@ -46,6 +46,41 @@ def probit_loss(mean_margin: Tensor, variance_sum: Tensor) -> Tensor:
     return -torch.special.log_ndtr(z)
 
 
+def ipo_loss(margin: Tensor, beta: float) -> Tensor:
+    """Per-pair identity preference loss, (margin - 1 / (2 beta))^2. It is no likelihood of anything.
+
+    margin: (B,) policy-minus-reference log-ratio in nats, summed over response tokens and not divided by their number.
+    beta:   scalar; the margin that a pair is drawn to is 1 / (2 beta).
+    Returns (B,) float32, in nats^2; slope -1 / beta at margin 0.
+    Source: Azar et al. 2023 (arXiv:2310.12036), eq. 17, as it stands there. TRL and LLaMA-Factory divide each
+    log-ratio by its response's number of tokens, so that their beta is another one.
+    """
+    return (margin.float() - 1 / (2 * beta)).square()
+
+
+def conservative_logistic_loss(margin: Tensor, beta: Tensor | float, flips: float) -> Tensor:
+    """Per-pair cDPO loss, -(1 - e) log sigmoid(beta * margin) - e log sigmoid(-beta * margin).
+
+    The cross-entropy to a label that is right with probability 1 - e; least where sigmoid(beta * margin) = 1 - e.
+    margin, beta: as for `logistic_loss`; flips: e, in [0, 1/2).
+    Returns (B,) float32, in nats; slope -(1 - 2 e) beta / 2 at margin 0.
+    Source: Mitchell 2023, "A note on DPO with noisy preferences and relationship to IPO".
+    """
+    return (1 - flips) * logistic_loss(margin, beta) + flips * logistic_loss(-margin, beta)
+
+
+def robust_logistic_loss(margin: Tensor, beta: Tensor | float, flips: float) -> Tensor:
+    """Per-pair rDPO loss, ((1 - e) l(margin) - e l(-margin)) / (1 - 2 e) with l = `logistic_loss`.
+
+    If a label is flipped with probability e, its mean over the flips is the logistic loss of the label as it was. May
+    be negative. margin, beta, flips: as for `conservative_logistic_loss`.
+    Returns (B,) float32, in nats; slope -beta / (2 (1 - 2 e)) at margin 0.
+    Source: Chowdhury et al. 2024 (arXiv:2403.00409); Natarajan et al. 2013, "Learning with noisy labels".
+    """
+    right, flipped = logistic_loss(margin, beta), logistic_loss(-margin, beta)
+    return ((1 - flips) * right - flips * flipped) / (1 - 2 * flips)
+
+
 def token_rewards(scores: Tensor, kl: Tensor, coefficient: Tensor | float, mask: Tensor) -> Tensor:
     """r_t = -coefficient * kl_t, plus the response's score at its last token.
 
@@ -63,6 +98,15 @@ def token_rewards(scores: Tensor, kl: Tensor, coefficient: Tensor | float, mask:
     rewards = -coefficient * kl.float() * mask
     last = mask.sum(1, keepdim=True) - 1
     return rewards.scatter_add(1, last, scores.float()[:, None])
+
+
+def pessimistic_scores(mean: Tensor, uncertainty: Tensor, penalty: float) -> Tensor:
+    """(N,) mean - k * uncertainty of N responses, in the unit of the mean.
+
+    mean, uncertainty: (N,) mu and sigma of one Gaussian reward: a lower confidence bound; or mean and variance over
+    several reward models (Coste et al. 2023, arXiv:2310.02743, UWO). penalty: k >= 0.
+    """
+    return mean - penalty * uncertainty
 
 
 def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:

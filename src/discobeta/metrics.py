@@ -97,6 +97,19 @@ def classification(nll: ArrayLike | None, margin: ArrayLike) -> dict[str, float]
     }
 
 
+def mean_scores(scores: ArrayLike, reference: ArrayLike) -> tuple[Array, Array]:
+    """(N,) scores and (R,) scores of the reference's responses, as one number each, of M reward models.
+
+    scores: (N, M); reference: (R, M). Of one model they stay what they are. Several have units of their own: each is
+    taken in deviations of its scores of the reference's responses from their mean, and then they are averaged.
+    """
+    scores, reference = np.asarray(scores, float), np.asarray(reference, float)
+    if scores.shape[1] == 1:
+        return scores[:, 0], reference[:, 0]
+    mean, deviation = reference.mean(0), np.maximum(reference.std(0), 1e-6)
+    return ((scores - mean) / deviation).mean(1), ((reference - mean) / deviation).mean(1)
+
+
 def against_oracle(nll: ArrayLike, oracle_probability: ArrayLike) -> dict[str, float | None]:
     """How far a model is from the truth that drew the labels.
 

@@ -29,6 +29,7 @@ class Idea:
     effect: str  # what `use` does
     stages: tuple[str, ...]  # whose runs have the head
     given: tuple[str, ...] = ()  # whose runs have none, and are given a reward model that may have used it
+    decides: tuple[str, ...] = ()  # run keys that its use stands in the place of, and that keep their defaults then
     elsewhere: str = ""  # why it changes nothing in the other stages
 
     def acts_in(self, stage: str) -> bool:
@@ -43,12 +44,14 @@ IDEAS = (
         effect="the loss reads the Disco Head",
         stages=("rm", "dpo"),
         given=("ppo",),
+        decides=("pref_loss", "dpo_label_smoothing"),
     ),
     Idea(
         "beta", "add_beta_head", "use_dynamic_beta", "LeDPO",
         head="a Beta Head exists on the reference",
         effect="beta becomes pref_beta * s(x)",
         stages=("dpo", "ppo"),
+        decides=("beta_rule",),
         elsewhere="a reward model has no reference, so the beta flags have nothing to act on",
     ),
 )  # fmt: skip

@@ -10,6 +10,7 @@ before anything starts.
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass, field
 from functools import cache
@@ -80,7 +81,9 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
     trust_remote_code: bool = option(False, "run code that comes with a hub model", of="model")
     cache_dir: str | None = option(None, "hub cache", of="bookkeeping")
     reward_model: str | None = option(
-        None, "ppo: an rm run, or a score or value head of another make", stages="prompts"
+        None,
+        "ppo: an rm run, or a score or value head of another make; several, comma-separated: their mean",
+        stages="prompts",
     )
     beta_head: str | None = option(None, "ppo: the dpo run whose Beta Head scales the KL coefficient", stages="prompts")
     finetuning_type: Literal["lora", "full"] = option("lora", "LoRA or all weights")
@@ -103,10 +106,22 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
 
     # --- method
     pref_beta: float = option(0.1, "beta: weight of the prior against the feedback", least=1e-6, stages="policy")
-    pref_loss: Literal["sigmoid"] = option("sigmoid", "the baseline's loss", stages="pairs")
+    pref_loss: Literal["sigmoid", "probit", "ipo", "robust"] = option(
+        "sigmoid", "the loss of an arm whose rewards are numbers; ipo: dpo only; robust: rDPO", stages="pairs"
+    )
+    dpo_label_smoothing: float = option(
+        0.0, "share of labels taken to be flipped, below 0.5; sigmoid: cDPO, robust: rDPO", least=0, stages="pairs"
+    )
+    beta_rule: Literal["fixed", "learned", "mallows", "batch"] = option(
+        "fixed",
+        "what scales pref_beta: nothing, one learned number, the dispersion of MallowsPO, beta-DPO's batch rule",
+        stages="reference",
+    )
     head_pooling: Literal["last", "mean"] = option("last", "what the Disco Head's variance reads", stages="pairs")
     disco_learning_rate: float | None = option(None, "default 3 x learning_rate", least=0, stages="pairs")
-    beta_learning_rate: float | None = option(None, "default 5 x learning_rate", least=0, stages="reference")
+    beta_learning_rate: float | None = option(
+        None, "also of beta_rule: learned; default 5 x learning_rate", least=0, stages="reference"
+    )
     head_max_grad_norm: float = option(1.0, "clipping of each head's gradient", least=0, stages="grid")
 
     # --- data
@@ -230,6 +245,9 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
     ppo_target: float | None = option(None, "KL per sequence to steer the coefficient to", least=1e-6, stages="prompts")
     ppo_score_norm: bool = option(
         False, "standardise scores by those of the reference's own responses", stages="prompts"
+    )
+    uncertainty_penalty: float = option(
+        0.0, "k: score = mu - k sigma; with several reward models, their mean - k variance", least=0, stages="prompts"
     )
     ppo_whiten_rewards: bool = option(False, "scale the tokens' rewards to variance 1", stages="prompts")
     missing_eos_penalty: float = option(
@@ -356,6 +374,7 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
             raise UserError(
                 f"best_of: {self.best_of} needs num_eval_generations: how many prompts the reference answers"
             )
+        self._check_method()
         row = STAGES[self.stage]
         if not row.has_pairs and self.eval_strategy != "no":
             raise UserError(f"stage {self.stage} is measured after training: set eval_strategy: no")
@@ -366,6 +385,43 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
                     f"{idea.use}: true in stage {self.stage} needs {reading.key}: a {reading.stage} run that used "
                     "its head"
                 )
+
+    @property
+    def reward_models(self) -> list[str]:
+        """What `reward_model` names, one by one; `,key=value` is a part of a run's directory in a sweep."""
+        return [name.strip() for name in re.split(r",(?!\w+=)", self.reward_model or "") if name.strip()]
+
+    def _check_method(self) -> None:
+        """Refuse a loss, a rule of beta or a penalty that its stage, its arm or another one leaves no meaning."""
+        used = [idea for idea in IDEAS if idea.key in self.arm.trained_as(self.stage).used]
+        for idea in used:
+            for name in idea.decides:
+                if (value := getattr(self, name)) != FIELDS[name].default:
+                    raise UserError(f"{name}: {value} is for arms without {idea.use}: true, which stands in its place")
+        if self.pref_loss == "ipo" and not STAGES[self.stage].reference_pass:
+            raise UserError(f"pref_loss: ipo is a loss of log-ratios to a reference, and stage {self.stage} has none")
+        if self.pref_loss == "ipo" and (self.beta_rule != "fixed" or any("beta_rule" in idea.decides for idea in used)):
+            raise UserError(
+                "pref_loss: ipo needs a fixed beta: the margin that it aims at, 1/(2 beta), is no likelihood's"
+            )
+        if self.dpo_label_smoothing >= 0.5:
+            raise UserError(
+                f"dpo_label_smoothing: {self.dpo_label_smoothing}: below 0.5, at which a label says nothing"
+            )
+        if self.dpo_label_smoothing and self.pref_loss not in ("sigmoid", "robust"):
+            raise UserError(f"dpo_label_smoothing needs pref_loss: sigmoid or robust, not {self.pref_loss}")
+        if self.pref_loss == "robust" and not self.dpo_label_smoothing:
+            raise UserError("pref_loss: robust needs dpo_label_smoothing above 0: without it, it is sigmoid")
+        if len(set(self.reward_models)) < len(self.reward_models):
+            raise UserError(f"reward_model: {self.reward_model} names one of them twice")
+        if len(self.reward_models) > 1 and not self.ppo_score_norm:
+            raise UserError("several reward models need ppo_score_norm: true: each has a unit of its own")
+        has_variance = len(self.reward_models) > 1 or any(self.stage in idea.given for idea in used)
+        if self.uncertainty_penalty and not has_variance:
+            uses = " or ".join(idea.use for idea in IDEAS if self.stage in idea.given)
+            raise UserError(
+                f"uncertainty_penalty needs a reward model with a variance ({uses}: true), or several of them"
+            )
 
 
 def _as_spelled_here(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

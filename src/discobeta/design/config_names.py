@@ -105,11 +105,11 @@ _REFUSED_BECAUSE = {
     "another loss would change what the study compares": """
         pref_bco_weight use_dft_loss use_asft_loss use_eaft_loss center_rewards_coefficient
         reference_free use_weighting sync_ref_model loss_weights""",
-    "label smoothing would change what the study compares": """
-        dpo_label_smoothing label_smoothing_factor label_smoothing""",
+    "labels of pairs are smoothed by dpo_label_smoothing, and targets of tokens never": """
+        label_smoothing label_smoothing_factor""",
     "noise on the embeddings would change what the study compares": "neftune_noise_alpha noise_alpha",
     "the reference is the base model that the policy starts from": "ref_model ref_model_adapters",
-    "name the one directory of the reward model in reward_model": "reward_model_adapters",
+    "name the directory of the reward model in reward_model": "reward_model_adapters",
     "pairs are not packed": "packing neat_packing sft_packing",
     "every response is trained on, and no prompt": "train_on_prompt mask_history",
     "a system message stands in the rows": "default_system system_message",

@@ -7,6 +7,7 @@ adapter or a loss changes. So one pass serves every dpo run on the same data.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ from discobeta.errors import UserError, telling
 from discobeta.files import read_sealed, replacing, sha256, sweep, write_json, write_sealed
 from discobeta.folders import check_replaceable, write_mark
 from discobeta.identity import weights_hash
-from discobeta.model.forward import hidden_states, response_logps, state_at
+from discobeta.model.forward import hidden_states, per_sequence, response_logps, state_at, token_logps, unwrapped
 from discobeta.model.inference import in_batches
 from discobeta.model.layout import pairs_for
 from discobeta.model.preflight import check_rows
@@ -115,6 +116,33 @@ def compute(model: torch.nn.Module, rows: Rows, config: RunConfig, device: torch
     if not all(values.isfinite().all() for values in columns.values()):
         raise UserError(f"the reference {config.model_name_or_path} says of some rows what is no finite number")
     return columns
+
+
+def entropies(config: RunConfig, parts: dict[str, Rows]) -> dict[str, Columns]:
+    """Column `entropy` (rows,) of each part: how unsure the reference is of what it says there, in [0, 1].
+
+    (H(y_w) + H(y_l)) / 2, H(y) the mean over response tokens of the entropy of ref(. | x, y_<t), in units of log V of
+    a vocabulary of V. float32. In no folder: one run in many reads it, and a pass over the rows gives it.
+    """
+    model, device = _reference(config, parts)
+    log_size = math.log(unwrapped(model).get_output_embeddings().weight.shape[0])
+
+    def of_part(name: str, rows: Rows) -> Columns:
+        pairs = pairs_for(model, config, rows)
+
+        def of_batch(indices: np.ndarray) -> Columns:
+            batch = pairs.batch(indices).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                _, entropy = token_logps(model, hidden_states(model, batch), batch, with_entropy=True)
+            means = per_sequence(entropy, batch) / batch.response_lengths
+            return {"entropy": means.view(2, -1).mean(0) / log_size}
+
+        return in_batches(
+            pairs.places, config.per_device_eval_batch_size, of_batch,
+            step="the reference's entropies", tokens_per_pass=config.tokens_per_pass, progress_bar=f"entropies {name}",
+        )  # fmt: skip
+
+    return {name: of_part(name, rows) for name, rows in parts.items()}
 
 
 def _record(folder: Path) -> dict[str, dict[str, str]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from discobeta.errors import telling
 from discobeta.files import read_mapping, replacing, write_json
+from discobeta.method import rules
 from discobeta.seeds import global_stream
 
 BOUND = math.log(3.0)
@@ -158,10 +159,14 @@ description()                   what `described` needs to build the module again
 
 
 class Heads(nn.Module):
-    """The heads that a run has, as attributes named by the key of their idea; None where it has none."""
+    """The heads that a run has, as attributes named by the key of their idea; None where it has none.
 
-    def __init__(self, **modules: nn.Module | None):
+    rule: what scales beta in their place (`rules.RULES`), which is no idea's and of no flag; None if nothing does.
+    """
+
+    def __init__(self, rule: nn.Module | None = None, **modules: nn.Module | None):
         super().__init__()
+        self.rule = rule
         for key in HEADS:
             setattr(self, key, modules.pop(key, None))
         if modules:
@@ -194,7 +199,10 @@ def save(heads: Heads, directory: Path) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in heads.state_dict().items()}
     with replacing(directory / "heads.safetensors") as temporary:
         save_file(tensors, temporary)
-    write_json(directory / "heads.json", {key: head.description() for key, head in heads.present().items()})
+    descriptions = {key: head.description() for key, head in heads.present().items()}
+    if heads.rule is not None:
+        descriptions["rule"] = {"name": rules.name_of(heads.rule)}
+    write_json(directory / "heads.json", descriptions)
 
 
 def load(directory: Path) -> Heads:
@@ -203,7 +211,8 @@ def load(directory: Path) -> Heads:
 
     descriptions = read_mapping(directory / "heads.json")
     with telling(f"{directory}/heads.json describes no heads of this version"):
-        heads = Heads(**{key: HEADS[key].described(description) for key, description in descriptions.items()})
+        rule = rules.RULES[descriptions.pop("rule")["name"]]() if "rule" in descriptions else None
+        heads = Heads(rule, **{key: HEADS[key].described(description) for key, description in descriptions.items()})
     with telling(f"{directory}/heads.safetensors does not fit heads.json"):
         heads.load_state_dict(load_file(directory / "heads.safetensors"))
     return heads

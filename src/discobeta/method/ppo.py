@@ -14,18 +14,19 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from discobeta import losses, seeds
+from discobeta import identity, losses, seeds
 from discobeta.data.batches import Batch, Pairs, PerToken, Responses, cut, joined, pack
 from discobeta.data.rows import Rows, TokenisedData
 from discobeta.design.config import RunConfig
 from discobeta.design.schedule import Schedule
 from discobeta.errors import UserError
-from discobeta.method.heads import WIDTH, Heads, full_precision
+from discobeta.method.heads import SIGMA0, WIDTH, Heads, full_precision
 from discobeta.method.optim import Group, head_group, model_group
 from discobeta.method.reward import RewardModel
 from discobeta.method.rm import score_layer
 from discobeta.method.signals import scaled
 from discobeta.method.stage import Stage, Work
+from discobeta.method.translation import is_needed
 from discobeta.model.forward import (
     check_context,
     hidden_states,
@@ -127,16 +128,24 @@ class ProximalPolicy(Stage):
     def take(self, given: dict[str, Any]) -> None:
         """The reward model, beside the reference; and the value head, which starts from it."""
         config = self.config
-        judge: RewardModel = given["reward_model"]
+        judge: RewardModel
+        judge, *others = given["reward_model"]
         self.tokenizer = load_tokenizer(config)
         self.reference = load_reference(config)
-        self.reward, self.reward_fingerprint = judge.stage, judge.fingerprint
+        self.reward_fingerprint = identity.one_of([model.fingerprint for model in (judge, *others)])
+        if others and any(is_needed(self.tokenizer, model.tokenizer) for model in (judge, *others)):
+            raise UserError(
+                f"reward_model: one of {config.reward_model} has another tokenizer than {config.model_name_or_path}; "
+                "several reward models must all read what the policy writes as it is"
+            )
+        self.reward, self.other_rewards = judge.stage, nn.ModuleList(other.stage for other in others)
         self.translation = judge.translation(config, self.reference, self.tokenizer)
         start = score_layer(judge.model) if self.translation is None else None
         size = width(self.reference) if start is None else start.in_features
         with seeds.global_stream(config.seed, "value head"):
             self.value_head = ValueHead(size, start)
         self.kl_coefficient, self.score_scale = config.pref_beta, None if config.ppo_score_norm else (0.0, 1.0)
+        self.unit_of_each: list[tuple[float, float]] | None = None  # mean and deviation of each model's scores
         switch_off_dropout(self)  # the ratio compares two passes of one network, not two of its subnetworks
         self.freeze_unused()
         share_frozen_weights(self)
@@ -147,9 +156,9 @@ class ProximalPolicy(Stage):
         rows, tokenizer = data.train, self.tokenizer
         if self.translation is not None:
             rows, tokenizer = Rows(list(self.translation.prompts.values())), self.translation.judge
-        name = f"reward_model {self.config.reward_model}"
-        check_rows(self.reward.model, {"train": rows}, self.config, name=name, tokenizer=tokenizer)
-        check_context(self.reward.model, int(rows.prompt_ids.lengths.max()), self.config.max_new_tokens)
+        for reward, named in zip((self.reward, *self.other_rewards), self.config.reward_models, strict=True):
+            check_rows(reward.model, {"train": rows}, self.config, name=f"reward_model {named}", tokenizer=tokenizer)
+            check_context(reward.model, int(rows.prompt_ids.lengths.max()), self.config.max_new_tokens)
 
     def parameter_groups(self) -> dict[str, Group]:
         """The Beta Head is in none: the penalty's gradient would only ask for a smaller s."""
@@ -164,10 +173,12 @@ class ProximalPolicy(Stage):
         return {**self.hashes_of_inputs(self.config), "reward_model": self.reward_fingerprint}
 
     def state(self) -> dict:
-        return {"kl_coefficient": self.kl_coefficient, "score_scale": self.score_scale}
+        kept = {"kl_coefficient": self.kl_coefficient, "score_scale": self.score_scale}
+        return kept | {"unit_of_each": self.unit_of_each}
 
     def restore(self, state: dict) -> None:
         self.kl_coefficient, self.score_scale = state["kl_coefficient"], state["score_scale"]
+        self.unit_of_each = state["unit_of_each"]
 
     # --- what is trained on
 
@@ -179,10 +190,10 @@ class ProximalPolicy(Stage):
         """
         self.eval()
         if self.score_scale is None:
-            scale = self.scores_of_reference(train.rows) if accelerator.is_main_process else None
-            self.score_scale = broadcast_object_list([scale])[0]
+            units = self.units_of_scores(train.rows) if accelerator.is_main_process else None
+            self.score_scale, self.unit_of_each = broadcast_object_list([units])[0]
             if self.translation is None:  # otherwise V starts at 0, the mean of the scaled scores
-                self.value_head.standardise(*self.score_scale)
+                self.value_head.standardise(*self.unit_of_each[0])
         config, rows = self.config, schedule.step_rows(step)
         prompts = [train.rows.prompt_ids[row] for row in rows]
         uniforms = seeds.uniforms(config.seed, "rollouts", step, shape=(len(rows), config.max_new_tokens))
@@ -219,8 +230,8 @@ class ProximalPolicy(Stage):
         """What policy, reference, reward model and value head say, on the CPU, in the order of the responses.
 
         Per token of the response: `logps`, `entropy`, `reference_logps`, `values`, and `states`, the
-        reward model's (hidden_size,), or, where that reads other tokens, the reference's. Per response: `scores`, and
-        `log_s` where the coefficient is scaled.
+        reward model's (hidden_size,), or, where that reads other tokens, the reference's. Per response: `scores`, a
+        number or one of each reward model, `sigma` where it is asked for, and `log_s` where the coefficient is scaled.
         """
         rows, temperature, device = Responses(prompts, responses), self.config.temperature, self.device
         sizes, name = rows.sizes, f"reward_model {self.config.reward_model}"
@@ -235,11 +246,11 @@ class ProximalPolicy(Stage):
             if self.translation is None:
                 check_ids(self.reward.model, [responses[i] for i in indices], name)
                 reward = self.reward.hidden(batch)
-                scores, _ = self.reward.rewards_of(reward, batch)
+                scores, log_sigma = self.reward.rewards_of(reward, batch)
             else:
                 translated = self.translation([prompts[i] for i in indices], [responses[i] for i in indices])
                 check_ids(self.reward.model, [*translated[0], *translated[1]], name)
-                scores, _ = self.reward.rewards(pack(*translated).to(device))
+                scores, log_sigma = self.reward.rewards(pack(*translated).to(device))
                 reward = reference
             states = state_at(reward, batch.predictor_index)
             per_token = {
@@ -247,6 +258,11 @@ class ProximalPolicy(Stage):
                 "states": states, "values": self.value_head(states),
             }  # fmt: skip
             per_response = {"scores": scores} if log_s is None else {"scores": scores, "log_s": log_s}
+            if self.other_rewards:
+                others = [other.rewards(batch)[0] for other in self.other_rewards]
+                per_response["scores"] = torch.stack([scores, *others], 1)
+            elif self.config.uncertainty_penalty:
+                per_response["sigma"] = SIGMA0 * log_sigma.exp()
             return per_response | {name: PerToken(values, sizes[indices]) for name, values in per_token.items()}
 
         return in_batches(
@@ -269,28 +285,42 @@ class ProximalPolicy(Stage):
         found = in_batches(rows.lengths, size, of_batch, step="evaluation", tokens_per_pass=tokens)
         return found.get("log_s")
 
-    def scores_of_reference(self, rows: Rows) -> tuple[float, float]:
-        """Mean and standard deviation of the scores of the reference's responses to a random sample of prompts."""
+    def judged_rewards(
+        self, judged: dict[str, Tensor | PerToken], units: list[tuple[float, float]] | None
+    ) -> tuple[Tensor, Tensor]:
+        """(N,) rewards, and (N,) how uncertain each is: sigma, or the variance over several models; 0 if not asked for.
+
+        Of several reward models the reward is the mean of their scores, each standardised by its own of `units`.
+        """
+        scores = judged["scores"]
+        if scores.ndim > 1:
+            mean, deviation = torch.tensor(units, dtype=torch.float64).T
+            scores = ((scores.double() - mean) / deviation).float()
+            return scores.mean(1), scores.var(1, correction=0)
+        return scores, judged.get("sigma", torch.zeros_like(scores))
+
+    def units_of_scores(self, rows: Rows) -> tuple[tuple[float, float], list[tuple[float, float]]]:
+        """Mean and standard deviation of scores of the reference's responses to a random sample of prompts: of what is
+        maximised, and of each reward model alone. With one model and no penalty these are the same."""
         config = self.config
         order = np.random.default_rng(seeds.derive(config.seed, "score scale")).permutation(len(rows))
         prompts = [rows.prompt_ids[i] for i in np.resize(order, SCORED_FOR_SCALE)]
         uniforms = seeds.uniforms(config.seed, "score scale", "responses", shape=(len(prompts), config.max_new_tokens))
         responses = self.respond(self.reference, prompts, uniforms)
-        scores = self.check_finite(self.judge(prompts, responses)["scores"], prompts, responses).double()
-        mean, deviation = scores.mean().item(), scores.std().item()
-        if deviation < 1e-6:
-            raise UserError(
-                f"ppo_score_norm: reward_model {config.reward_model} gives all responses of the reference the same "
-                f"score ({mean:.4g})"
-            )
-        return mean, deviation
+        judged = self.judge(prompts, responses)
+        raw = self.check_finite(judged["scores"], prompts, responses)
+        of_each = raw.reshape(len(raw), -1).T
+        units = [_unit(scores, name) for scores, name in zip(of_each, config.reward_models, strict=True)]
+        scores = losses.pessimistic_scores(*self.judged_rewards(judged, units), config.uncertainty_penalty)
+        return _unit(scores, config.reward_model), units
 
     def check_finite(self, scores: Tensor, prompts: list[np.ndarray], responses: list[np.ndarray]) -> Tensor:
-        if len(bad := (~scores.isfinite()).nonzero().flatten().tolist()):
+        finite = scores.isfinite().reshape(len(scores), -1).all(1)
+        if len(bad := (~finite).nonzero().flatten().tolist()):
             prompt, response = (self.tokenizer.decode(ids[bad[0]])[-60:] for ids in (prompts, responses))
             raise UserError(
                 f"reward_model: {self.config.reward_model} gives {len(bad)} of {len(scores)} responses a score that "
-                f"is no finite number, the first one ({scores[bad[0]].item()}) to {response!r} after {prompt!r}"
+                f"is no finite number, the first one ({scores[bad[0]].tolist()}) to {response!r} after {prompt!r}"
             )
         return scores
 
@@ -299,7 +329,9 @@ class ProximalPolicy(Stage):
     ) -> tuple[Rollouts, dict[str, Tensor]]:
         """The buffer to train on, and what is logged of it: (N,) per response, (M,) per token or a number."""
         config = self.config
-        raw = self.check_finite(judged["scores"], prompts, responses)
+        raw, uncertainty = self.judged_rewards(judged, self.unit_of_each)
+        judgement = losses.pessimistic_scores(raw, uncertainty, config.uncertainty_penalty)
+        self.check_finite(judgement, prompts, responses)
         sizes = judged["logps"].sizes
         lengths = torch.from_numpy(sizes)
         stops = stop_ids(self.model, self.tokenizer)
@@ -311,7 +343,7 @@ class ProximalPolicy(Stage):
         )
         log_s = judged.get("log_s")
         mean, deviation = self.score_scale
-        scores = (raw - mean) / deviation - config.missing_eos_penalty * ~ended
+        scores = (judgement - mean) / deviation - config.missing_eos_penalty * ~ended
         kl, coefficient = logps - reference_logps, scaled(self.kl_coefficient, log_s)
         rewards = losses.token_rewards(scores, kl, coefficient, mask)
         totals = rewards.sum(1)
@@ -337,6 +369,8 @@ class ProximalPolicy(Stage):
         if log_s is not None:
             s = log_s.exp()
             statistics |= {"log_s": log_s, "s": s, "s_sd": s.std(correction=0), "s_min": s.min(), "s_max": s.max()}
+        if self.other_rewards or config.uncertainty_penalty:
+            statistics["uncertainty"] = uncertainty
         of_tokens = {name: PerToken(values[mask], sizes) for name, values in columns.items()}
         return Rollouts(prompts, responses, of_tokens | {"states": judged["states"]}), statistics
 
@@ -363,6 +397,16 @@ class ProximalPolicy(Stage):
             name: per_sequence(values, batch) / old["tokens_per_response"] for name, values in per_token.items()
         }
         return per_response["loss"], {name: values.detach() for name, values in per_response.items()}
+
+
+def _unit(scores: Tensor, name: str) -> tuple[float, float]:
+    """Mean and standard deviation of the scores of the reference's responses by the reward model `name`."""
+    mean, deviation = scores.double().mean().item(), scores.double().std().item()
+    if deviation < 1e-6:
+        raise UserError(
+            f"ppo_score_norm: reward_model {name} gives all responses of the reference the same score ({mean:.4g})"
+        )
+    return mean, deviation
 
 
 def _all_of(parts: list[Tensor] | list[PerToken]) -> Tensor | PerToken:

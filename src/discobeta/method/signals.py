@@ -16,9 +16,16 @@ from torch import Tensor, nn
 from discobeta.data.batches import Batch
 from discobeta.design.arms import Arm
 from discobeta.design.config import RunConfig
-from discobeta.losses import logistic_loss, probit_loss
+from discobeta.losses import (
+    conservative_logistic_loss,
+    ipo_loss,
+    logistic_loss,
+    probit_loss,
+    robust_logistic_loss,
+)
 from discobeta.method.heads import SIGMA0, Heads
 from discobeta.method.optim import Group, head_group
+from discobeta.method.rules import BatchRule
 from discobeta.metrics import correctness
 from discobeta.model.forward import pooled
 
@@ -65,6 +72,10 @@ class Signal:
 
     def opinion(self, evidence: Evidence) -> Opinion:
         return Opinion()
+
+    def begin_step(self, mean_margin: Callable[[], Tensor]) -> None:
+        """Take note that an optimiser step begins. mean_margin: computes (), the mean log-ratio margin of all its
+        pairs, at the price of a forward pass over them."""
 
     def end_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Take note that an optimiser step has ended. reduce: the sum of a tensor over all processes."""
@@ -129,6 +140,25 @@ class PromptScale(Signal):
         return Opinion(log_scale=log_s, logged={"log_s": log_s}, measured={"log_s": log_s})
 
 
+class Rule(Signal):
+    """A control beside dynamic beta: beta * s by a rule that is no head of an idea (`rules.RULES`)."""
+
+    def group(self) -> Group:
+        """A weight of a rule is trained as the Beta Head is."""
+        return PromptScale.group(self)
+
+    def begin_step(self, mean_margin: Callable[[], Tensor]) -> None:
+        if isinstance(self.head, BatchRule):
+            self.head.see(mean_margin(), self.config.pref_beta)
+
+    def opinion(self, evidence: Evidence) -> Opinion:
+        log_s = self.head.log_s(evidence.batch.columns, evidence.rewards.shape[1])
+        if log_s is None:
+            return Opinion()
+        said = {"log_s": log_s}
+        return Opinion(log_scale=log_s, logged=said | {"beta_eff": scaled(evidence.beta, log_s)}, measured=said)
+
+
 SIGNALS: dict[str, type[Signal]] = {"disco": GaussianReward, "beta": PromptScale}
 """Key of an idea -> how its head is read."""
 
@@ -175,11 +205,19 @@ class Signals:
 
     def __init__(self, arm: Arm, heads: Heads, config: RunConfig):
         used = {key: head for key, head in heads.present().items() if key in arm.used}
+        self.config = config
         self.used = {key: SIGNALS[key](head, config) for key, head in used.items()}
+        if heads.rule is not None:
+            self.used["rule"] = Rule(heads.rule, config)
 
     def groups(self) -> dict[str, Group]:
-        """Key -> the weights of each used head."""
-        return {key: signal.group() for key, signal in self.used.items()}
+        """Key -> the weights of each used head that has any."""
+        return {key: signal.group() for key, signal in self.used.items() if any(True for _ in signal.head.parameters())}
+
+    def begin_step(self, mean_margin: Callable[[], Tensor]) -> None:
+        """Tell the used heads that an optimiser step begins."""
+        for signal in self.used.values():
+            signal.begin_step(mean_margin)
 
     def end_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Tell the used heads that an optimiser step has ended."""
@@ -204,7 +242,8 @@ class Signals:
         """How likely the chosen response wins, of B pairs.
 
         Gaussian rewards have P = Phi(beta * margin / sqrt(sigma_w^2 + sigma_l^2)); rewards that are
-        numbers have P = sigmoid(beta * margin). With log s, beta is beta * s(x), per prompt.
+        numbers have P = sigmoid(beta * margin), or, with pref_loss: probit, Phi of Gaussians of sigma0 each.
+        With log s, beta is beta * s(x), per prompt.
         """
         opinions = {key: signal.opinion(evidence) for key, signal in self.used.items()}
         log_scale = _sum(opinion.log_scale for opinion in opinions.values())
@@ -212,14 +251,32 @@ class Signals:
         chosen, rejected = evidence.rewards
         margin, scale = chosen - rejected, scaled(evidence.beta, log_scale)
         mean_margin = scale * margin.float()
+        if log_sigma is None and self.config.pref_loss == "probit":
+            log_sigma = torch.zeros_like(evidence.rewards, dtype=torch.float32)
         is_number = log_sigma is None
         nll = logistic_loss(margin, scale) if is_number else probit_loss(mean_margin, variance_sum(log_sigma))
+        loss, nll = self.objective(nll, margin, scale)
         with torch.no_grad():
             logps = evidence.logps
             size = (evidence.rewards if logps is None else logps).float().abs().sum(0)
             mean_margin = mean_margin.masked_fill(margin.float().abs() <= TIE * size, 0)
             rewards, logps = scale * evidence.rewards.float(), None if logps is None else logps.detach()
-        return Comparison(mean_margin, nll, nll, rewards, logps, opinions)
+        return Comparison(mean_margin, loss, nll, rewards, logps, opinions)
+
+    def objective(self, nll: Tensor, margin: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor | None]:
+        """(B,) what is minimised, and the likelihood that a run of this loss is measured by; None where there is none.
+
+        cDPO and rDPO model the label as it was before it may have been flipped, and that is sigmoid(beta * margin) in
+        both: it orders and weighs responses, and says of held-out pairs what the baseline says of them. Their losses
+        are likelihoods of nothing: cDPO's is a cross-entropy to a soft label, rDPO's an unbiased estimate that may be
+        negative.
+        """
+        flips = self.config.dpo_label_smoothing
+        if self.config.pref_loss == "ipo":
+            return ipo_loss(margin, scale), None
+        if self.config.pref_loss == "robust":
+            return robust_logistic_loss(margin, scale, flips), nll
+        return (conservative_logistic_loss(margin, scale, flips) if flips else nll), nll
 
 
 def scaled(beta: float, log_s: Tensor | None) -> Tensor | float:

@@ -140,13 +140,14 @@ class Stage(nn.Module):
         for reading in STAGES[config.stage].reads:
             named = getattr(config, reading.key)
             if reading.idea is None:
-                if not named:
+                if not config.reward_models:
                     raise UserError(
                         f"stage {config.stage} needs {reading.key}: an {reading.stage} run, a PEFT adapter with a "
                         "score, or a hub model"
                     )
-                identity.check_local(named, reading.key)
-                _check_reward_model(config, reading, Path(named))
+                for judge in config.reward_models:
+                    identity.check_local(judge, reading.key)
+                    _check_reward_model(config, reading, Path(judge))
             elif named and config.arm.has(reading.idea):
                 _check_head(config, reading, Path(named))
 
@@ -158,9 +159,10 @@ class Stage(nn.Module):
             named = getattr(config, reading.key)
             directory = Path(named or "")
             if reading.idea is None:
-                if named and (directory / "config.yaml").exists():
-                    parts = (directory / "adapter", directory / "model")
-                    hashes[reading.key] = identity.folders_hash(*(part for part in parts if part.exists()))
+                if ours := [Path(judge) for judge in config.reward_models if (Path(judge) / "config.yaml").exists()]:
+                    found = [_weights_of(judge) for judge in ours]
+                    if len(found) == len(config.reward_models):
+                        hashes[reading.key] = identity.one_of(found)
             elif named and config.arm.has(reading.idea):
                 hashes[reading.key] = identity.file_hash(directory / "heads.safetensors")
         return hashes
@@ -234,6 +236,12 @@ class Stage(nn.Module):
 
         save_model(self.model, directory)
         heads_module.save(self.heads, directory)
+
+
+def _weights_of(directory: Path) -> str:
+    """sha256 over the weights of a run."""
+    parts = (directory / "adapter", directory / "model")
+    return identity.folders_hash(*(part for part in parts if part.exists()))
 
 
 def _check_reward_model(config: RunConfig, reading: Reading, directory: Path) -> None:

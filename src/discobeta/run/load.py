@@ -92,6 +92,11 @@ def load_reward_model(source: str | Path, **settings) -> RewardModel:
     return RewardModel(stage.model, tokenizer, stage.heads, stage.config, stage, identity.folders_hash(*weights))
 
 
+def load_reward_models(config: RunConfig) -> list[RewardModel]:
+    """Those that `reward_model` of a run names, in its order."""
+    return [load_reward_model(name, **judge_settings(config)) for name in config.reward_models]
+
+
 def judge_settings(config: RunConfig) -> dict:
     """The settings of a run that a reward model of another make is loaded with."""
     return {
@@ -100,13 +105,13 @@ def judge_settings(config: RunConfig) -> dict:
 
 
 def given(config: RunConfig) -> dict[str, Any]:
-    """Run key -> what a run of `config` is given by runs of earlier stages: a `RewardModel`, or their `Heads`."""
+    """Run key -> what a run of `config` is given by runs of earlier stages: `RewardModel`s, or their `Heads`."""
     from discobeta.method import heads
 
     inputs: dict[str, Any] = {}
     for reading in STAGES[config.stage].reads:
         if reading.idea is None:
-            inputs[reading.key] = load_reward_model(getattr(config, reading.key), **judge_settings(config))
+            inputs[reading.key] = load_reward_models(config)
         elif getattr(config, reading.key) and config.arm.has(reading.idea):
             inputs[reading.key] = heads.load(Path(getattr(config, reading.key)))
     return inputs

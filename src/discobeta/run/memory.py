@@ -185,6 +185,8 @@ def longest_pairs(stage: Stage, config: RunConfig, hidden_size: int) -> Pairs:
     prompt = config.cutoff_len // 2
     prompts, responses = (np.ones((count, size), np.int32) for size in (prompt, config.cutoff_len - prompt))
     columns = {"reference_logps": torch.zeros(count, 2), "prompt_features": torch.zeros(count, hidden_size)}
+    if config.beta_rule == "mallows":
+        columns["entropy"] = torch.zeros(count)
     OBEYS[unwrapped(stage.model)] = True  # which a model without values cannot be asked
     return pairs_for(stage.model, config, Rows(prompts, responses, responses), columns)
 
@@ -206,7 +208,8 @@ def first_pass(stage: Stage, config: RunConfig) -> Any:
     hidden_size = width(stage.model)
     if STAGES[config.stage].has_pairs:
         pairs = longest_pairs(stage, config, hidden_size)
-        work = stage.collect(0, pairs, stage.schedule(pairs, 1), SimpleNamespace(process_index=0, num_processes=1))
+        alone = SimpleNamespace(process_index=0, num_processes=1, reduce=lambda values, reduction: values)
+        work = stage.collect(0, pairs, stage.schedule(pairs, 1), alone)
         return work.material.batch(work.minibatches[0][0])
     rows, length = longest_responses(config, hidden_size), config.cutoff_len + config.max_new_tokens
     count = config.per_device_train_batch_size * config.gradient_accumulation_steps

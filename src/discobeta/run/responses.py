@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from discobeta import metrics, record
+from discobeta import identity, metrics, record
 from discobeta.data.batches import Batch, PerToken, Responses
 from discobeta.data.rows import TokenisedData
 from discobeta.design.config import RunConfig
@@ -87,7 +87,8 @@ def compare_answers(
     One row per response of the policy, those to one prompt side by side (`sample` counts them, if there are several),
     each beside one of the reference's. Policy and reference draw from streams of their own, the same ones in every
     arm, so arms are compared with the same samples of the reference and with common random numbers.
-    A ppo run's responses have the scores of its reward model, in its own unit.
+    A ppo run's responses have the scores of its reward model, in its own unit, without a penalty on uncertainty; of
+    several reward models they have the mean (`metrics.mean_scores`).
     """
     config, each = run.config, run.config.generations_per_prompt
     beside = given.first(len(prompts), each)
@@ -109,14 +110,18 @@ def compare_answers(
         }
     )
     if STAGES[config.stage].judge:
-        judge = runs.load_reward_model(config.reward_model, **runs.judge_settings(config))
-        run.check_fact("reward_model", judge.fingerprint, config.reward_model)
-        judge.stage.to(stage.device)
-        translation = judge.translation(config, reference, tokenizer)
-        for side, responses in (("", sampled), ("reference_", beside)):
-            texts = (repeated, responses) if translation is None else translation(repeated, responses)
-            scores, _ = judge.score_ids(*texts, config.per_device_eval_batch_size)
-            answers[f"{side}reward"] = scores.double().numpy()
+        judges = runs.load_reward_models(config)
+        run.check_fact("reward_model", identity.one_of([judge.fingerprint for judge in judges]), config.reward_model)
+        scores: list[list[Tensor]] = [[], []]
+        for judge in judges:
+            judge.stage.to(stage.device)
+            translation = judge.translation(config, reference, tokenizer)
+            for responses, of_judges in zip((sampled, beside), scores, strict=True):
+                texts = (repeated, responses) if translation is None else translation(repeated, responses)
+                of_judges.append(judge.score_ids(*texts, config.per_device_eval_batch_size)[0])
+        rewards = metrics.mean_scores(*(torch.stack(of_judges, 1).double() for of_judges in scores))
+        for side, values in zip(("", "reference_"), rewards, strict=True):
+            answers[f"{side}reward"] = values
         if (log_s := stage.log_s_of(reference, prompts)) is not None:
             answers["log_s"] = np.repeat(log_s.double().numpy(), each)
     if config.ground_truth != "none":
