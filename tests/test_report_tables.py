@@ -472,6 +472,20 @@ def test_the_divergence_from_the_truth_is_a_column_of_all_three_files():
     assert r"\shortstack{KL(truth $\|$\\model)~$\downarrow$} \\" in (directory / "rm.tex").read_text()
 
 
+def test_post_hoc_fits_stand_in_the_row_of_the_run_that_they_were_made_of():
+    made = study(stages=["rm"])
+    for run in made.runs():
+        fits = {"posthoc": {"sigma": {"excess_kl": 0.0412}}} if run.arm.name == "baseline" else {}
+        finish(made, run, {"nll": 0.5, "calibration": {"nll": 0.4975}} | fits)
+    tables.write(results(made))
+    panel = (made.directory / "tables" / "rm.md").read_text().split("**")[4]
+    header, _, *rows = (line.split("|") for line in panel.strip().splitlines() if line.startswith("|"))
+    assert [title.strip() for title in header[-3:-1]] == ["NLL ↓", "KL, post-hoc σ ↓"]
+    of_arm = {row[6].strip(): [cell.strip() for cell in row[-3:-1]] for row in rows if row[5].strip() == "run"}
+    assert of_arm["baseline"] == ["0.4975 ± 0.0000", "0.0412 ± 0.0000"]
+    assert of_arm["disco-used_beta-absent"] == ["0.4975 ± 0.0000", "–"]
+
+
 def test_what_votes_say_is_a_panel_of_its_own_and_a_note():
     made = study(stages=["rm"])
     for run in made.runs():

@@ -173,6 +173,7 @@ class Comparison:
     rewards: Tensor  # (2, B) mean rewards of chosen and rejected, whose difference is the margin, detached
     logps: Tensor | None = None  # (2, B) log pi(y|x) of chosen and rejected, detached; None if there is no policy
     opinions: dict[str, Opinion] = field(default_factory=dict)  # of the used heads, by key
+    evidence: Evidence | None = None  # what it was made from
 
     def sides(self) -> dict[str, Tensor]:
         """What stands behind the margin, as (B,) of the chosen and of the rejected responses."""
@@ -261,7 +262,7 @@ class Signals:
             size = (evidence.rewards if logps is None else logps).float().abs().sum(0)
             mean_margin = mean_margin.masked_fill(margin.float().abs() <= TIE * size, 0)
             rewards, logps = scale * evidence.rewards.float(), None if logps is None else logps.detach()
-        return Comparison(mean_margin, loss, nll, rewards, logps, opinions)
+        return Comparison(mean_margin, loss, nll, rewards, logps, opinions, evidence)
 
     def objective(self, nll: Tensor, margin: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor | None]:
         """(B,) what is minimised, and the likelihood that a run of this loss is measured by; None where there is none.

@@ -29,6 +29,7 @@ CAPTIONS = {
     "votes": "how the run agrees with several people who judged the same held-out pairs",
     "policy": "what the policy does when it answers held-out prompts itself",
     "ranking": "how well it tells the reference's own responses to a held-out prompt apart",
+    "calibration": "on the calibration pairs, and of held-out pairs what post-hoc fits on them make of the baseline",
 }
 JUDGES = (
     "The reward gain is the mean score of the policy's responses minus that of the reference's, in standard deviations "

@@ -70,6 +70,17 @@ PANELS = {
         Metric("within_prompt_spearman", "ρ within\na prompt", 3, "↑"),
         Metric("score_spread_ratio", "Spread, least\nover most noise", 3),
     ],
+    "calibration": [
+        Metric("calibration/accuracy", "Accuracy", 3, "↑"),
+        Metric("calibration/nll", "NLL", 4, "↓"),
+        Metric("calibration/excess_kl", "KL(truth ‖\nmodel)", 4, "↓"),
+        Metric("posthoc/temperature/nll", "NLL,\ntemperature", 4, "↓"),
+        Metric("posthoc/topic_scale/nll", "NLL, scale\nper topic", 4, "↓"),
+        Metric("posthoc/sigma/nll", "NLL,\npost-hoc σ", 4, "↓"),
+        Metric("posthoc/temperature/excess_kl", "KL,\ntemperature", 4, "↓"),
+        Metric("posthoc/topic_scale/excess_kl", "KL, scale\nper topic", 4, "↓"),
+        Metric("posthoc/sigma/excess_kl", "KL,\npost-hoc σ", 4, "↓"),
+    ],
 }
 """Metrics by the question that they answer, in the order of the columns."""
 

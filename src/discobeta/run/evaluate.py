@@ -26,12 +26,14 @@ from discobeta.files import check_regular, remove, replacing, sha256, write_json
 from discobeta.method.heads import SIGMA0
 from discobeta.method.stage import Stage, stage_class
 from discobeta.model import preflight
+from discobeta.model.forward import pooled
 from discobeta.model.inference import in_batches
 from discobeta.model.layout import pairs_for
 from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels
 from discobeta.run import load as runs
+from discobeta.run import posthoc
 from discobeta.run.responses import measure_responses
-from discobeta.run.truth import scale_metrics, topic_name, truth_numbers, without_gaps
+from discobeta.run.truth import is_probability, known, scale_metrics, topic_name, truth_numbers, without_gaps
 from discobeta.run.votes import vote_metrics
 
 
@@ -96,9 +98,18 @@ def _evaluate(run: record.Record) -> dict[str, Any]:
     examples = answers = None
     measured: dict[str, Any] = {}
     if row.has_pairs:
-        columns = stage.columns(config, {"eval": data.held_out}, write=False)
-        examples = compare_all(stage, pairs_for(stage.model, config, data.held_out, columns["eval"]))
+        parts = {name: rows for name, rows in data.parts().items() if name != "train"}
+        columns = stage.columns(config, parts, write=False)
+        pairs = {name: pairs_for(stage.model, config, rows, columns[name]) for name, rows in parts.items()}
+        examples, states = compare_all(stage, pairs["eval"], with_states="calibration" in pairs)
         measured |= preference_metrics(examples)
+        if "calibration" in pairs:
+            calibration, their_states = compare_all(stage, pairs["calibration"], "calibration", with_states=True)
+            measured |= calibration_metrics(calibration)
+            if states is not None:
+                of_pairs = margins_of(examples, states), margins_of(calibration, their_states)
+                if controls := posthoc.measure(*of_pairs, config.seed):
+                    measured["posthoc"] = controls
     if config.reference_samples:
         answers, of_responses, facts["reference_answers"] = measure_responses(stage, data, run, tokenizer)
         measured |= of_responses
@@ -116,21 +127,36 @@ def _evaluate(run: record.Record) -> dict[str, Any]:
     return measured
 
 
-def compare_all(stage: Stage, pairs: Pairs) -> pd.DataFrame:
-    """One row per pair, in the order of the data: what the run says of it, beside what is known."""
+def compare_all(
+    stage: Stage, pairs: Pairs, kind: str = "held-out", *, with_states: bool = False
+) -> tuple[pd.DataFrame, torch.Tensor | None]:
+    """One row per pair, in the order of the data: what the run says of it, beside what is known. And, on demand, the
+    (pairs, 2, hidden_size) pooled states of chosen and rejected, of a run whose P is sigmoid(margin); else None.
+
+    kind: what the pairs are called.
+    """
+    config = stage.config
 
     def of_batch(indices: np.ndarray) -> dict[str, torch.Tensor]:
-        return stage.compare(pairs.batch(indices).to(stage.device)).measured()
+        comparison = stage.compare(pairs.batch(indices).to(stage.device))
+        said = comparison.measured()
+        is_logistic = comparison.nll is not None and not comparison.opinions and config.pref_loss == "sigmoid"
+        if with_states and is_logistic:
+            evidence = comparison.evidence
+            states = pooled(evidence.hidden, evidence.batch, config.head_pooling)
+            said["states"] = states.unflatten(0, (2, -1)).transpose(0, 1)
+        return said
 
     measured = in_batches(
-        pairs.places, stage.config.per_device_eval_batch_size, of_batch,
-        step="evaluation", tokens_per_pass=stage.config.tokens_per_pass, progress_bar="held-out pairs",
+        pairs.places, config.per_device_eval_batch_size, of_batch,
+        step="evaluation", tokens_per_pass=config.tokens_per_pass, progress_bar=f"{kind} pairs",
     )  # fmt: skip
+    states = measured.pop("states", None)
     measured = {name: values.double().numpy() for name, values in measured.items()}
     decisive = [measured[name] for name in ("nll", "mean_margin") if name in measured]
     if broken := int((~np.isfinite(decisive).all(0)).sum()):
         raise UserError(
-            f"{broken} of {len(pairs)} held-out pairs have a loss or a margin that is no finite number: "
+            f"{broken} of {len(pairs)} {kind} pairs have a loss or a margin that is no finite number: "
             "the run's weights have diverged, or are damaged"
         )
     examples = pd.DataFrame({"row": np.arange(len(pairs)), "source": pairs.rows.source, **measured})
@@ -139,7 +165,31 @@ def compare_all(stage: Stage, pairs: Pairs) -> pd.DataFrame:
     # the truth's own `probability` is that of the label under the oracle
     truth = {{"probability": "oracle_probability"}.get(name, name): values for name, values in pairs.rows.truth.items()}
     votes = {f"votes_{side}": numbers for side, numbers in pairs.rows.votes.items()}
-    return pd.concat([examples, pd.DataFrame(truth), pd.DataFrame(votes)], axis=1)
+    return pd.concat([examples, pd.DataFrame(truth), pd.DataFrame(votes)], axis=1), states
+
+
+def calibration_metrics(examples: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """`calibration`: accuracy, nll and, with a known truth, excess_kl of calibration pairs; nothing without a
+    likelihood."""
+    if "nll" not in examples:
+        return {}
+    found = metrics.classification(examples["nll"], examples["mean_margin"])
+    measured = {"accuracy": found["accuracy"], "nll": found["nll"]}
+    if (oracle := known(examples, "oracle_probability", is_probability)) is not None:
+        measured["excess_kl"] = metrics.against_oracle(examples["nll"], oracle)["excess_kl"]
+    return {"calibration": measured}
+
+
+def margins_of(examples: pd.DataFrame, states: torch.Tensor) -> posthoc.Margins:
+    """What post-hoc controls take of pairs."""
+    sigma = [known(examples, f"{side}_sigma") for side in ("chosen", "rejected")]
+    return posthoc.Margins(
+        examples["mean_margin"].to_numpy(),
+        states,
+        examples["topic"].map(topic_name).to_numpy(object) if "topic" in examples else None,
+        known(examples, "oracle_probability", is_probability),
+        None if any(of_side is None for of_side in sigma) else np.stack(sigma, 1),
+    )
 
 
 def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
@@ -150,7 +200,7 @@ def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
     """
     measured: dict[str, Any] = metrics.classification(examples.get("nll"), examples["mean_margin"])
     if {"oracle_probability", "nll"} <= set(examples):
-        q = truth_numbers(examples, "oracle_probability", "probability in [0, 1]", lambda q: (q >= 0) & (q <= 1))
+        q = truth_numbers(examples, "oracle_probability", "probability in [0, 1]", is_probability)
         if count := int((q == 0).sum()):
             say(
                 f"truth column probability: {count} of {len(q)} rows came out against a probability of 0, whose "

@@ -20,15 +20,28 @@ def truth_numbers(
     is_wanted: Callable[[np.ndarray], np.ndarray] = np.isfinite,
 ) -> np.ndarray:
     """(rows,) float64 of a truth column, NaN where a row holds nothing, text, or nothing `wanted`, which is said."""
-    values = np.full(len(examples), np.nan)
-    if name in examples:
-        values = pd.to_numeric(examples[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
-    values = np.where(np.isfinite(values) & is_wanted(values), values, np.nan)
+    values = known(examples, name, is_wanted)
+    values = np.full(len(examples), np.nan) if values is None else values
     if gaps := int(np.isnan(values).sum()):
         rest = "left out" if gaps == len(values) else "measured without them"
         column = name.removeprefix("oracle_")  # as the data call it
         say(f"truth column {column}: {gaps} of {len(values)} rows hold no {wanted}; what needs one is {rest}")
     return values
+
+
+def known(
+    examples: pd.DataFrame, name: str, is_wanted: Callable[[np.ndarray], np.ndarray] = np.isfinite
+) -> np.ndarray | None:
+    """`truth_numbers` without a word; None where no row holds one."""
+    if name not in examples:
+        return None
+    values = pd.to_numeric(examples[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    values = np.where(np.isfinite(values) & is_wanted(values), values, np.nan)
+    return None if np.isnan(values).all() else values
+
+
+def is_probability(values: np.ndarray) -> np.ndarray:
+    return (values >= 0) & (values <= 1)
 
 
 def topic_name(topic: Any) -> str | None:
