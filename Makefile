@@ -18,7 +18,7 @@ CORES ?= all
 CONFIG ?= config/config.yaml
 TORCH_INDEX ?=
 
-OVERLAYS := config/hh-rlhf-tiny.yaml config/neutrality.yaml
+OVERLAYS := config/hh-rlhf-tiny.yaml config/neutrality.yaml config/quick-exp.yaml
 STUDIES := $(filter-out config/datasets.yaml $(OVERLAYS),$(wildcard config/*.yaml))
 READY := $(VENV)/.ready
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
@@ -79,6 +79,7 @@ dry-run: $(READY)
 	$(foreach study,$(STUDIES),$(call dry_run,$(study)))
 	$(call dry_run,config/hh-rlhf.yaml config/hh-rlhf-tiny.yaml)
 	$(call dry_run,config/config.yaml config/neutrality.yaml)
+	$(call dry_run,config/config.yaml config/quick-exp.yaml)
 
 # Nothing else should run on the machine meanwhile.
 bench: $(READY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,8 +83,10 @@ def write_run(
 
 
 def _read_by_ppo(config: RunConfig) -> dict[str, str]:
-    judge, head = Path(config.reward_model) / "adapter", Path(config.beta_head or "") / "heads.safetensors"
-    found = {"reward_model": identity.folders_hash(judge)} if judge.exists() else {}
+    judges, head = config.reward_model.split(","), Path(config.beta_head or "") / "heads.safetensors"
+    hashes = [identity.folders_hash(Path(judge, "adapter")) for judge in judges if Path(judge, "adapter").exists()]
+    of_all = hashlib.sha256("".join(f"{place} {digest}\n" for place, digest in enumerate(hashes)).encode()).hexdigest()
+    found = {"reward_model": hashes[0] if len(judges) == 1 else of_all} if len(hashes) == len(judges) else {}
     return found | ({"beta_head": files.sha256(head)} if config.beta_head and head.exists() else {})
 
 

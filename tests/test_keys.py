@@ -133,6 +133,11 @@ BAD_STUDIES = {
     "a key that the study sets": {"base": {"sft": {"model_type": "qwen3", "output_dir": "o"}}},
     "a list for a section": {"dpo": [1]},
     "a key of others that asks for nothing": {"common": {"packing": False}},
+    "a control of the base": {"controls": {"x": {"stages": ["sft"], "replicate": 1}}},
+    "a control that sets a flag": {"controls": {"x": {"stages": ["rm"], "settings": {"disco_pref": True}}}},
+    "a control that is called like a point": {"controls": {"lora_rank=2": {"stages": ["rm"], "replicate": 1}}},
+    "a value that is no list of them": {"sweep": {"dpo": {"pref_beta": 0.3}}},
+    "a sweep of what rm does not read": {"sweep": {"rm": {"pref_beta": [0.3]}}},
 }
 
 

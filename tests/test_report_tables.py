@@ -418,7 +418,7 @@ def test_collect_is_long_and_takes_numbers_only():
     metrics = {"accuracy": 0.7, "sigma_spearman": None, "fine": True, "by_topic": {"wine": {"nll": 0.5}}}
     finish(made, made.runs()[0], metrics, cost={"seconds": 3, "device": "cpu"}, evaluation_seconds=2)
     frame = collect(results(made))
-    assert list(frame.columns) == ["stage", "arm", "seed", "metric", "value"]
+    assert list(frame.columns) == ["stage", "arm", "variant", "seed", "metric", "value"]
     assert dict(zip(frame.metric, frame.value, strict=True)) == {
         "accuracy": 0.7, "by_topic/wine/nll": 0.5, "cost/seconds": 3, "evaluation_cost/seconds": 2,
     }  # fmt: skip
@@ -558,4 +558,4 @@ def test_tables_do_not_change_when_they_are_written_again():
     first = {path.name: path.read_bytes() for path in (made.directory / "tables").iterdir()}
     tables.write(results(made))
     assert first == {path.name: path.read_bytes() for path in (made.directory / "tables").iterdir()}
-    assert io.BytesIO(first["metrics.csv"]).readline() == b"stage,arm,seed,metric,value\n"
+    assert io.BytesIO(first["metrics.csv"]).readline() == b"stage,arm,variant,seed,metric,value\n"

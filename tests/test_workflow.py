@@ -54,6 +54,10 @@ PROVED = ALWAYS | TOKENS | {"train_rm": 8, "train_dpo": 24, "train_ppo": 24, "ev
 SHIPPED = {
     "config": EMBEDDED,
     "config neutrality": WHOLE,
+    # β x learning rate, 3 x 3 without the grid's own, of 4 arms and 2 seeds: 64 beside the 8 of the grid
+    "config quick-exp": {name: EMBEDDED[name] for name in ("tables", "figures", "all", "world_corpus", "sft")}
+    | dict.fromkeys(("world_pairs", "prepare", "reference", "answers"), 2)
+    | {"train_dpo": 72, "evaluate": 72},
     "smoke": WHOLE,
     "hh-rlhf": PROVED,
     "qwen3-0.6b": PROVED,
@@ -180,6 +184,55 @@ def test_an_evaluation_waits_for_the_references_answers_and_they_for_their_promp
         }  # fmt: skip
     directory = run.format("rm")
     assert inputs_of(done.stdout, f"{directory}/metrics.json") == {f"{directory}/provenance.json"}
+
+
+BESIDE = """
+arms: [baseline]
+seeds: [2]
+controls:
+  slow: {stages: [rm, dpo], settings: {learning_rate: 1.0e-6}, swept: true}
+  member: {stages: [rm], replicate: 1}
+  mean: {stages: [ppo], reward_models: [baseline, member]}
+sweep:
+  dpo: {pref_beta: [0.35, 0.5]}
+"""
+
+
+def test_runs_beside_the_grid_are_jobs_like_any_other(tmp_path: Path):
+    (tmp_path / "beside.yaml").write_text(BESIDE)
+    configs = [ROOT / "config" / "smoke.yaml", tmp_path / "beside.yaml"]
+    done = dry_run(tmp_path, configs, "--printshellcmds")
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = job_counts(done.stdout)
+    # rm: the grid's, slow, member; dpo: the grid's, slow, pref_beta=0.35 of both; ppo: the grid's, mean
+    assert [counts[f"train_{stage}"] for stage in ("rm", "dpo", "ppo")] == [3, 4, 2]
+    assert (counts["evaluate"], counts["reference"], counts["answers"]) == (9, 1, 2)
+    runs, base = "results/smoke/runs", "results/smoke/shared/base/provenance.json"
+    rows = "results/smoke/shared/data/seed-2"
+    assert inputs_of(done.stdout, f"{runs}/ppo/baseline/mean/seed-2/provenance.json") == {
+        base, f"{rows}/prompts/tokens.json",
+        f"{runs}/rm/baseline/seed-2/provenance.json",
+        f"{runs}/rm/baseline/member/seed-2/provenance.json",
+    }  # fmt: skip
+    place = f"{runs}/dpo/baseline/slow,pref_beta=0.35/seed-2"
+    assert inputs_of(done.stdout, f"{place}/provenance.json") == {
+        base, f"{rows}/tokens/tokens.json", f"{rows}/reference/reference.json",
+    }  # fmt: skip
+    assert inputs_of(done.stdout, f"{place}/metrics.json") == {
+        f"{place}/provenance.json", "results/smoke/shared/answers/dpo/seed-2/answers.json",
+    }  # fmt: skip
+    asked = {
+        settings["output_dir"]: settings
+        for words in commands(done.stdout, "train")
+        for settings in [json.loads(words[2])]
+    }
+    assert (asked[place]["pref_beta"], asked[place]["learning_rate"], asked[place]["seed"]) == (0.35, 1e-6, 2)
+    study = Study.read(configs)
+    assert {run: asked[str(run.directory)] for run in study.runs()} == {
+        run: study.config(run).resolved() for run in study.runs()
+    }
+    assert place in {words[4] for words in commands(done.stdout, "evaluate")}
+    assert "results/smoke/tables/controls-dpo.csv" in done.stdout
 
 
 def test_prompts_of_their_own_are_watched_and_a_proof_waits_for_what_it_reads(tmp_path: Path):

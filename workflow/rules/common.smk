@@ -56,7 +56,9 @@ DATA = study.shared_directory / "data"
 
 
 wildcard_constraints:
+    stage="[^/]+",
     arm="[a-z_-]+",
+    variant="(/[A-Za-z0-9][A-Za-z0-9=,._+-]*)?",
     seed="[0-9]+",
     proof="(/proof)?",
     draw="[a-z0-9-]+",
@@ -112,7 +114,8 @@ def row_files(data):
 
 
 def run_of(stage, wildcards):
-    return study.run(stage, wildcards.arm, int(wildcards.seed), proof=bool(wildcards.get("proof")))
+    proof, variant = bool(wildcards.get("proof")), wildcards.variant.removeprefix("/")
+    return study.run(stage, wildcards.arm, int(wildcards.seed), proof=proof, variant=variant)
 
 
 def shared_files(stage):
@@ -123,7 +126,8 @@ def shared_files(stage):
         found = [study.rows_of(run) / "tokens.json"]
         if STAGES[stage].reference_pass:
             found.append(study.reference(study.draw(run.seed)) / "reference.json")
-        return [*found, *(other.directory / "provenance.json" for other in study.upstream(run).values())]
+        upstream = [other.directory / "provenance.json" for read in study.upstream(run).values() for other in read]
+        return [*found, *upstream]
 
     return files
 
@@ -167,12 +171,13 @@ def settings_of(make):
 
 def evaluation_of(wildcards):
     """A params function: what the outcome of an evaluation depends on, the settings as words of `--set`."""
-    return measured_by(wildcards.stage, wildcards.arm, int(wildcards.seed) if study.own_worlds else study.seeds[0])
+    seed = int(wildcards.seed) if study.own_worlds else study.seeds[0]
+    return measured_by(wildcards.stage, wildcards.arm, seed, wildcards.variant.removeprefix("/"))
 
 
 @cache
-def measured_by(stage, arm, seed):
-    settings = study.config(study.run(stage, arm, seed)).settings_of("evaluation")
+def measured_by(stage, arm, seed, variant):
+    settings = study.config(study.run(stage, arm, seed, variant=variant)).settings_of("evaluation")
     words = " ".join(shlex.quote(f"{key}={json.dumps(value)}") for key, value in settings.items())
     return {"code": code("evaluate", stage), "settings": words}
 

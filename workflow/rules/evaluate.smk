@@ -4,14 +4,14 @@
 rule evaluate:
     input:
         answers_files,
-        run=RUN / "{stage}" / "{arm}" / "seed-{seed}" / "provenance.json",
+        run=RUN / "{stage}" / "{arm}{variant}" / "seed-{seed}" / "provenance.json",
     output:
-        RUN / "{stage}" / "{arm}" / "seed-{seed}" / "metrics.json",
-        RUN / "{stage}" / "{arm}" / "seed-{seed}" / "examples.parquet",
-        RUN / "{stage}" / "{arm}" / "seed-{seed}" / "evaluation.json",
-        RUN / "{stage}" / "{arm}" / "seed-{seed}" / "evaluation_cost.json",
+        RUN / "{stage}" / "{arm}{variant}" / "seed-{seed}" / "metrics.json",
+        RUN / "{stage}" / "{arm}{variant}" / "seed-{seed}" / "examples.parquet",
+        RUN / "{stage}" / "{arm}{variant}" / "seed-{seed}" / "evaluation.json",
+        RUN / "{stage}" / "{arm}{variant}" / "seed-{seed}" / "evaluation_cost.json",
     log:
-        LOGS / "evaluate" / "{stage}" / "{arm}" / "seed-{seed}.log",
+        LOGS / "evaluate" / "{stage}" / "{arm}{variant}" / "seed-{seed}.log",
     conda:
         ENVIRONMENT
     params:

@@ -10,9 +10,9 @@ for stage in STAGES:
             BASE,
             shared_files(stage),
         output:
-            RUN / stage / "{arm}" / "seed-{seed}{proof}" / "provenance.json",
+            RUN / stage / "{arm}{variant}" / "seed-{seed}{proof}" / "provenance.json",
         log:
-            LOGS / stage / "{arm}" / "seed-{seed}{proof}.log",
+            LOGS / stage / "{arm}{variant}" / "seed-{seed}{proof}.log",
         conda:
             ENVIRONMENT
         params:

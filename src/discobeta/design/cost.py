@@ -26,6 +26,7 @@ from discobeta.files import read_json
 
 PUBLISHED = Path("results/published")
 METRICS = "metrics.csv"
+TEXTS = ("stage", "arm", "variant", "metric")
 RATES = {
     "seconds": "cost/seconds",
     "processes": "cost/processes",
@@ -109,12 +110,8 @@ def estimate(study: Study, measured: Measured | None) -> list[Step]:
         step.seconds = step.jobs * known.iloc[0] if len(known) else None
     evaluate = Step("evaluate", 0, seconds=0.0)
     for stage in study.stages:
-        for proof in (False, True):
-            runs = [run for run in study.runs() if (run.stage, run.proof) == (stage, proof)]
-            if not runs:
-                continue
+        for name, runs in _kinds(study, stage).items():
             lengths = [length(study, run) for run in runs]
-            name = f"{stage}, proof" if proof else stage
             step = Step(name, len(runs), _span([n for n, _ in lengths]), devices=study.gpus_per_run)
             known = [measured.of(stage, run.arm) for run in runs] if measured else []
             if known and not any(found.empty for found in known):
@@ -122,12 +119,23 @@ def estimate(study: Study, measured: Measured | None) -> list[Step]:
                 step.seconds = sum(rate * rows for rate, (_, rows) in zip(rates, lengths, strict=True))
                 step.memory = max(found.memory.max() for found in known)
             steps.append(step)
-            if not proof:
+            if not runs[0].proof:
                 evaluate.jobs += len(runs)
                 more = sum(found.evaluation.mean() for found in known)
                 is_known = evaluate.seconds is not None and step.seconds is not None and not math.isnan(more)
                 evaluate.seconds = evaluate.seconds + more if is_known else None
     return [*steps, evaluate]
+
+
+def _kinds(study: Study, stage: str) -> dict[str, list[Run]]:
+    """Runs of a stage by what the table calls them: the grid's, those beside it, proofs."""
+    runs = [run for run in study.runs() if run.stage == stage]
+    kinds = {
+        stage: [run for run in runs if not (run.proof or run.variant)],
+        f"{stage}, beside": [run for run in runs if run.variant],
+        f"{stage}, proof": [run for run in runs if run.proof],
+    }
+    return {name: those for name, those in kinds.items() if those}
 
 
 def find(study: Study, folder: Path | None) -> Measured | None:
@@ -150,7 +158,10 @@ def read(study: Study, folder: Path) -> Measured:
 
 
 def _read(study: Study, folder: Path) -> Measured:
-    long = pd.read_csv(folder / METRICS, dtype={"stage": str, "arm": str, "metric": str, "value": float})
+    types = dict.fromkeys(TEXTS, str) | {"value": float}
+    long = pd.read_csv(folder / METRICS, dtype=types, keep_default_na=False, na_values=[""])  # "null" is a name too
+    if "variant" in long:
+        long = long[long.variant.isna()]  # what is trained otherwise may take longer, or shorter
     wide = long.pivot_table(index=["stage", "arm", "seed"], columns="metric", values="value").reset_index()
     # what was measured before rows were counted under this name says nothing here
     wide = wide.reindex(columns=["stage", "arm", *RATES.values()]).dropna(subset=[RATES["rows"]])

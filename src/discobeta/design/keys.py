@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from discobeta.design import config
+from discobeta.design import config, variants
 from discobeta.design.config_names import IGNORED, NEUTRAL, REFUSED, RENAMED, SAME_ADAMW
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.design.study_sections import BELONGS, SET_OF_BASE, may_stand_in
@@ -156,7 +156,10 @@ def study_keys() -> list[Key]:
     ]
 
 
-MODELS = {"data": "Data", "data: world": "World", "prompts": "Prompts", "base": "Base"}
+MODELS = {
+    "data": "Data", "data: world": "World", "prompts": "Prompts", "base": "Base", "controls: <name>": "Control",
+    "sweep": "Sweep",
+}  # fmt: skip
 """Section of a study -> its model in study_file."""
 
 
@@ -176,6 +179,34 @@ def study_schema() -> dict[str, Any]:
             },
             "additionalProperties": False,
         }
+    control, sweep = (schema["$defs"][name]["properties"] for name in ("Control", "Sweep"))
+    varying = {stage: [key for key in config.FIELDS if variants.fault_of(key, stage) is None] for stage in STAGES}
+    control["settings"] |= {
+        "type": ["object", "null"],
+        "properties": {
+            key: {"$ref": f"run.schema.json#/properties/{key}"}
+            for key in config.FIELDS
+            if any(key in keys for keys in varying.values())
+        },
+        "additionalProperties": False,
+    }
+    for stage, keys in varying.items():
+        values = {
+            key: {"type": ["array", "null"], "items": {"$ref": f"run.schema.json#/properties/{key}"}, "minItems": 1}
+            for key in keys
+        }
+        arms = {"arms": study_file.ARMS_SCHEMA}
+        sweep[stage] |= {"type": ["object", "null"], "properties": values | arms, "additionalProperties": False}
+    schema["properties"]["controls"]["type"] = ["object", "null"]
+    named = schema["properties"]["controls"]
+    named["propertyNames"] = {"pattern": study_file.PLAIN_NAME, "maxLength": study_file.LONGEST_NAME}
+    schema["$defs"]["Control"].pop("required")
+    named["additionalProperties"] = {"anyOf": [named["additionalProperties"], {"type": "null"}]}
+    schema["properties"]["sweep"] = {
+        "anyOf": [{"$ref": "#/$defs/Sweep"}, {"type": "null"}],
+        "default": {},
+        "description": schema["properties"]["sweep"]["description"],
+    }
     schema.pop("required")
     return {"$schema": DIALECT, "title": "A study of discobeta"} | schema
 

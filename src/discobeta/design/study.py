@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from discobeta.design import study_file
+from discobeta.design import study_file, variants
 from discobeta.design.arms import Arm, State
 from discobeta.design.config import FIELDS, RunConfig, default_of, read_by
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.design.study_file import StudyFile
 from discobeta.design.study_sections import DATA_KEYS, HOW_ROWS_ARE_READ, MODEL_KEYS
+from discobeta.design.variants import Variant
 from discobeta.design.yaml_text import parse_overrides, read_yaml
 from discobeta.errors import UserError
 
@@ -65,6 +66,12 @@ class Run:
     seed: int
     directory: Path
     proof: bool = False  # only the first prove_steps steps, to compare an idle arm with its twin
+    variant: str = ""  # the grid's own run; else a control or a point of a sweep, beside the grid
+
+    @property
+    def name(self) -> str:
+        """What tells it from other runs of its stage, but for the seed."""
+        return ", ".join(filter(None, [self.arm.name, self.variant, "proof" * self.proof]))
 
 
 class Study:
@@ -98,12 +105,14 @@ class Study:
             self._prompts = {key: self._data[key] for key in HOW_ROWS_ARE_READ if key in self._data} | self._prompts
         self.sft, self._model = file.base.sft, file.base.given()
         self._sections = {name: self._section(file, name) for name in STAGES}
-        self._first_configs: dict[tuple[str, Arm, bool], tuple[dict[str, Any], RunConfig]] = {}
+        self._first_configs: dict[tuple, tuple[dict[str, Any], RunConfig]] = {}
         self._configs: dict[Run, RunConfig] = {}
         self._proof_lengths: dict[str, int] = {}
-        self._runs = [run for stage in self.stages for arm in self.arms_of(stage) for run in self._runs_of(stage, arm)]
-        self._by_place = {(run.stage, run.arm, run.seed, run.proof): run for run in self._runs}
-        self._check(file)
+        beside = variants.variants(file, self._sections, self.arms_of, self._where)
+        self._variants = {(one.stage, one.arm, one.name): one for one in beside if one.stage in self.stages}
+        self._runs = [run for stage in self.stages for run in self._runs_of(stage)]
+        self._by_place = {(run.stage, run.arm, run.seed, run.proof, run.variant): run for run in self._runs}
+        self._check(file, beside)
 
     @classmethod
     def read(cls, configfiles: str | Path | Iterable[str | Path], overrides: Iterable[str] = ()) -> Study:
@@ -131,50 +140,76 @@ class Study:
         return list(dict.fromkeys(arm.trained_as(stage) for arm in self.arms))
 
     def runs(self) -> list[Run]:
-        """Every run of the study, proofs included, by stage, arm and seed."""
+        """Every run of the study, by stage: the grid's, proofs included, by arm and seed, and then those beside it."""
         return self._runs
 
-    def run(self, stage: str, arm: Arm | str, seed: int, proof: bool = False) -> Run:
+    def grid_runs(self) -> list[Run]:
+        """The runs of the grid, proofs included: those that are no variant."""
+        return [run for run in self._runs if not run.variant]
+
+    def run(self, stage: str, arm: Arm | str, seed: int, proof: bool = False, variant: str = "") -> Run:
         """The run with these coordinates, which the study must hold."""
         arm = Arm.from_name(arm) if isinstance(arm, str) else arm
-        if (found := self._by_place.get((stage, arm, seed, proof))) is not None:
+        if (found := self._by_place.get((stage, arm, seed, proof, variant))) is not None:
             return found
-        raise UserError(f"{self._where}: no {'proof' if proof else 'run'} of {stage}, {arm.name}, seed {seed}")
+        name = f"{arm.name}, {variant}" if variant else arm.name
+        raise UserError(f"{self._where}: no {'proof' if proof else 'run'} of {stage}, {name}, seed {seed}")
+
+    def variants_of(self, stage: str) -> list[tuple[Arm, str]]:
+        """(arm, variant) of what the study trains in `stage` beside the grid, by arm: controls, then points."""
+        return [(arm, name) for of, arm, name in self._variants if of == stage]
+
+    def variant(self, run: Run) -> Variant | None:
+        """What the run differs by from the grid's of its arm; None of the grid's own."""
+        return self._variants[run.stage, run.arm, run.variant] if run.variant else None
 
     def run_settings(self, run: Run) -> dict[str, Any]:
         """The flat run YAML of `run`: flags from the grid, the rest merged from the study's sections."""
+        variant = self.variant(run)
+        section = self._sections[run.stage] | (variant.settings if variant else {})
         return {
             "stage": run.stage,
             "output_dir": str(run.directory),
-            "seed": run.seed,
+            "seed": self._random_streams(run),
             **run.arm.flags,
             **self.model_of(self.draw(run.seed)),
             **self._reads(run),
-            **({"reference_answers_path": str(self.answers(run))} if self._has_answers(run) else {}),
+            **({"reference_answers_path": str(self.answers(run))} if self._reads_answers(run.stage) else {}),
             **(self._truth(run.seed) if self._reads_answers(run.stage) else {}),
-            **self._sections[run.stage],
-            **self._shared_out(run.stage),
+            **section,
+            **self._shared_out(run.stage, section),
+            **({} if self._shares_answers(run) else {"reference_answers_path": None}),
             "overwrite_output_dir": True,  # Snakemake has decided that what is there is out of date
             **({"stop_after_steps": self.proof_length(run.stage)} if run.proof else {}),
         }
 
+    def _random_streams(self, run: Run) -> int:
+        """The seed that a run derives its random streams from: its own or, of a replicate, one made of it."""
+        variant = self.variant(run)
+        if not (variant and variant.replicate):
+            return run.seed
+        from discobeta.seeds import derive
+
+        return derive(run.seed, "replicate", variant.replicate)
+
     def largest_runs(self) -> list[Run]:
-        """Of each stage a whole run of an arm that uses the most heads: none needs more memory."""
-        whole = [[run for run in self._runs if run.stage == stage and not run.proof] for stage in self.stages]
+        """Of each stage a whole run of an arm that uses the most heads: none of the grid needs more memory."""
+        whole = [[run for run in self.grid_runs() if run.stage == stage and not run.proof] for stage in self.stages]
         return [max(runs, key=lambda run: len(run.arm.used)) for runs in whole if runs]
 
     def config(self, run: Run) -> RunConfig:
         """The checked config of `run`, with today's defaults.
 
-        Seeds differ in the seed and in paths alone, so one config per arm is made from its settings.
+        Seeds differ in the seed and in paths alone, so one config per arm and variant is made from its settings.
         """
         if run in self._configs:
             return self._configs[run]
-        kind = run.stage, run.arm, run.proof
+        kind = run.stage, run.arm, run.proof, run.variant
         if kind not in self._first_configs:
-            first = self.run(run.stage, run.arm, self.seeds[0], run.proof)
+            first = self.run(run.stage, run.arm, self.seeds[0], run.proof, run.variant)
             settings, proof = self.run_settings(first), ", proof" if run.proof else ""
-            label = f"{run.stage}, arm {run.arm.name}, seed {first.seed}{proof}"
+            variant = f", {run.variant}" if run.variant else ""
+            label = f"{run.stage}, arm {run.arm.name}{variant}, seed {first.seed}{proof}"
             self._first_configs[kind] = settings, self._checked(settings, label)
         known, config = self._first_configs[kind]
         settings = self.run_settings(run)
@@ -182,7 +217,7 @@ class Study:
         self._configs[run] = config.replace(**changes)
         return self._configs[run]
 
-    def _shared_out(self, stage: str) -> dict[str, int]:
+    def _shared_out(self, stage: str, section: dict[str, Any]) -> dict[str, int]:
         """The batch of one device, if several share what the study says of one: the run computes the same.
 
         A forward pass over all devices keeps its rows; only where they cannot be shared, a step's passes are.
@@ -190,7 +225,7 @@ class Study:
         if self.gpus_per_run == 1:
             return {}
         for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            size = self._sections[stage].get(key, default_of(key, stage))
+            size = section.get(key, default_of(key, stage))
             if isinstance(size, int) and size % self.gpus_per_run == 0:
                 return {key: size // self.gpus_per_run}
         raise UserError(
@@ -201,29 +236,36 @@ class Study:
     def _reads(self, run: Run) -> dict[str, Any]:
         """Run keys of the rows that `run` sees and of what other steps have made for it."""
         row, draw = STAGES[run.stage], self.draw(run.seed)
-        upstream = {key: str(other.directory) for key, other in self.upstream(run).items()}
+        upstream = {key: ",".join(str(other.directory) for other in read) for key, read in self.upstream(run).items()}
         if row.rows == "prompts":
             draw = self.prompt_draw(run.seed)
             return {**self.prompt_data(draw), "tokenized_path": str(self.prompts(draw)), **upstream}
         reference = {"reference_path": str(self.reference(draw))} if row.reference_pass else {}
         return {**self.data(draw), "tokenized_path": str(self.tokens(draw)), **reference, **upstream}
 
-    def upstream(self, run: Run) -> dict[str, Run]:
-        """Run key -> the run that `run` reads: in ppo its reward model and, if its arm has one, its Beta Head.
+    def upstream(self, run: Run) -> dict[str, list[Run]]:
+        """Run key -> the runs that `run` reads: in ppo its reward model and, if its arm has one, its Beta Head.
 
-        They have the arm's states and seed. Where idle arms are only proved, the twin's whole run
+        A variant reads what the grid's run of its arm and seed does, unless it is a control that names several reward
+        models. They have the arm's states and seed. Where idle arms are only proved, the twin's whole run
         stands for the one that an idle arm does not have: it would be equal. So a proof reads what
         the twin's proof reads. Only an idle head comes from a proof: that it is there, and
         changes nothing, is the point.
         """
-        found = {}
+        found, variant = {}, self.variant(run)
         for reading in STAGES[run.stage].reads:
             arm, proves = run.arm.trained_as(reading.stage), self.idle_arms == "prove"
-            if reading.idea and proves and run.arm.state(reading.idea) is State.IDLE:
-                found[reading.key] = self.run(reading.stage, arm, run.seed, proof=True)
+            if not reading.idea and variant and variant.reward_models:
+                found[reading.key] = [self._named(reading.stage, name, arm, run.seed) for name in variant.reward_models]
+            elif reading.idea and proves and run.arm.state(reading.idea) is State.IDLE:
+                found[reading.key] = [self.run(reading.stage, arm, run.seed, proof=True)]
             elif not reading.idea or run.arm.has(reading.idea):
-                found[reading.key] = self.run(reading.stage, arm.twin if proves else arm, run.seed)
+                found[reading.key] = [self.run(reading.stage, arm.twin if proves else arm, run.seed)]
         return found
+
+    def _named(self, stage: str, name: str, arm: Arm, seed: int) -> Run:
+        """The run of `stage` with the name of an arm, or of a control of this arm."""
+        return self.run(stage, arm, seed, variant="" if name == arm.name else name)
 
     def proof_length(self, stage: str) -> int:
         """After how many steps of `stage` a proof stops: prove_steps optimiser steps, rounded up.
@@ -308,12 +350,16 @@ class Study:
         """Whether runs of a stage may be measured by responses of the reference: policies, and what ranks them."""
         return STAGES[stage].is_policy or bool(self._sections[stage].get("best_of"))
 
-    def _has_answers(self, run: Run) -> bool:
-        return self._reads_answers(run.stage)
+    def _shares_answers(self, run: Run) -> bool:
+        """Whether it is measured beside answers of the reference that are its seed's: not if its random streams are
+        its own, from which the reference then answers too."""
+        return self._random_streams(run) == run.seed
 
     def is_answered(self, run: Run) -> bool:
-        """Whether `run` is measured by the reference's responses: beside its own, or by how it ranks them."""
-        return self._has_answers(run) and not run.proof and bool(self.config(run).reference_samples)
+        """Whether `run` is measured by the reference's responses, beside its own or by how it ranks them, and these
+        are its seed's."""
+        is_measured = self._reads_answers(run.stage) and not run.proof and bool(self.config(run).reference_samples)
+        return is_measured and self._shares_answers(run)
 
     @property
     def reference_stage(self) -> str | None:
@@ -423,7 +469,7 @@ class Study:
 
     def _answering(self, stage: str, seed: int | str) -> Run:
         """A run that is measured beside these answers."""
-        places = ((stage, arm, int(seed), False) for arm in self.arms_of(stage))
+        places = ((stage, arm, int(seed), False, "") for arm in self.arms_of(stage))
         return next(self._by_place[place] for place in places if place in self._by_place)
 
     def resolved(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -447,7 +493,16 @@ class Study:
 
     # --- making and checking
 
-    def _runs_of(self, stage: str, arm: Arm) -> list[Run]:
+    def _runs_of(self, stage: str) -> list[Run]:
+        """The grid's, by arm, and those beside it."""
+        beside = [
+            Run(stage, arm, seed, self.directory / "runs" / stage / arm.name / name / f"seed-{seed}", variant=name)
+            for arm, name in self.variants_of(stage)
+            for seed in self.seeds
+        ]
+        return [run for arm in self.arms_of(stage) for run in self._runs_of_arm(stage, arm)] + beside
+
+    def _runs_of_arm(self, stage: str, arm: Arm) -> list[Run]:
         def run(seed: int, proof: bool) -> Run:
             directory = self.directory / "runs" / stage / arm.name / f"seed-{seed}"
             return Run(stage, arm, seed, directory / "proof" if proof else directory, proof)
@@ -461,18 +516,47 @@ class Study:
             kinds = [False, True] if is_twin else [False]
         return [run(seed, proof) for proof in kinds for seed in self.seeds]
 
-    def _check(self, file: StudyFile) -> None:
+    def _check(self, file: StudyFile, beside: list[Variant]) -> None:
         """Every run config of the study, through the same checks as `discobeta train`."""
         if self.sft:
             self.base_config()
         for run in self._runs:
             if run.seed == self.seeds[0]:
                 self.config(run)
+        self._check_variants(beside)
         for stage in STAGES:
             if stage not in self.stages and (section := getattr(file, stage)):  # where a slip is one too
                 self._checked({"stage": stage, "model_name_or_path": "-", "tokenized_path": "-"} | section, stage)
         if self._prompts and all(STAGES[stage].has_pairs for stage in self.stages):
             self._checked(self.prompt_settings(self.prompt_draw(self.seeds[0])), "prompts")
+
+    def _check_variants(self, beside: list[Variant]) -> None:
+        """Each must be trained as no other run is, on what all runs of its stage share."""
+        trained: dict[tuple[str, Arm, str], str] = {}
+        for variant in beside:
+            section = "controls" if variant.control else "sweep"
+            where = f"{self._where}: {section}: {variant.control or variant.stage}"
+            has_reference = STAGES[variant.stage].is_policy or self._sections[variant.stage].get("best_of")
+            fixed = [*REFERENCE_KEYS, *ANSWERS_KEYS] if has_reference else []
+            if shared := [key for key in variant.settings if key in fixed]:
+                raise UserError(
+                    f"{where}: {shared[0]}: what all runs of {variant.stage} share of the reference depends on it"
+                )
+            rows = self._data if STAGES[variant.stage].has_pairs else self._prompts or self._data
+            if variant.replicate and rows.get("val_size"):
+                raise UserError(f"{where}: replicate: with val_size the seed also draws the rows: give eval_dataset")
+            if variant.stage not in self.stages:
+                settings = {"stage": variant.stage, "model_name_or_path": "-", "tokenized_path": "-"}
+                self._checked(
+                    settings | self._sections[variant.stage] | variant.settings, f"{variant.stage}, {variant.name}"
+                )
+                continue
+            for name in ("", variant.name):
+                run = self.run(variant.stage, variant.arm, self.seeds[0], variant=name)
+                text = as_text(self.config(run).settings_of("training"))
+                if (known := trained.setdefault((run.stage, run.arm, text), name)) != name:
+                    twin = ", ".join(filter(None, [run.arm.name, known]))
+                    raise UserError(f"{where}: {name} would be trained just as {run.stage} of {twin}: leave it out")
 
     def _checked(self, settings: dict[str, Any], label: str) -> RunConfig:
         where = f"{self._where}: {label}"
@@ -494,7 +578,8 @@ def plan(study: Study) -> str:
     lines = [f"{study.name}: {len(study.runs())} runs in {study.directory}"]
     for run in study.runs():
         steps = study.proof_text(run.stage) if run.proof else "whole run"
-        lines.append(f"{run.stage:4} {run.arm.name:29} seed {run.seed:<4} {steps:16} {run.directory}")
+        name = f"{run.arm.name}, {run.variant}" if run.variant else run.arm.name
+        lines.append(f"{run.stage:4} {name:29} seed {run.seed:<4} {steps:16} {run.directory}")
     lines.append(f"tables: {study.tables_directory}   figures: {study.figures_directory}")
     return "\n".join(lines)
 

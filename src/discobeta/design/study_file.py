@@ -7,8 +7,9 @@ would pay for pydantic.
 
 from __future__ import annotations
 
+import math
 import re
-from functools import cache
+from functools import cache, reduce
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -26,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from discobeta.design import config
+from discobeta.design import config, variants
 from discobeta.design.arms import ARMS, Arm
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.design.study_sections import DATA_KEYS, MODEL_KEYS, path_fault, place_of
@@ -37,6 +38,9 @@ LONGEST_NAME = 100
 """Characters of a study's name, which becomes a folder, and of a key."""
 
 MOST_SEEDS = 1000
+
+MOST_POINTS = 1000
+"""Of the sweep of a stage."""
 
 
 def _texts(settings: Any) -> list[str]:
@@ -207,7 +211,7 @@ class Base(Model):
         return self
 
 
-# --- the study
+# --- names
 
 
 PLAIN_NAME = "^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -238,8 +242,115 @@ def _an_arm(name: str) -> str:
     return name
 
 
+def _an_arm_without_idle_heads(name: str) -> str:
+    if Arm.from_name(_an_arm(name)).is_idle:
+        raise ValueError(f"{name} has an idle head, which changes nothing: name {Arm.from_name(name).twin.name}")
+    return name
+
+
 ARM_NAMES = [arm.name for arm in ARMS]
 ARMS_SCHEMA = {"type": "array", "items": {"type": "string", "enum": ARM_NAMES}, "minItems": 1, "uniqueItems": True}
+
+
+# --- beside the grid
+
+
+class Control(Section):
+    """Runs beside the grid: an arm, in some stages, that differs from the grid's by settings and by no flag."""
+
+    stages: Annotated[list[Literal[tuple(STAGES)]], *DIFFERENT] = Field(description="the stages that train it")
+    arm: Annotated[str, AfterValidator(_an_arm_without_idle_heads)] = Field(
+        "baseline", description="the arm that it is a variant of"
+    )
+    label: str = Field("", description="what the tables call it; by default its name")
+    settings: Annotated[dict[str, Any], BeforeValidator(lambda settings: {} if settings is None else settings)] = Field(
+        {}, description="keys of a run, on top of those of the stage's section"
+    )
+    swept: bool = Field(False, description="whether the points of the stage's sweep are trained of it too")
+    replicate: Seed = Field(
+        0, description="n: as the arm on the same rows, with the n-th other random streams of the seed; 0: with its own"
+    )
+    reward_models: Annotated[list[str], *DIFFERENT[:2]] = Field(
+        [], description="arms or controls of the stage of reward models, of which its policies are given all"
+    )
+
+    @model_validator(mode="after")
+    def _differs_by_settings(self) -> Self:
+        if not (self.settings or self.replicate or self.reward_models):
+            raise ValueError("say how it differs from its arm (settings, replicate or reward_models)")
+        if len(self.label) > LONGEST_NAME or not self.label.isprintable():
+            raise ValueError(f"label: {shown(self.label)} should be a line of at most {LONGEST_NAME} characters")
+        for stage in self.stages:
+            for key in _texts(self.settings):
+                if fault := variants.fault_of(key, stage):
+                    raise ValueError(f"settings: {fault}")
+            if self.reward_models and STAGES[stage].judge is None:
+                raise ValueError(f"reward_models: {stage} is given none")
+        return self
+
+
+def _controls(settings: Any) -> Any:
+    """Those that are there, each under a name of its own; null takes one away that an earlier file has."""
+    for name in _texts(settings):
+        if not re.fullmatch(PLAIN_NAME, name) or len(name) > LONGEST_NAME:
+            raise ValueError(
+                f"{shown(name)} should be a plain folder name of at most {LONGEST_NAME} characters (no = and no comma, "
+                "which stand in the names of a sweep's points)"
+            )
+        if re.fullmatch(r"seed-\d+", name, re.IGNORECASE):
+            raise ValueError(f"{name} is the folder of the arm's own run: give it another name")
+        if name in ARM_NAMES:
+            raise ValueError(f"{name} is an arm: give it another name")
+    if settings is None:
+        return {}
+    return {name: one for name, one in settings.items() if one is not None} if isinstance(settings, dict) else settings
+
+
+def _swept(settings: Any, info: ValidationInfo) -> Any:
+    """Run key -> different values of it, typed, of the sweep of one stage; under `arms` the arms that are swept."""
+    if not isinstance(settings, dict):
+        return {} if settings is None else settings
+    found = {}
+    for key in _texts(settings):
+        values = settings[key]
+        if values is None:
+            continue
+        if fault := None if key == "arms" else variants.fault_of(key, info.field_name):
+            raise ValueError(fault)
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{key}: {shown(values)} should be a list of values")
+        try:
+            if key == "arms":
+                found[key] = [_an_arm_without_idle_heads(name) for name in values]
+            else:
+                found[key] = [config.value_of(key, value) for value in values]
+                for value in found[key]:
+                    variants.text_of(value)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        if len(set(found[key])) < len(values):
+            raise ValueError(f"{key}: {shown(values)} should be a list of different values")
+    if settings and not set(found) - {"arms"}:
+        raise ValueError("say which keys are swept, e.g. pref_beta: [0.1, 0.2]")
+    if (points := math.prod(len(values) for key, values in found.items() if key != "arms")) > MOST_POINTS:
+        raise ValueError(f"{points:,} points; a stage is swept over at most {MOST_POINTS:,}")
+    return found
+
+
+Sweep = create_model(
+    "Sweep",
+    __base__=Section,
+    **{
+        name: (
+            Annotated[dict[str, Any], BeforeValidator(_swept)],
+            Field({}, description=f"key of a run of {name} -> the values that it has beside the grid's"),
+        )
+        for name in STAGES
+    },
+)
+
+
+# --- the study
 
 
 class StudyKeys(Section):
@@ -281,6 +392,14 @@ class StudyKeys(Section):
     )
     base: Base = Field(description="what policy and reference start from")
     common: RunKeys = Field({}, description="keys of a run for all stages that read them")
+    controls: Annotated[dict[str, Control], BeforeValidator(_controls)] = Field(
+        {}, description="runs beside the grid, by name: an arm that differs by settings and by no flag"
+    )
+    sweep: Annotated[Sweep, BeforeValidator(lambda sweep: {} if sweep is None else sweep)] = Field(
+        Sweep(),
+        description="runs beside the grid, by stage: the product of the values of some keys, of every arm without idle "
+        "heads (or those of `arms`) and of every control that is `swept`",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -341,7 +460,8 @@ def _first_fault(error: ValidationError, settings: Any) -> str:
     where, value, kind = fault["loc"], fault["input"], fault["type"]
     is_item = bool(where) and isinstance(where[-1], int)
     if is_item and not (kind in ITEM_FAULTS and isinstance(value, int | str)):
-        where, value, kind = where[:-1], settings[where[0]], "list_type"  # so all of the list is shown
+        where, kind = where[:-1], "list_type"
+        value = reduce(lambda section, key: section[key], where, settings)  # so all of the list is shown
     place = "".join(f": {part}" for part in where if not isinstance(part, int))
     if kind == "missing":
         return f"{place} is missing"
@@ -366,7 +486,8 @@ def _schema_at(place: tuple[str | int, ...]) -> dict[str, Any]:
     """What the JSON schema says of a key, or of an item of its list."""
     schema = whole = json_schema()
     for part in place:
-        schema = schema["items"] if isinstance(part, int) else schema["properties"][part]
+        inside = schema.get("properties", {}) if isinstance(part, str) else {part: schema.get("items")}
+        schema = inside.get(part) or schema["additionalProperties"]
         for option in schema.get("anyOf", [schema]):
             if "$ref" in option:
                 schema = whole["$defs"][option["$ref"].rpartition("/")[2]]

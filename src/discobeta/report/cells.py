@@ -15,7 +15,7 @@ import pandas as pd
 from discobeta.design.arms import FLAGS, Cell, grid
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Run, Study
-from discobeta.report.collect import collect, provenance, provenance_line
+from discobeta.report.collect import collect, of_grid, provenance, provenance_line
 from discobeta.report.compare import EQUAL
 from discobeta.report.measures import LANDMARKS, METRICS, PANELS, Metric
 from discobeta.report.neutrality import neutrality_frame
@@ -36,6 +36,10 @@ JUDGES = (
     "of the latter. The arm's own reward model is the judge, and the arms with and without a used Disco Head have two "
     "different ones: compare gains within one of the two groups, and across them the true reward, where it is known."
 )
+SHARED_SEEDS = (
+    "Seeds are shared across arms (data, initialisation, order): compare arms by their paired differences (tables "
+    "effects and comparisons), not by whether two intervals overlap. No value is marked as best."
+)
 MEASURED = [*METRICS, *LANDMARKS]
 
 
@@ -43,7 +47,7 @@ def stage_table(results: Results, stage: str) -> Table:
     """All 16 cells; those that are not run say why, those that are show mean +- CI over seeds."""
     study = results.study
     runs = results.whole_runs(stage)
-    metrics, proofs = (frame[frame.stage == stage] for frame in (collect(results), neutrality_frame(results)))
+    metrics, proofs = (frame[frame.stage == stage] for frame in (of_grid(collect(results)), neutrality_frame(results)))
     frame = pd.DataFrame([_cell_row(results, cell, runs, metrics, proofs) for cell in grid((stage,))])
     measured = set(metrics.metric)
     frame = frame.drop(columns=[c for m in MEASURED if m not in measured for c in (m, f"{m}_ci95", f"{m}_n")])
@@ -52,21 +56,8 @@ def stage_table(results: Results, stage: str) -> Table:
         Column("Arm", lambda row: row["arm"] or NOTHING, is_number=False),
         Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
     ]
-    stage_row = STAGES[stage]
-    first = "predictions" if stage_row.has_pairs else "policy"  # whatever was measured
-    panels = [
-        Panel(
-            f"{stage_row.title} ({stage}): {CAPTIONS[name]}. {_interval_note(frame)}",
-            which + [_column(metric) for metric in PANELS[name] if metric.name in measured],
-            label=name,
-        )
-        for name in dict.fromkeys([first, *PANELS])
-        if name == first or any(metric.name in measured for metric in PANELS[name])
-    ]
-    notes = [
-        "Seeds are shared across arms (data, initialisation, order): compare arms by their paired differences (tables "
-        "effects and comparisons), not by whether two intervals overlap. No value is marked as best."
-    ]
+    panels = panels_of(stage, which, frame, measured, f"{STAGES[stage].title} ({stage})")
+    notes = [SHARED_SEEDS]
     if "reward_gain" in measured:
         notes.append(JUDGES)
     if landmarks := _landmarks(metrics):
@@ -79,7 +70,7 @@ def stage_table(results: Results, stage: str) -> Table:
     for kind, title in (("same-as", "Same as"), ("refused", "Refused")):
         if reasons := "; ".join(dict.fromkeys(frame.reason[frame.status == kind])):
             notes.append(f"{title}: {reasons}.")
-    if missing := results.describe_missing(run for run in study.runs() if run.stage == stage):
+    if missing := results.describe_missing(run for run in study.grid_runs() if run.stage == stage):
         notes.append(f"Missing: {missing}. A mean over fewer seeds than the study has says so.")
     return Table(frame, panels, [*notes, provenance_line(results)], provenance(results), group=list(FLAGS[:2]))
 
@@ -101,12 +92,31 @@ def _cell_row(
         status = "missing"
     row = {**cell.flags, "status": status, "arm": cell.arm or "", "shown": shown or "", "reason": cell.reason}
     row |= {"n_seeds": len(runs) - len(missing), "n_expected": len(runs), "missing_seeds": " ".join(map(str, missing))}
-    metrics = metrics[metrics.arm == shown]
+    return row | estimates(metrics[metrics.arm == shown])
+
+
+def estimates(metrics: pd.DataFrame) -> dict[str, Any]:
+    """Of everything that tables show: mean over the rows, which are seeds, half-width of its interval, their number."""
+    row: dict[str, Any] = {}
     for name in MEASURED:
         values = metrics.value[metrics.metric == name].tolist()
         row[name], row[f"{name}_ci95"] = mean_ci(values)
         row[f"{name}_n"] = len(values)
     return row
+
+
+def panels_of(stage: str, which: list[Column], frame: pd.DataFrame, measured: set[str], title: str) -> list[Panel]:
+    """The panels that have anything measured, each after the columns `which` that say of what; one at least."""
+    first = "predictions" if STAGES[stage].has_pairs else "policy"  # whatever was measured
+    return [
+        Panel(
+            f"{title}: {CAPTIONS[name]}. {_interval_note(frame)}",
+            which + [_column(metric) for metric in PANELS[name] if metric.name in measured],
+            label=name,
+        )
+        for name in dict.fromkeys([first, *PANELS])
+        if name == first or any(metric.name in measured for metric in PANELS[name])
+    ]
 
 
 def _proved(study: Study, proofs: pd.DataFrame) -> tuple[str, str | None]:

@@ -22,13 +22,14 @@ KERNELS = re.compile(r"[0-9A-Za-z_-]{1,30}")
 
 @lru_cache(maxsize=1)  # most tables begin with it
 def collect(results: Results) -> pd.DataFrame:
-    """Every number of every run that counts, long: one row per (stage, arm, seed, metric).
+    """Every number of every run that counts, long: one row per (stage, arm, variant, seed, metric).
 
+    variant: "" of the grid's own runs, of which `of_grid` takes the rows; else a control or a point of a sweep.
     Metrics have the names of metrics.json, nested ones with slashes (`by_topic/<topic>/nll`); costs
     begin with `cost/` and `evaluation_cost/`. Proofs are not whole runs and not in here.
     """
     rows = [
-        (run.stage, run.arm.name, run.seed, f"{prefix}{name}", value)
+        (run.stage, run.arm.name, run.variant, run.seed, f"{prefix}{name}", value)
         for run, found in results.found.items()
         if not run.proof
         for prefix, values in (
@@ -36,7 +37,14 @@ def collect(results: Results) -> pd.DataFrame:
         )
         for name, value in values.items()
     ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["stage", "arm", "seed", "metric", "value"])
+    return pd.DataFrame(rows, columns=["stage", "arm", "variant", "seed", "metric", "value"])
+
+
+def of_grid(numbers: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the grid's own runs; of a frame that knows no variants, all."""
+    if "variant" not in numbers:
+        return numbers
+    return numbers[numbers.variant.fillna("") == ""]
 
 
 def metrics_table(results: Results) -> Table:

@@ -19,13 +19,13 @@ def cost_table(results: Results) -> Table:
     study, rows = results.study, []
     for stage in study.stages:
         of_stage = [run for run in study.runs() if run.stage == stage]
-        baseline = _costs(results, [run for run in of_stage if (run.arm, run.proof) == (Arm(), False)])
-        for proof in (False, True):
-            of_kind = [run for run in of_stage if run.proof == proof]
-            for arm in dict.fromkeys(run.arm for run in of_kind):
-                costs = _costs(results, [run for run in of_kind if run.arm == arm])
-                name = f"{arm.name}, {study.proof_text(stage)}" if proof else arm.name
-                rows.append(_cost_row(stage, name, costs, None if proof else baseline))
+        kinds: dict[tuple[bool, str], list[Run]] = {}
+        for run in sorted(of_stage, key=lambda run: run.proof):
+            kinds.setdefault((run.proof, ", ".join(filter(None, [run.arm.name, run.variant]))), []).append(run)
+        baseline = _costs(results, kinds.get((False, Arm().name), []))
+        for (proof, work), runs in kinds.items():
+            name = f"{work}, {study.proof_text(stage)}" if proof else work
+            rows.append(_cost_row(stage, name, _costs(results, runs), None if proof else baseline))
     shared: dict[str, dict[Any, dict[str, float]]] = {}
     for label, cost in results.shared_costs():
         work, _, part = label.partition(", ")

@@ -24,7 +24,7 @@ import pandas as pd
 from discobeta.design.arms import CORNERS, IDEAS, Arm, Idea
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Study
-from discobeta.report.collect import collect, provenance, provenance_line
+from discobeta.report.collect import collect, of_grid, provenance, provenance_line
 from discobeta.report.measures import METRICS, TESTED
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number
 from discobeta.report.results import Results
@@ -93,7 +93,8 @@ def contrasts(named: dict[str, dict[Arm, float]], study: Study, stage: str) -> l
 
 
 def effects_frame(study: Study, metrics: pd.DataFrame, named: dict[str, dict[Arm, float]]) -> pd.DataFrame:
-    """One row per stage, metric and contrast. `metrics` is `collect`'s."""
+    """One row per stage, metric and contrast, of the grid's own runs. `metrics` is `collect`'s."""
+    metrics = of_grid(metrics)
     rows = [
         {"stage": stage, "metric": metric, "contrast": contrast.name, **_summary(study, values, contrast)}
         for stage in study.stages
@@ -212,7 +213,7 @@ def _missing(lacking: pd.Series) -> str:
 
 
 def _reasons(results: Results, stages: pd.Index) -> str:
-    runs = [run for run in results.study.runs() if run.arm in CORNERS and not run.proof]
+    runs = [run for run in results.study.grid_runs() if run.arm in CORNERS and not run.proof]
     said = {stage: results.describe_missing(run for run in runs if run.stage == stage) for stage in stages}
     return "; ".join(f"{stage}, {text or 'a metric of some runs'}" for stage, text in said.items())
 

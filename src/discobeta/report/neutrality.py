@@ -22,9 +22,9 @@ def neutrality_frame(results: Results) -> pd.DataFrame:
     or missing.
     """
     study = results.study
-    by_place = {(run.stage, run.arm, run.seed, run.proof): run for run in study.runs()}
+    by_place = {(run.stage, run.arm, run.seed, run.proof): run for run in study.grid_runs()}
     rows = []
-    for run in study.runs():
+    for run in study.grid_runs():
         if run.arm.is_idle:
             twin = by_place.get((run.stage, run.arm.twin, run.seed, run.proof))
             verdicts = _verdicts(results, run, twin)

@@ -90,6 +90,12 @@ def predicts(study: Study, stage: str) -> bool:
     return STAGES[stage].has_pairs
 
 
+def stands_beside(study: Study, stage: str) -> bool:
+    """Whether it has controls or a sweep, or a baseline that evaluation calibrates."""
+    calibrates = "calibration_dataset" in study.data(study.draws()[0])
+    return bool(study.variants_of(stage)) or (STAGES[stage].has_pairs and calibrates)
+
+
 def answers(study: Study, stage: str) -> bool:
     """Whether its runs are trained on what they answer to prompts."""
     return not STAGES[stage].has_pairs
@@ -110,12 +116,16 @@ def shows_an_interaction(study: Study, stage: str) -> bool:
 
 TABLES = (
     Row("{stage}", "discobeta.report.cells:stage_table", "stage", "{stage}", TABLE),
+    Row(
+        "controls-{stage}", "discobeta.report.controls:controls_table",
+        "controls", "controls and sweeps of {stage}", TABLE, stands_beside,
+    ),
     Row("effects", "discobeta.report.effects:effects_table", "effects", "effects", TABLE),
     Row("comparisons", "discobeta.report.effects:comparisons_table", "comparisons", "comparisons", TABLE),
     Row("neutrality", "discobeta.report.neutrality:neutrality_table", "neutrality", "neutrality", TABLE),
     Row("cost", "discobeta.report.costs:cost_table", "cost", "cost", TABLE),
     Row("metrics", "discobeta.report.collect:metrics_table", "metrics", "every number", TABLE[:1]),
-)
+)  # fmt: skip
 
 FIGURES = (
     Row(

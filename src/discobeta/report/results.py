@@ -81,16 +81,19 @@ class Results:
         return self.found[run].absence
 
     def whole_runs(self, stage: str) -> list[Run]:
-        """The study's runs of a stage that are no proofs."""
-        return [run for run in self.study.runs() if run.stage == stage and not run.proof]
+        """The grid's runs of a stage that are no proofs."""
+        return [run for run in self.study.grid_runs() if run.stage == stage and not run.proof]
+
+    def variant_runs(self, stage: str) -> list[Run]:
+        """The runs of a stage beside the grid: controls and points of sweeps."""
+        return [run for run in self.study.runs() if run.stage == stage and run.variant]
 
     def describe_missing(self, runs: Iterable[Run]) -> str:
         """The runs that do not count, e.g. `baseline: seeds 2, 3 (not trained)`; empty if all do."""
         seeds: dict[tuple[str, str], list[int]] = {}
         for run in runs:
             if reason := self.absence(run):
-                name = f"{run.arm.name}, proof" if run.proof else run.arm.name
-                seeds.setdefault((name, reason), []).append(run.seed)
+                seeds.setdefault((run.name, reason), []).append(run.seed)
         texts = []
         for (name, reason), missing in seeds.items():
             texts.append(f"{name}: {enumerate_seeds(missing)} {reason if '(' in reason else f'({reason})'}")
@@ -178,12 +181,14 @@ class Results:
     def _check_upstream(self) -> None:
         """A ppo run is the study's if the runs that it has read are, and still say the same."""
         for run in self.study.runs():
-            for key, other in self.study.upstream(run).items():
+            for key, others in self.study.upstream(run).items():
                 if not self.counts(run):
                     continue
-                if fault := self.found[other].fault:
+                if fault := next(filter(None, (self.found[other].fault for other in others)), None):
                     self._refuse([run], f"stale (its {key} is {shorten(fault, LONGEST_REASON)})")
-                elif self.found[run].facts.get(key) != _hash_of_part(self.found[other].facts["files"], key):
+                    continue
+                now = [_hash_of_part(self.found[other].facts["files"], key) for other in others]
+                if self.found[run].facts.get(key) != identity.one_of(now):
                     self._refuse([run], f"stale ({key} has changed)")
 
     def _compare(self, runs: list[Run], key: str, now: dict[str, Any] | None) -> None:
