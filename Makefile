@@ -7,6 +7,7 @@
 # make bench        speed beside TRL, a quarter of an hour on two cores; BENCH="--quick" only tries whether it works
 # make keys         the pages and JSON schemas of all keys, from the source
 # make report       the HTML report of a study that has run
+# make paper        tables, figures and numbers.tex of a paper, from the committed numbers of studies; trains nothing
 #
 # Every target first sets up what it needs in $(VENV). Variables:
 #   CONFIG=config/x.yaml   the study of `ablation` and `report`      CORES=4   how many cores to use
@@ -19,7 +20,7 @@ CONFIG ?= config/config.yaml
 TORCH_INDEX ?=
 
 OVERLAYS := config/hh-rlhf-tiny.yaml config/neutrality.yaml config/quick-exp.yaml
-STUDIES := $(filter-out config/datasets.yaml $(OVERLAYS),$(wildcard config/*.yaml))
+STUDIES := $(filter-out config/datasets.yaml config/hypotheses.yaml $(OVERLAYS),$(wildcard config/*.yaml))
 READY := $(VENV)/.ready
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SNAKEMAKE := $(RUN) snakemake
@@ -27,7 +28,7 @@ SNAKEMAKE := $(RUN) snakemake
 WARM := $(RUN) python -m discobeta.warm snakemake
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: ablation smoke test test-kernels slurm-test test-faults lint dry-run bench keys report clean
+.PHONY: ablation smoke test test-kernels slurm-test test-faults lint dry-run bench keys report paper clean
 .NOTPARALLEL:
 
 ablation: $(READY)
@@ -40,6 +41,9 @@ smoke: $(READY)
 
 report: $(READY)
 	$(SNAKEMAKE) --configfile $(CONFIG) --report report.html
+
+paper: $(READY)
+	$(RUN) discobeta paper
 
 # One thread per test process: with more processes than cores, threads wait for each other.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(RUN) pytest

@@ -7,7 +7,16 @@ from math import comb
 import numpy as np
 import pytest
 
-from discobeta.report.statistics import bootstrap, holm, mean_ci, sign_flip_p, student_t, wilson
+from discobeta.report.statistics import (
+    bootstrap,
+    detectable,
+    equivalence_p,
+    holm,
+    mean_ci,
+    sign_flip_p,
+    student_t,
+    wilson,
+)
 
 
 def test_two_seeds_have_the_quantile_of_one_degree_of_freedom():
@@ -101,3 +110,75 @@ def test_bootstrap_of_many_is_the_normal_interval_and_of_few_there_is_none():
     assert (low, high) == pytest.approx((values.mean() - half_width, values.mean() + half_width), abs=0.06 * half_width)
     assert all(map(math.isnan, bootstrap([1, 2, 3, 4, 5])))
     assert bootstrap([1.0] * 6) == (1, 1)
+
+
+# --- with a direction, equivalence, and what can be found
+
+
+@pytest.mark.parametrize(
+    ("differences", "greater", "less"),
+    [
+        ([1.0, 2.0, 3.0], 1 / 8, 8 / 8),
+        ([-1.0, -2.0, -3.0], 8 / 8, 1 / 8),
+        ([3.0, -1.0, 1.0], 3 / 8, 7 / 8),  # the sum is 3, of 5, 3, 3, 1 and their negatives
+        ([0.0, 0.0], 1, 1),
+        ([0.1] * 5, 1 / 32, 1),
+    ],
+)
+def test_a_direction_counts_the_sums_on_its_side(differences, greater, less):
+    assert sign_flip_p(differences, "greater") == greater
+    assert sign_flip_p(differences, "less") == less
+
+
+def test_a_direction_agrees_with_trying_all_signs():
+    rng = np.random.default_rng(5)
+    for n in (3, 7, 10):
+        differences = rng.normal(0.3, 1, n)
+        sums = [np.dot(signs, differences) for signs in itertools.product((1, -1), repeat=n)]
+        share = np.mean(np.array(sums) >= sum(differences) - 1e-12)
+        assert sign_flip_p(differences.tolist(), "greater") == pytest.approx(share)
+        assert sign_flip_p((-differences).tolist(), "less") == pytest.approx(share)
+
+
+def test_many_differences_are_drawn_with_a_direction_too():
+    """All of 24 agree: no draw of 2^20 is likely to, so p is that of the observed one alone."""
+    assert sign_flip_p([0.1] * 24, "greater") <= 3 / 2**20
+    assert sign_flip_p([0.1] * 24, "less") == 1
+
+
+def test_equivalence_excludes_both_sides():
+    """Six that lie within ±3 by far: each test is at its least. One at -4: d + 3 is 3, 3, 3, 3, 3, -1, whose sum is 14,
+    and 16 with the last one turned; all other sums are less. All beyond 3: the sum is the greatest of all."""
+    assert equivalence_p([0.5, -0.5, 0.2, 0.1, -0.1, 0.3], 3) == 1 / 64
+    assert equivalence_p([0, 0, 0, 0, 0, -4], 3) == 2 / 64
+    assert equivalence_p([0, 0, 0, 0, 0, 4], 3) == 2 / 64
+    assert equivalence_p([5.5] * 6, 3) == 1
+
+
+def test_the_size_of_equivalence_is_nominal_where_the_truth_is_the_margin():
+    """Rejections of a mean of exactly ±margin, with sd .3 of it: 5 % within three standard errors, and never more."""
+    rng = np.random.default_rng(11)
+    for edge in (1, -1):
+        rejected = np.mean([equivalence_p(rng.normal(edge, 0.3, 10).tolist(), 1) <= 0.05 for _ in range(2000)])
+        assert abs(rejected - 51 / 1024) < 3 * math.sqrt(0.05 * 0.95 / 2000)
+
+
+def test_what_can_be_found_has_a_closed_form_where_all_must_agree():
+    """At alpha = 2^-n the test rejects where all differences are positive: Φ(δ)^n = .8; within a margin, |z| < m."""
+    # Φ(1.7099) = .8^(1/5) = .95635, and Φ(2.0174) = (1 + .95635) / 2
+    assert detectable(5, 1 / 32) == pytest.approx(1.7099, rel=0.02)
+    assert detectable(5, 1 / 32, margin=True) == pytest.approx(2.0174, rel=0.02)
+
+
+@pytest.mark.parametrize(("n", "alpha"), [(12, 0.0125), (16, 0.05)])
+def test_what_can_be_found_is_found_with_its_power(n, alpha):
+    rng = np.random.default_rng(17)
+    effect, margin = detectable(n, alpha), detectable(n, alpha, margin=True)
+    found = np.mean([sign_flip_p(rng.normal(effect, 1, n).tolist(), "greater") <= alpha for _ in range(1000)])
+    shown = np.mean([equivalence_p(rng.normal(0, 1, n).tolist(), margin) <= alpha for _ in range(1000)])
+    assert abs(found - 0.8) < 0.05 and abs(shown - 0.8) < 0.05  # four standard errors, and its own error
+
+
+def test_nothing_can_be_found_of_too_few():
+    assert detectable(5, 0.03) == math.inf  # 2^-5 = .03125
+    assert math.isfinite(detectable(5, 0.032))

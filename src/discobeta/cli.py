@@ -182,6 +182,27 @@ def parser() -> argparse.ArgumentParser:
     ):
         sub = add_study(name, command, help)
         sub.add_argument("--strict", action="store_true", help="write nothing unless every run counts")
+
+    def add_published(name: str, command, help: str) -> argparse.ArgumentParser:
+        sub = add(name, command, help)
+        sub.add_argument(
+            "--hypotheses", type=Path, default=Path("config/hypotheses.yaml"), metavar="FILE", help="what is registered"
+        )
+        sub.add_argument(
+            "--results", type=Path, default=Path("results/published/world"), metavar="DIR",
+            help="holds a folder with metrics.csv and config.yaml of each study",
+        )  # fmt: skip
+        return sub
+
+    sub = add_published("verdicts", verdicts, "judge registered hypotheses by the committed numbers of studies")
+    sub.add_argument("--json", action="store_true", help="as a list of objects")
+    sub.add_argument("--output", type=Path, metavar="DIR", help="also write verdicts.csv, .md and .tex there")
+    sub.add_argument(
+        "--simulate", type=int, metavar="N",
+        help="instead, how often N simulated studies in which there is nothing to find are judged wrongly",
+    )  # fmt: skip
+    sub = add_published("paper", paper, "write every table, figure and number of a paper from committed numbers")
+    sub.add_argument("--output", type=Path, default=Path("results/published/world/paper"), metavar="DIR")
     return top
 
 
@@ -370,6 +391,42 @@ def figures(arguments: argparse.Namespace) -> None:
     from discobeta.report import figures as study_figures
 
     study_figures.write(_results(arguments, curves=True))
+
+
+def verdicts(arguments: argparse.Namespace) -> None:
+    from discobeta.files import write_text
+    from discobeta.folders import claim
+    from discobeta.report import error_rates, hypotheses
+
+    registered = hypotheses.read(arguments.hypotheses)
+    made_by = {"hypotheses": hypotheses.digest(arguments.hypotheses)}
+    if arguments.simulate is not None:
+        if arguments.simulate < 1:
+            raise UserError(f"--simulate {arguments.simulate} should be at least 1")
+        name, table = "error-rates", error_rates.error_rates(registered, arguments.simulate, made_by)
+        rows = table.frame.to_dict("records")
+    else:
+        found = hypotheses.judge(registered, hypotheses.from_folder(arguments.results))
+        name, table = "verdicts", hypotheses.verdicts_table(registered, found, made_by)
+        rows = hypotheses.json_rows(registered, found)
+    print(json.dumps(rows, indent=1, ensure_ascii=False) if arguments.json else table.markdown(), end="")
+    if arguments.output:
+        files = {f"{name}.{ending}": ending for ending in ("csv", "md", "tex")}
+        claim(arguments.output, f"discobeta {name}", files)
+        for file, ending in files.items():
+            write_text(arguments.output / file, table.text(ending, name))
+
+
+def paper(arguments: argparse.Namespace) -> None:
+    from discobeta.report import hypotheses
+    from discobeta.report import paper as study_paper
+
+    registered, digest = hypotheses.read(arguments.hypotheses), hypotheses.digest(arguments.hypotheses)
+    made = study_paper.write(arguments.results, registered, digest, arguments.output)
+    counts = {"studies": made.studies, "tables": made.tables, "figures": made.figures, "numbers": made.macros}
+    print(f"{', '.join(f'{len(of)} {name}' for name, of in counts.items())}: {arguments.output}")
+    for name, ids in sorted(made.absent.items()):
+        print(f"not there: {name}, asked for by {', '.join(ids)}")
 
 
 def _results(arguments: argparse.Namespace, *, curves: bool):

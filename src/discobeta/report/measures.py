@@ -86,6 +86,14 @@ PANELS = {
 
 METRICS = {metric.name: metric for metrics in PANELS.values() for metric in metrics}
 
+FURTHER = [
+    Metric("tuned/pref_beta", "β chosen on\ncalibration pairs", 2),
+    Metric("cost/seconds", "Seconds\nper run", 1, "↓"),
+]
+"""Printed of published studies beside METRICS."""
+
+MEASURES = METRICS | {metric.name: metric for metric in FURTHER}
+
 LANDMARKS = {
     "bayes_accuracy": "Bayes limit of the accuracy",
     "oracle_nll": "NLL of the oracle",

@@ -18,7 +18,7 @@ LATEX = str.maketrans(
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     | {"<": "$<$", ">": "$>$", "|": r"\textbar{}", "\u00a0": "~"}
     | {"±": r"$\pm$", "−": "$-$", "×": r"$\times$", "‖": r"$\|$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
-    | {"–": "--", "β": r"$\beta$", "ρ": r"$\rho$", "σ": r"$\sigma$", "₀": r"$_0$"}
+    | {"≤": r"$\leq$", "µ": r"$\mu$", "–": "--", "β": r"$\beta$", "ρ": r"$\rho$", "σ": r"$\sigma$", "₀": r"$_0$"}
 )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from functools import cache
+from typing import Literal
 
 import numpy as np
 
 EXACT = 20  # differences: of more, not all signs are tried
 BOOTSTRAP_FROM = 6  # values
+SUBSETS = 14  # differences: of more, not all subsets are looked at
 
 
 def mean_ci(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -57,25 +60,86 @@ def wilson(successes: float, trials: int, z: float = 1.959964) -> tuple[float, f
     return centre - half_width, centre + half_width
 
 
-def sign_flip_p(differences: Sequence[float]) -> float:
-    """Two-sided p of the sign-flip test that paired differences are symmetric about zero (Fisher 1935).
+Direction = Literal["less", "greater", "different"]
+
+
+def sign_flip_p(differences: Sequence[float], direction: Direction = "different") -> float:
+    """p of the sign-flip test that paired differences are symmetric about zero (Fisher 1935).
 
     The share of the 2^n ways to choose their signs whose |sum| is at least the observed one: exact, and never
-    below 2^(1-n). From more than 20 differences, 2^20 ways are drawn and the observed one is counted in. NaN of none.
+    below 2^(1-n). With a direction the alternative is that they lie below zero (`less`) or above it (`greater`), and
+    the share that of the sums at least as far on that side, never below 2^-n; it is also valid where they are
+    symmetric about a number on the other side. From more than 20 differences, 2^20 ways are drawn and the observed
+    one is counted in. NaN of none.
     """
     if not len(differences):
         return math.nan
-    observed = abs(math.fsum(differences)) * (1 - 1e-9)  # sums of the same numbers differ in their last bits
+    total = math.fsum(differences)
+    if direction == "different":
+        side, observed = np.abs, abs(total) * (1 - 1e-9)  # sums of the same numbers differ in their last bits
+    else:
+        towards = 1.0 if direction == "greater" else -1.0
+        side = functools.partial(np.multiply, towards)
+        observed = towards * total - 1e-9 * math.fsum(map(abs, differences))
     if len(differences) <= EXACT:
         sums = np.zeros(1)
         for value in differences:
             sums = np.concatenate([sums + value, sums - value])
-        return float(np.mean(np.abs(sums) >= observed))
+        return float(np.mean(side(sums) >= observed))
     signs = np.random.default_rng(0)
     sums = np.zeros(2**EXACT)
     for value in differences:
         sums += value * signs.choice([-1.0, 1.0], size=sums.shape)
-    return float((np.sum(np.abs(sums) >= observed) + 1) / (len(sums) + 1))
+    return float((np.sum(side(sums) >= observed) + 1) / (len(sums) + 1))
+
+
+def equivalence_p(differences: Sequence[float], margin: float) -> float:
+    """p of two one-sided tests that the differences lie within ±margin (TOST, Schuirmann 1987), by sign flips.
+
+    The larger of the p that d + margin lies above zero and the p that d - margin lies below it. Either test is exact
+    where the differences are symmetric about the edge that it excludes, so together they err with probability alpha
+    at most wherever beyond the margin the truth lies. NaN of none.
+    """
+    above = sign_flip_p([value + margin for value in differences], "greater")
+    return max(above, sign_flip_p([value - margin for value in differences], "less"))
+
+
+def detectable(n: int, alpha: float, power: float = 0.8, *, margin: bool = False) -> float:
+    """The least mean difference, in standard deviations of a seed's, that the one-sided sign-flip test finds.
+
+    That is, whose p is at most alpha with probability `power`, of n independent normal differences; infinite where
+    2^-n > alpha. With `margin`, the least margin within which differences of mean zero are shown to lie.
+
+    Let z be the differences less their mean delta. A choice of signs that turns the subset F reaches the observed sum
+    where delta <= mean_F(-z), so p <= alpha exactly where delta is above the k-th largest of the 2^n - 1 subset means,
+    k = floor(alpha 2^n). The answer is the quantile `power` of that number over draws of z (its Monte-Carlo error is
+    about 2 % of itself). Of more than 14 differences, subsets are drawn.
+    """
+    return _detectable(n, round(alpha, 12), power, margin)
+
+
+@cache
+def _detectable(n: int, alpha: float, power: float, margin: bool) -> float:
+    bits = min(n, SUBSETS)
+    rank = math.floor(alpha * 2**bits + 1e-9)
+    if rank < 1:
+        return math.inf
+    draws = np.random.default_rng(0).standard_normal((max(1000, 2**22 // 2**bits), n))
+    of_subset = np.zeros((2**bits - 1, n))
+    if n == bits:
+        of_subset[:] = (np.arange(1, 2**n)[:, None] >> np.arange(n)) & 1
+    else:
+        of_subset[:] = np.random.default_rng(1).integers(2, size=of_subset.shape)
+    of_subset /= np.maximum(of_subset.sum(axis=1, keepdims=True), 1)
+    found = []
+    for part in np.array_split(draws, math.ceil(len(draws) / 64)):
+        means = part @ of_subset.T
+        place = means.shape[1] - rank
+        critical = np.partition(means, place, axis=1)[:, place]
+        if margin:
+            critical = np.maximum(critical, -np.partition(means, rank - 1, axis=1)[:, rank - 1])
+        found.append(critical)
+    return round(float(np.quantile(np.concatenate(found), power)), 3)  # kernels differ in the last bits
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,0 +1,423 @@
+"""What a paper prints, from the committed numbers of published studies: tables, figures, and a macro per number.
+
+`write` reads metrics.csv and config.yaml of every study below a folder and the registered hypotheses, trains nothing,
+and writes the same bytes from the same numbers. A study that a hypothesis asks for and that is not there is named.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from discobeta.design.arms import BY_NAME, CORNERS
+from discobeta.design.stages import STAGES
+from discobeta.errors import UserError
+from discobeta.files import remove, write_text
+from discobeta.folders import claim, mark_of, write_mark
+from discobeta.report import effects, frontier, hypotheses, published
+from discobeta.report.effects import p_value
+from discobeta.report.frontier import REWARD, frontiers, has_frontier, kl_of
+from discobeta.report.hypotheses import Registered, Verdict
+from discobeta.report.measures import MEASURES
+from discobeta.report.published import Published, Source, label_of
+from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, escape, number
+from discobeta.report.statistics import holm, mean_ci, sign_flip_p
+
+MADE_BY = "discobeta paper"
+POSTHOC = re.compile(r"posthoc/([^/]+)/(.+)")
+
+
+@dataclass
+class Paper:
+    """All that is printed. tables, figures: name of the file -> what is in it. absent: study -> who asks for it."""
+
+    studies: list[Published]
+    verdicts: list[Verdict]
+    tables: dict[str, Table]
+    figures: dict[str, Any]
+    macros: dict[str, str]
+    absent: dict[str, list[str]]
+
+
+def make(folder: Path, registered: Registered, digest: str) -> Paper:
+    """Raises UserError where what is there cannot be read."""
+    names = published.studies(folder)
+    studies = [published.read(folder, name) for name in names]
+    verdicts = hypotheses.judge(registered, hypotheses.from_folder(folder))
+    absent: dict[str, list[str]] = {}
+    for hypothesis in registered.hypotheses:
+        for name in published.missing(folder, hypothesis.studies):
+            absent.setdefault(name, []).append(hypothesis.id)
+    tables = {"hypotheses": hypotheses.verdicts_table(registered, verdicts, {"hypotheses": digest})}
+    for study in studies:
+        for stage in study.stages:
+            tables[f"{_file(study)}-{stage}"] = numbers_table(study, stage)
+            if frontier.swept(study, stage):
+                tables[f"{_file(study)}-{stage}-sweep"] = sweep_table(study, stage)
+            if has_frontier(study, stage):
+                tables[f"{_file(study)}-{stage}-matched"] = matched_table(study, stage)
+        effects_there = effects_table(study)
+        if len(effects_there.frame):
+            tables[f"{_file(study)}-effects"] = effects_there
+    from discobeta.report import paper_figures
+
+    figures = {"hypotheses": paper_figures.forest(verdicts)}
+    for study in studies:
+        for stage in study.stages:
+            if has_frontier(study, stage):
+                figures[f"{_file(study)}-{stage}-frontier"] = paper_figures.frontier_figure(study, stage)
+    return Paper(studies, verdicts, tables, figures, dict(macros(studies, verdicts, tables)), absent)
+
+
+def write(folder: Path, registered: Registered, digest: str, output: Path) -> Paper:
+    """`make`, into `output`; files of ours of a study that is gone are removed."""
+    from discobeta.report.figures import save
+
+    paper = make(folder, registered, digest)
+    tables = {f"{name}.{ending}": (name, ending) for name in paper.tables for ending in ("csv", "md", "tex")}
+    figures = {f"{name}.{ending}": name for name in paper.figures for ending in ("pdf", "png")}
+    names = [*tables, *figures, "numbers.tex", "README.md"]
+    before = (mark_of(output) or {}).get("parts", [])
+    claim(output, MADE_BY, names)
+    for name in set(before) - set(names):
+        remove(output / name)
+    write_mark(output, MADE_BY, names)
+    for file, (name, ending) in tables.items():
+        write_text(output / file, paper.tables[name].text(ending, name))
+    for name, figure in paper.figures.items():
+        save(figure, [output / f"{name}.{ending}" for ending in ("pdf", "png")])
+    write_text(output / "numbers.tex", macros_text(paper))
+    write_text(output / "README.md", index(paper, digest))
+    return paper
+
+
+def _file(study: Published) -> str:
+    return study.name.replace("/", "-")
+
+
+# --- rows: the arms of the grid that use their heads, their controls, and what was fitted afterwards
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A row: runs, and (posthoc) under which fit their numbers are read."""
+
+    source: Source
+    posthoc: str = ""
+
+    @property
+    def label(self) -> str:
+        return label_of(self.source) + (f", post-hoc {self.posthoc.replace('_', ' ')}" if self.posthoc else "")
+
+    def metric(self, name: str) -> str:
+        return f"posthoc/{self.posthoc}/{name}" if self.posthoc else name
+
+
+def printed_rows(study: Published, stage: str) -> list[Printed]:
+    """By arm; swept points and idle heads are left out."""
+    sources = [source for source in study.sources(stage) if "=" not in source.variant]
+    sources = [source for source in sources if not BY_NAME[source.arm].is_idle]
+    order = {arm.name: place for place, arm in enumerate(CORNERS)}
+    sources.sort(key=lambda source: (order[source.arm], source.variant))
+    rows = []
+    for source in sources:
+        rows.append(Printed(source))
+        found = [POSTHOC.fullmatch(name) for name in sorted(study.metrics_of(stage, source))]
+        rows += [Printed(source, fit) for fit in dict.fromkeys(match[1] for match in found if match)]
+    return rows
+
+
+def numbers_table(study: Published, stage: str) -> Table:
+    """Mean ± CI over seeds of what was measured, of every arm and control at the study's own settings."""
+    rows = printed_rows(study, stage)
+    there = {metric for row in rows for metric in study.metrics_of(stage, row.source)}
+    names = [name for name in MEASURES if name in there and not name.startswith(("posthoc/", "calibration/"))]
+    records = []
+    for row in rows:
+        record: dict[str, Any] = {"arm": row.source.arm, "variant": row.source.variant, "posthoc": row.posthoc}
+        record["label"] = label_of(row.source, study) + row.label.removeprefix(label_of(row.source))
+        for name in names:
+            values = list(study.values(stage, row.source, row.metric(name)).values())
+            record[name], record[f"{name}_ci95"] = mean_ci(values)
+            record[f"{name}_n"] = len(values)
+        record["n_seeds"] = max((record[f"{name}_n"] for name in names), default=0)
+        record["n_expected"] = len(study.seeds)
+        records.append(record)
+    columns = [
+        Column("Arm", lambda row: row["label"], is_number=False),
+        Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
+        *(Column(MEASURES[name].header, lambda row, name=name: _estimate(row, name)) for name in names),
+    ]
+    notes = [
+        "Mean over seeds ± half-width of its 95 % confidence interval (Student). Arms share their seeds: whether "
+        "two differ is said by paired differences.",
+        study.made_by_line,
+    ]
+    return Table(pd.DataFrame(records), [Panel(f"{STAGES[stage].title}, {study.name}.", columns)], notes, study.made_by)
+
+
+def _estimate(row: Row, name: str) -> str:
+    if row[f"{name}_n"] == 0:
+        return NOTHING
+    decimals = MEASURES[name].decimals
+    interval = row[f"{name}_ci95"]
+    text = number(row[name], decimals) + ("" if math.isnan(interval) else f" ± {number(interval, decimals)}")
+    n = row[f"{name}_n"]
+    return text if n == row["n_seeds"] else f"{text} ({n} of {row['n_seeds']})"
+
+
+# --- sweeps and what is matched
+
+
+def sweep_table(study: Published, stage: str) -> Table:
+    """Every point of a sweep: mean ± CI over seeds."""
+    names = [kl_of(study, stage), REWARD, "regret", "well_formed", "excess_kl"]
+    names = [name for name in names if name in study.metrics(stage) and name in MEASURES]
+    records = []
+    for source in frontier.swept(study, stage):
+        for run in study.sources(stage):
+            variant, setting = published.split_variant(run.variant, "pref_beta")
+            if Source(run.arm, variant) != source:
+                continue
+            setting = float(study.setting(stage, "pref_beta", variant) if setting is None else setting)
+            record = {
+                "arm": source.arm,
+                "variant": source.variant,
+                "label": label_of(source, study),
+                "pref_beta": setting,
+            }
+            for name in names:
+                values = list(study.values(stage, run, name).values())
+                record[name], record[f"{name}_ci95"] = mean_ci(values)
+                record[f"{name}_n"] = len(values)
+            record |= {"n_seeds": max(record[f"{name}_n"] for name in names), "n_expected": len(study.seeds)}
+            records.append(record)
+    order = {source.text: place for place, source in enumerate(frontier.swept(study, stage))}
+    records.sort(key=lambda row: (order[Source(row["arm"], row["variant"]).text], row["pref_beta"]))
+    columns = [
+        Column("Arm", lambda row: row["label"], is_number=False),
+        Column("β", lambda row: f"{row['pref_beta']:g}"),
+        Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
+        *(Column(MEASURES[name].header, lambda row, name=name: _estimate(row, name)) for name in names),
+    ]
+    notes = ["Mean over seeds ± half-width of its 95 % confidence interval (Student).", study.made_by_line]
+    caption = f"{STAGES[stage].title}, {study.name}: the sweep over β."
+    return Table(pd.DataFrame(records), [Panel(caption, columns)], notes, study.made_by, ["label"])
+
+
+def remarks(found: dict[Source, dict[int, list[frontier.Point]]]) -> list[str]:
+    """Which runs are left out, and which lines are not in the order of β."""
+    dropped, unordered = frontier.remarks(found)
+    texts = [f"Dropped, of fewer than 90 % well-formed responses (their share): {dropped}."] if dropped else []
+    return texts + ([f"KL does not fall along β, points are joined by their KL: {unordered}."] if unordered else [])
+
+
+def matched_table(study: Published, stage: str) -> Table:
+    """What arms differ by at matched KL: each from the baseline, a control from its own arm too, the interaction."""
+    found = frontiers(study, stage)
+    pairs: list[tuple[str, str, dict[Source, float]]] = []
+    for source in found:
+        others = [Source(CORNERS[0].name), *([Source(source.arm)] if source.variant else [])]
+        for other in dict.fromkeys(others):
+            if other != source and other in found:
+                name = f"{label_of(source, study)} − {label_of(other, study)}"
+                key = f"{label_of(source)} − {label_of(other)}"
+                pairs.append((name, key, {source: 1.0, other: -1.0}))
+    for name, weights in effects.factorial().items():
+        if " × " in name and all(Source(arm.name) in found for arm in weights):
+            pairs.append((name, name, {Source(arm.name): weight for arm, weight in weights.items()}))
+    records, notes = [], []
+    for name, key, weights in pairs:
+        result = frontier.matched(weights, {source: found[source] for source in weights})
+        values = list(result.differences.values())
+        mean, half_width = mean_ci(values)
+        ranges = list(result.ranges.values())
+        records.append(
+            {
+                "contrast": name,
+                "key": key,
+                "n_seeds": len(values),
+                "n_expected": len(study.seeds),
+                "difference": mean,
+                "ci95": half_width,
+                "p": sign_flip_p(values),
+                "kl_low": mean_ci([low for low, _ in ranges])[0],
+                "kl_high": mean_ci([high for _, high in ranges])[0],
+                "differences": " ".join(f"{seed}:{value!r}" for seed, value in result.differences.items()),
+                "undecidable": "; ".join(f"seed {seed}: {why}" for seed, why in result.undecidable.items()),
+            }
+        )
+        notes += [f"{name}: not compared: {records[-1]['undecidable']}."] if result.undecidable else []
+    notes += remarks(found)
+    decimals = MEASURES[REWARD].decimals
+    columns = [
+        Column("Difference", lambda row: row["contrast"], is_number=False),
+        Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
+        Column("Common KL", lambda row: f"{number(row['kl_low'], 2)} to {number(row['kl_high'], 2)}"),
+        Column("Mean ± 95 % CI", lambda row: _difference(row, decimals)),
+        Column("p", lambda row: p_value(row["p"])),
+    ]
+    notes = [
+        "True reward at matched KL: along the sweep over β, linear between points in the order of their KL, averaged "
+        "per seed over the range of KL that all arms of the difference have; nothing beyond it. p: two-sided sign-flip "
+        f"test, not corrected. KL: {kl_of(study, stage)}.",
+        *notes,
+        study.made_by_line,
+    ]
+    caption = f"{STAGES[stage].title}, {study.name}: true reward at matched KL."
+    return Table(pd.DataFrame(records), [Panel(caption, columns)], notes, study.made_by)
+
+
+def _difference(row: Row, decimals: int) -> str:
+    text = number(row["difference"], decimals)
+    return text if math.isnan(row["ci95"]) else f"{text} ± {number(row['ci95'], decimals)}"
+
+
+def effects_table(study: Published) -> Table:
+    """The factorial effects of the grid's own runs, and Holm's p over those of a stage."""
+    grid = study.frame[study.frame["variant"] == ""]
+    frame = effects.effects_frame(study, grid, effects.factorial())
+    tested = frame.metric.isin(["excess_kl", "nll", REWARD])
+    frame["p"] = [sign_flip_p(of) if test else math.nan for of, test in zip(frame.differences, tested, strict=True)]
+    frame["p_holm"] = frame.groupby("stage").p.transform(lambda p: holm(p.tolist())) if len(frame) else []
+    columns = [
+        Column("Stage", lambda row: row["stage"], is_number=False),
+        Column("Metric", lambda row: MEASURES[row["metric"]].header.replace("\n", " "), is_number=False),
+        Column("Effect", lambda row: row["contrast"], is_number=False),
+        Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
+        Column("Mean ± 95 % CI", lambda row: _difference(row, MEASURES[row["metric"]].decimals)),
+        Column("p", lambda row: p_value(row["p"])),
+        Column("p (Holm)", lambda row: p_value(row["p_holm"])),
+    ]
+    notes = [
+        "Main effects and interaction of the 2×2 design at the study's own β, paired over seeds. p: two-sided "
+        "sign-flip test; Holm's correction is over the tests of a stage. Exploratory beside the registered hypotheses.",
+        study.made_by_line,
+    ]
+    caption = f"What the two ideas do, {study.name}."
+    frame = frame.drop(columns="differences")
+    return Table(frame, [Panel(caption, columns)], notes, study.made_by, ["stage", "metric"])
+
+
+# --- macros
+
+DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
+WORDS = {str(digit): word for digit, word in enumerate(DIGITS)} | {"=": "Is"}
+
+
+def macro_name(*parts: str) -> str:
+    r"""A name of letters only: `val`, and the words of the parts, e.g. \valBothRmDiscoExcessKl."""
+    words = []
+    for part in parts:
+        part = re.sub(r"(?<=\d)\.(?=\d)", "Point", part)
+        for word in re.split(r"[^A-Za-z0-9=]+", part):
+            spelled = "".join(WORDS.get(letter, letter) for letter in word)
+            words.append(spelled[:1].upper() + spelled[1:])
+    return "val" + "".join(words)
+
+
+def macros(studies: list[Published], verdicts: list[Verdict], tables: dict[str, Table]) -> Iterator[tuple[str, str]]:
+    """Name -> what it prints, of every number that a text would quote. Raises UserError where two have one name."""
+    seen: dict[str, str] = {}
+    for name, text, of in _macros(studies, verdicts, tables):
+        if name in seen and seen[name] != of:
+            raise UserError(f"{of} and {seen[name]} would both be \\{name}: rename a study, a control or a hypothesis")
+        seen[name] = of
+        yield name, text
+
+
+def _macros(
+    studies: list[Published], verdicts: list[Verdict], tables: dict[str, Table]
+) -> Iterator[tuple[str, str, str]]:
+    def of_row(names: list[str], row: Row, key: str, decimals: int) -> Iterator[tuple[str, str, str]]:
+        if math.isnan(row[key]):
+            return
+        of = " ".join(names)
+        yield macro_name(*names), number(row[key], decimals), of
+        interval = row.get("ci95" if key == "difference" else f"{key}_ci95", math.nan)
+        if not math.isnan(interval):
+            yield macro_name(*names, "ci"), number(interval, decimals), f"{of} ci"
+
+    for study in studies:
+        yield macro_name(study.name, "seeds"), str(len(study.seeds)), f"{study.name} seeds"
+        for stage in study.stages:
+            for row in tables[f"{_file(study)}-{stage}"].frame.to_dict("records"):
+                who = [study.name, stage, BY_NAME[row["arm"]].label, row["variant"], _posthoc(row)]
+                for name in MEASURES:
+                    if name in row:
+                        yield from of_row([*filter(None, who), name], row, name, MEASURES[name].decimals)
+            for row in _rows(tables, f"{_file(study)}-{stage}-sweep"):
+                who = [study.name, stage, BY_NAME[row["arm"]].label, row["variant"], f"beta={row['pref_beta']:g}"]
+                for name in MEASURES:
+                    if name in row:
+                        yield from of_row([*filter(None, who), name], row, name, MEASURES[name].decimals)
+            for row in _rows(tables, f"{_file(study)}-{stage}-matched"):
+                who = [study.name, stage, "matched", _words(row["key"])]
+                yield from of_row(who, row, "difference", MEASURES[REWARD].decimals)
+                if not math.isnan(row["p"]):
+                    yield macro_name(*who, "p"), p_value(row["p"]), " ".join([*who, "p"])
+        for row in _rows(tables, f"{_file(study)}-effects"):
+            who = [study.name, row["stage"], "effect", _words(row["contrast"]), row["metric"]]
+            yield from of_row(who, row, "difference", MEASURES[row["metric"]].decimals)
+            for key in ("p", "p_holm"):
+                if not math.isnan(row[key]):
+                    yield macro_name(*who, key), p_value(row[key]), " ".join([*who, key])
+    for verdict in verdicts:
+        name, decimals = verdict.hypothesis.id, verdict.hypothesis.decimals
+        yield macro_name(name, "verdict"), verdict.verdict, f"{name} verdict"
+        yield macro_name(name, "seeds"), str(verdict.n), f"{name} seeds"
+        found = {"difference": verdict.difference, "ci": verdict.ci95, "detectable": verdict.detectable}
+        for key, value in found.items():
+            if math.isfinite(value):
+                yield macro_name(name, key), number(value, decimals), f"{name} {key}"
+        for key, value in (("p", verdict.p), ("p holm", verdict.p_holm), ("p against holm", verdict.against_holm)):
+            if not math.isnan(value):
+                yield macro_name(name, key), p_value(value), f"{name} {key}"
+    for of in ("supported", "equivalent", "contradicted", "undecided", "undecidable"):
+        yield macro_name(of), str(sum(verdict.verdict == of for verdict in verdicts)), of
+
+
+def _posthoc(row: Row) -> str:
+    return f"posthoc {row['posthoc']}" if row["posthoc"] else ""
+
+
+def _rows(tables: dict[str, Table], name: str) -> list[dict[str, Any]]:
+    return tables[name].frame.to_dict("records") if name in tables else []
+
+
+def _words(contrast: str) -> str:
+    return contrast.replace(" × ", " times ").replace(" − ", " minus ").replace(" + ", " plus ")
+
+
+def macros_text(paper: Paper) -> str:
+    lines = ["% every number that a text would quote, made by `discobeta paper`"]
+    lines += [f"% {study.made_by_line}" for study in paper.studies]
+    lines += [f"\\newcommand{{\\{name}}}{{{escape(text)}}}" for name, text in paper.macros.items()]
+    return "\n".join(lines) + "\n"
+
+
+# --- what there is
+
+
+def index(paper: Paper, digest: str) -> str:
+    """The first page: verdicts, what there is, and what is not there."""
+    lines = ["# Tables, figures and numbers", ""]
+    lines += [f"Made by `make paper` from the committed numbers; hypotheses {digest}.", ""]
+    if paper.absent:
+        texts = (f"{name} ({', '.join(ids)})" for name, ids in sorted(paper.absent.items()))
+        lines += [f"**Not there**, though hypotheses ask for it: {'; '.join(texts)}.", ""]
+    lines += [f"- {study.made_by_line}" for study in paper.studies] or ["No study is there."]
+    lines += ["", "| table | |", "|---|---|"]
+    for name, table in paper.tables.items():
+        links = ", ".join(f"[{ending}]({name}.{ending})" for ending in ("md", "csv", "tex"))
+        lines.append(f"| {table.panels[0].caption} | {links} |")
+    lines += ["", f"Every number as a LaTeX macro: [numbers.tex](numbers.tex), {len(paper.macros):,} of them.", ""]
+    for name in paper.figures:
+        lines += [f"![{name}]({name}.png)", ""]
+    return "\n".join(lines)

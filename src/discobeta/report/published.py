@@ -1,0 +1,229 @@
+"""Numbers of studies that have run, as they are committed: of each a folder with metrics.csv and config.yaml.
+
+No run directory is read, no weights, and nothing that needs torch: everything in `hypotheses` and `paper` comes from
+these two files.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from discobeta.design.arms import BY_NAME, Arm
+from discobeta.design.config import default_of
+from discobeta.design.stages import STAGES
+from discobeta.design.yaml_text import read_yaml
+from discobeta.errors import UserError, shown, telling
+from discobeta.files import check_regular
+
+TUNED, CHOSEN_BY, SWEPT = "tuned-beta", "calibration/nll", "pref_beta"
+COORDINATES = ["stage", "arm", "variant", "seed", "metric"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Arm and variant of runs, "" being the grid's own; as a row of a table, e.g. `baseline, probit`."""
+
+    arm: str
+    variant: str = ""
+
+    @property
+    def text(self) -> str:
+        return f"{self.arm}, {self.variant}" if self.variant else self.arm
+
+
+@dataclass
+class Published:
+    """The numbers of one study, or of several parts of one.
+
+    frame: long, `COORDINATES` and value. settings: the merged config. made_by: study, config digest and commit.
+    It has what `effects.effects_frame` asks a study for.
+    """
+
+    name: str
+    frame: pd.DataFrame
+    settings: dict[str, Any]
+    made_by: dict[str, str]
+
+    @functools.cached_property
+    def by_cell(self) -> dict[tuple[str, str, str, str], dict[int, float]]:
+        """(stage, arm, variant, metric) -> seed -> value."""
+        found: dict[tuple[str, str, str, str], dict[int, float]] = {}
+        columns = (self.frame[name].tolist() for name in (*COORDINATES, "value"))
+        for stage, arm, variant, seed, metric, value in zip(*columns, strict=True):
+            found.setdefault((stage, arm, variant, metric), {})[seed] = value
+        return found
+
+    def values(self, stage: str, source: Source, metric: str) -> dict[int, float]:
+        """Seed -> value, of the seeds that have one."""
+        return self.by_cell.get((stage, source.arm, source.variant, metric), {})
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those of the config, whether their numbers are there or not."""
+        return list(self.settings.get("seeds") or sorted(set(self.frame["seed"])))
+
+    @property
+    def stages(self) -> list[str]:
+        """Those with any number."""
+        there = {cell[0] for cell in self.by_cell}
+        return [stage for stage in STAGES if stage in there]
+
+    def arms_of(self, stage: str) -> list[Arm]:
+        """The arms of the grid with any number."""
+        return [Arm.from_name(source.arm) for source in self.sources(stage) if not source.variant]
+
+    def sources(self, stage: str) -> list[Source]:
+        """Arms and variants with any number, in the order of the file."""
+        return list(dict.fromkeys(Source(arm, variant) for of, arm, variant, _ in self.by_cell if of == stage))
+
+    def metrics(self, stage: str) -> set[str]:
+        return {metric for of, _, _, metric in self.by_cell if of == stage}
+
+    def metrics_of(self, stage: str, source: Source) -> set[str]:
+        return {cell[3] for cell in self.by_cell if cell[:3] == (stage, source.arm, source.variant)}
+
+    @property
+    def made_by_line(self) -> str:
+        n = len(self.seeds)
+        of = f"Study {self.name}, {n} seed{'s' * (n != 1)}"
+        return f"{of}, config {self.made_by['config']}, commit {self.made_by['commit']}."
+
+    def setting(self, stage: str, key: str, control: str = "") -> Any:
+        """What the grid's own runs have of a run key, or those of a control."""
+        common, section = (self.settings.get(name) or {} for name in ("common", stage))
+        of_control = (self.settings.get("controls") or {}).get(control) or {}
+        given = common | section | (of_control.get("settings") or {})
+        return given[key] if key in given else default_of(key, stage)
+
+
+def label_of(source: Source, study: Published | None = None) -> str:
+    """E.g. `Disco, probit`; a control's own label, where its study gives one."""
+    label = BY_NAME[source.arm].label
+    label = label[0].upper() + label[1:]
+    if not source.variant:
+        return label
+    if source.variant.rpartition(",")[2] == TUNED:
+        return f"{label_of(Source(source.arm, source.variant.rpartition(',')[0]), study)}, β tuned"
+    control = ((study.settings.get("controls") or {}).get(source.variant) or {}) if study else {}
+    return f"{label}, {control.get('label') or source.variant}"
+
+
+def studies(folder: Path) -> list[str]:
+    """Names of the studies under `folder`: the folders with a metrics.csv, nested ones with slashes."""
+    return sorted(path.parent.relative_to(folder).as_posix() for path in folder.rglob("metrics.csv"))
+
+
+def read(folder: Path, names: str | Iterable[str]) -> Published:
+    """A study, or the parts of one put together, which must not measure one run twice."""
+    names = [names] if isinstance(names, str) else list(names)
+    parts = [_read_one(folder, name) for name in names]
+    if len(parts) == 1:
+        return parts[0]
+    frame = pd.concat([part.frame for part in parts], ignore_index=True)
+    if twice := frame[frame.duplicated(COORDINATES)].to_dict("records"):
+        first = twice[0]
+        where = ", ".join(str(first[name]) for name in COORDINATES if first[name] != "")
+        raise UserError(f"{folder}: {' and '.join(names)} both hold {where}: parts of a study have runs of their own")
+    made_by = {key: " ".join(dict.fromkeys(part.made_by[key] for part in parts)) for key in parts[0].made_by}
+    seeds = sorted({seed for part in parts for seed in part.settings.get("seeds", [])})
+    return Published(" + ".join(names), frame, parts[0].settings | {"seeds": seeds}, made_by)
+
+
+def missing(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of the studies whose numbers are not there."""
+    return [name for name in names if not (folder / name / "metrics.csv").is_file()]
+
+
+@functools.lru_cache(maxsize=64)
+def _read_one(folder: Path, name: str) -> Published:
+    frame = read_metrics(folder / name / "metrics.csv")
+    config = folder / name / "config.yaml"
+    settings = read_yaml(config)
+    seeds = settings.get("seeds", [])
+    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+        raise UserError(f"{config}: seeds: {shown(seeds)} should be a list of whole numbers")
+    for key in ("common", "controls", *STAGES):
+        if not isinstance(settings.get(key) or {}, dict):
+            raise UserError(f"{config}: {key} should hold `key: value` lines, not {shown(settings[key])}")
+    digest = hashlib.sha256(config.read_bytes()).hexdigest()[:12]
+    study = Published(name, frame, settings, {"study": name, "config": digest, "commit": _commit(folder / name)})
+    tuned = pd.DataFrame(tuned_rows(study), columns=[*COORDINATES, "value"])
+    return replace(study, frame=pd.concat([frame, tuned], ignore_index=True)) if len(tuned) else study
+
+
+def tuned_rows(study: Published) -> list[tuple[str, str, str, int, str, float]]:
+    """Of every arm and control that was swept, a variant `tuned-beta`: the run whose coefficient was chosen by seed.
+
+    Chosen is the coefficient with the lowest NLL on the calibration pairs, which no held-out number has to do with; a
+    seed that lacks any point of the sweep has none. Its numbers are that run's; `tuned/pref_beta` is what was chosen.
+    """
+    swept: dict[tuple[str, Source], dict[Source, float]] = {}
+    for stage in study.stages:
+        for run in study.sources(stage):
+            variant, setting = split_variant(run.variant, SWEPT)
+            if study.values(stage, run, CHOSEN_BY):
+                setting = study.setting(stage, SWEPT, variant) if setting is None else setting
+                swept.setdefault((stage, Source(run.arm, variant)), {})[run] = float(setting)
+    rows = []
+    for (stage, source), points in swept.items():
+        if len(points) < 2:
+            continue
+        nll = {run: study.values(stage, run, CHOSEN_BY) for run in points}
+        for seed in sorted(set.intersection(*map(set, nll.values()))):
+            chosen = min(points, key=lambda run, nll=nll, seed=seed, points=points: (nll[run][seed], points[run]))
+            place = (stage, source.arm, ",".join(filter(None, [source.variant, TUNED])), seed)
+            rows += [
+                (*place, metric, study.values(stage, chosen, metric)[seed])
+                for metric in sorted(study.metrics_of(stage, chosen))
+                if seed in study.values(stage, chosen, metric) and not metric.startswith("posthoc/")
+            ]
+            rows.append((*place, f"tuned/{SWEPT}", points[chosen]))
+    return rows
+
+
+def split_variant(variant: str, key: str) -> tuple[str, str | None]:
+    """The variant without its swept setting of `key`, and that setting; None if there is none.
+
+    `probit,pref_beta=0.35` is ("probit", "0.35"), and `probit` is ("probit", None): the section's own point.
+    """
+    parts = variant.split(",") if variant else []
+    rest = [part for part in parts if not part.startswith(f"{key}=")]
+    values = [part.partition("=")[2] for part in parts if part.startswith(f"{key}=")]
+    return ",".join(rest), values[0] if values else None
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """`collect`'s frame of a file. One from before runs had variants has none of them."""
+    check_regular(path)
+    with telling(f"cannot read {path}"):
+        frame = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]}, dtype={"seed": "int64"})
+    frame = frame if "variant" in frame else frame.assign(variant="")
+    for name in (*COORDINATES, "value"):
+        if name not in frame:
+            raise UserError(f"{path} has no column {name!r}: is it a metrics.csv that `discobeta tables` has written?")
+    if not pd.api.types.is_numeric_dtype(frame["value"]):
+        raise UserError(f"{path}: value should be numbers")
+    frame = frame[[*COORDINATES, "value"]].dropna(subset="value")
+    if len(unknown := frame[~frame["stage"].isin(list(STAGES))]):
+        raise UserError(f"{path}: no stage is called {shown(unknown['stage'].iloc[0])}")
+    if frame.duplicated(COORDINATES).any():
+        raise UserError(f"{path} holds a number twice: {frame[frame.duplicated(COORDINATES)].iloc[0].to_dict()}")
+    return frame
+
+
+def _commit(folder: Path) -> str:
+    """The commit that the study's tables beside say, if any of them is there."""
+    for path in sorted(folder.glob("*.csv")):
+        if path.name != "metrics.csv":
+            with telling(f"cannot read {path}"):
+                table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            if len(table) and "commit" in table:
+                return " ".join(sorted(set(table["commit"])))
+    return "unknown"
