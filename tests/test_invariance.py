@@ -15,7 +15,7 @@ from discobeta.inputs.reference import compute
 from discobeta.method.dpo import DirectPreference
 from discobeta.method.heads import build
 from discobeta.method.rm import RewardModelling
-from discobeta.model.forward import hidden_states, response_logps
+from discobeta.model.forward import hidden_states, response_logps, token_logps
 from discobeta.model.pretrained import load_causal_lm, load_scorer, load_tokenizer
 
 pytestmark = pytest.mark.numeric
@@ -198,3 +198,19 @@ def test_cutting_a_step_into_passes_leaves_the_run_the_same(run, stage, flags, t
             torch.testing.assert_close(other[weight], value, rtol=0, atol=5e-5, msg=weight)
     if flags:
         assert abs(logs[0][-1]["log_sigma"]) > 1e-4  # the head says something
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropies_are_those_of_the_whole_distribution(settings, temperature):
+    """Against the plain definition, from transformers' own logits, one response at a time."""
+    config, _ = RunConfig.from_mapping(settings("dpo"))
+    rows, model = load_or_tokenise(config, load_tokenizer(config)).train, load_causal_lm(config)
+    batch, expected = Pairs(rows).batch(INDICES), []
+    with torch.no_grad():
+        _, found = token_logps(model, hidden_states(model, batch), batch, temperature, with_entropy=True)
+        for responses in (rows.chosen_ids, rows.rejected_ids):
+            for index in INDICES:
+                prompt, response = rows.prompt_ids[index].tolist(), responses[index].tolist()
+                p = (model(torch.tensor([prompt + response])).logits[0] / temperature).softmax(-1)
+                expected.append(-(p * p.log()).sum(-1)[len(prompt) - 1 : -1])
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)

@@ -120,11 +120,11 @@ def token_logps(
         logits, entropy = logits_of(model, part), None
         if temperature != 1:
             logits = logits / temperature
-        if with_entropy:
+        if with_entropy:  # first: the logits are gone after the other
             with torch.no_grad():
                 of_all = logits.log_softmax(-1)
                 entropy = -torch.einsum("mv,mv->m", of_all.exp(), of_all)
-        return _Selected.apply(logits, targets), entropy  # last, because it takes the logits' place
+        return _Selected.apply(logits, targets), entropy
 
     parts = list(zip(states.split(size), batch.target_ids.split(size), strict=True))
     if len(parts) == 1 or not torch.is_grad_enabled():
