@@ -37,7 +37,7 @@ MADE_OF = {
     "method/rm": {"train rm", "evaluate rm", "train ppo", "evaluate ppo"},
     "method/dpo": {"train dpo", "evaluate dpo"},
     "method/ppo": {"train ppo", "evaluate ppo"},
-    "inputs/reference": {"reference", "train dpo", "evaluate dpo"},
+    "inputs/reference": {"reference", "answers", "train dpo"} | EVALUATION,
     "inputs/answers": {"answers"} | EVALUATION,
     **dict.fromkeys(["method/reward", "method/translation"], {"train ppo", "evaluate ppo"}),
     "method/judges": {f"{step} {stage}" for step in ("train", "evaluate") for stage in ("rm", "ppo")},
@@ -50,7 +50,7 @@ MADE_OF = {
         SHARED | TRAINING | EVALUATION | {"tables", "figures"},
     ),
     "inputs/world": {"world_corpus", "world_pairs"} | EVALUATION,
-    "run/evaluate": EVALUATION,
+    **dict.fromkeys(["run/evaluate", "run/responses", "run/truth"], EVALUATION),
     "metrics": EVALUATION | {"figures"},
     **dict.fromkeys(
         [f"report/{name}" for name in ("tables", "cells", "effects", "neutrality", "compare", "costs")], {"tables"}
@@ -225,7 +225,7 @@ def test_no_step_reads_a_key_that_is_not_said_to_be_its_own(run, reads, tmp_path
         assert {(stage, name) for name in ("seed", "model_name_or_path", "cutoff_len")} <= reads.keys()
         reads.clear()
 
-    changes = {"eval_strategy": "steps", "gradient_accumulation_steps": 2, "num_eval_generations": 4}
+    changes = {"eval_strategy": "steps", "gradient_accumulation_steps": 2, "num_eval_generations": 4, "best_of": 3}
     scratch = {"model_type": "qwen3", "config_overrides": "hidden_size=32,num_hidden_layers=1", "vocab_size": 300}
     run("sft", name="base", **scratch, model_name_or_path=None, finetuning_type="full", eval_strategy="steps")
     check("log", "sft")
@@ -251,7 +251,9 @@ def test_a_step_with_the_reference_reads_no_key_that_a_study_does_not_tell_it(se
     from discobeta.model.pretrained import load_tokenizer
 
     sampling = {"num_eval_generations": 4, "max_new_tokens": 4, "reference_answers_path": str(tmp_path / "answers")}
-    config, _ = RunConfig.from_mapping(settings("dpo", reference_path=str(tmp_path / "reference"), **sampling))
+    several = {"best_of": 3, "generations_per_prompt": 2}
+    paths = {"reference_path": str(tmp_path / "reference")}
+    config, _ = RunConfig.from_mapping(settings("dpo", **paths, **sampling, **several))
     tokenizer = load_tokenizer(config)
     data, told = load_or_tokenise(config, tokenizer), {"reference_path", "reference_answers_path"}
     reads.clear()
@@ -261,7 +263,8 @@ def test_a_step_with_the_reference_reads_no_key_that_a_study_does_not_tell_it(se
     reads.clear()
     answers.sample_folder(config, data, tokenizer)
     found = {name for _, name in reads}
-    assert "temperature" in found <= told | {"seed", *study.TOKENS_DEPEND_ON, *study.ANSWERS_KEYS}
+    assert {"temperature", "best_of", "tokens_per_pass"} <= found
+    assert found <= told | {"seed", *study.TOKENS_DEPEND_ON, *study.answers_keys(config)}
 
 
 def test_every_key_belongs_to_a_step():

@@ -14,7 +14,8 @@ from discobeta import cli, record
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
 from discobeta.metrics import EVALUATION_COLUMNS
-from discobeta.run.evaluate import evaluate, policy_metrics, preference_metrics
+from discobeta.run.evaluate import evaluate, preference_metrics
+from discobeta.run.responses import policy_metrics
 
 pytestmark = pytest.mark.numeric
 
@@ -28,7 +29,11 @@ def test_all_columns_of_all_stages_are_names_that_a_truth_may_not_have(run, monk
     sampling = {"num_eval_generations": 3, "max_new_tokens": 4, "ground_truth": "world"}
     voted = [row | {"annotators": {"chosen": 2, "rejected": 1}} for row in preference_rows(12, 2)]
     with_votes = str(write_rows(tmp_path / "votes.jsonl", voted))
-    directories = [run("rm", name="rm", eval_dataset=with_votes, **USED), run("dpo", name="dpo", **USED, **sampling)]
+    several = {"generations_per_prompt": 2, "best_of": 4}
+    directories = [
+        run("rm", name="rm", eval_dataset=with_votes, **USED),
+        run("dpo", name="dpo", **USED, **sampling, **several),
+    ]
     chain = {"reward_model": str(directories[0]), "beta_head": str(directories[1])}
     one_update = {"max_steps": 1, "logging_steps": 1, "ppo_buffer_size": 1}
     directories.append(run("ppo", name="ppo", **USED, **sampling, **chain, **one_update))
@@ -74,7 +79,7 @@ def test_an_evaluation_with_other_settings_is_the_one_of_a_run_that_had_them(run
         ("dpo", "learning_rate=1", "--set 'learning_rate': this is no setting of an evaluation"),
         ("dpo", "temprature=1", "did you mean 'temperature'?"),
         ("dpo", "temperature=hot", "--set: temperature: 'hot' should be a number"),
-        ("rm", "temperature=0.5", "of a run of rm it may be per_device_eval_batch_size"),
+        ("rm", "generations_per_prompt=2", "of a run of rm it may be per_device_eval_batch_size, max_new_tokens, temp"),
     ],
 )
 def test_what_is_no_setting_of_an_evaluation_is_refused(stage, word, said, run, capsys):

@@ -65,8 +65,8 @@ def test_the_pages_hold_every_key():
     assert (
         "| `lam` | a number between 0 and 1 | 0.95 | ppo | training | lambda of the generalised advantages |  |" in page
     )
-    assert "| 0 (dpo), 64 (ppo) | dpo ppo | measuring | prompts answered in evaluation |" in page
-    assert "| `top_k` | a whole number, at least 0 | 0 | dpo ppo | measuring, training of ppo |" in page
+    assert "| 0 (rm), 0 (dpo), 64 (ppo) | rm dpo ppo | measuring | prompts answered in evaluation (" in page
+    assert "| `top_k` | a whole number, at least 0 | 0 | rm dpo ppo | measuring, training of ppo |" in page
     assert "| LoRA rank; null: that of adapter_name_or_path | `lora_r` `r` |" in page
     assert "`max_length` `max_completion_length` `response_length`" in page
     page = (ROOT / "docs" / "reference" / "study.md").read_text()
@@ -292,7 +292,7 @@ def test_no_run_imports_the_models_of_a_study():
         ({"stage": "rm", "lam": 0.5}, "lam is unused: rm does not read it (ppo does)"),
         ({"stage": "dpo", "cliprange": 0.1}, "cliprange is unused: dpo does not read it (ppo does)"),
         ({"stage": "ppo", "head_pooling": "mean"}, "head_pooling is unused: ppo does not read it (rm and dpo do)"),
-        ({"stage": "rm", "temperature": "0.7"}, "temperature is unused: rm does not read it (dpo and ppo do)"),
+        ({"stage": "rm", "pref_beta": "0.7"}, "pref_beta is unused: rm does not read it (dpo and ppo do)"),
         ({"stage": "dpo", "reward_model": "r"}, "reward_model is unused: dpo does not read it (ppo does)"),
         (
             {"stage": "ppo", "disco_learning_rate": 0.1},
@@ -410,13 +410,13 @@ def test_a_study_is_told_what_is_wrong_and_where(changes: dict, message: str):
 
 
 def test_what_is_common_is_given_to_the_stages_that_read_it():
-    made = study(common={"lam": 0.5, "head_pooling": "mean", "temperature": 0.7, "lora_rank": 4})
+    made = study(common={"lam": 0.5, "head_pooling": "mean", "pref_beta": 0.7, "lora_rank": 4})
     given = {stage: made.run_settings(made.run(stage, "baseline", 1)) for stage in ("rm", "dpo", "ppo")}
-    names = {"lam", "head_pooling", "temperature", "lora_rank"}
+    names = {"lam", "head_pooling", "pref_beta", "lora_rank"}
     assert {stage: names & settings.keys() for stage, settings in given.items()} == {
         "rm": {"head_pooling", "lora_rank"},
-        "dpo": {"head_pooling", "temperature", "lora_rank"},
-        "ppo": {"lam", "temperature", "lora_rank"},
+        "dpo": {"head_pooling", "pref_beta", "lora_rank"},
+        "ppo": {"lam", "pref_beta", "lora_rank"},
     }
     assert made.config(made.run("ppo", "baseline", 1)).head_pooling == "last"  # as if nobody had said it
 

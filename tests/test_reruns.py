@@ -103,7 +103,11 @@ ANSWERED = {"answers": 2, "evaluate dpo": 4} | REPORT
 DEFAULTS = {
     "lam": ("lam: float = option(0.95", "lam: float = option(0.9", PPO),
     "head_max_grad_norm": ("head_max_grad_norm: float = option(1.0", "head_max_grad_norm: float = option(2.0", TRAINED),
-    "top_k": ("top_k: int = option(0", "top_k: int = option(5", {"answers": 4, "evaluate dpo": 4} | PPO),
+    "top_k": (
+        "top_k: int = option(0",
+        "top_k: int = option(5",
+        {"answers": 4, "evaluate rm": 4, "evaluate dpo": 4} | PPO,
+    ),
     "cutoff_len": ("cutoff_len: int = option(2048", "cutoff_len: int = option(1024", TOKENS),
     "plot_loss": ("plot_loss: bool = option(False", "plot_loss: bool = option(True", {}),
 }
@@ -117,6 +121,8 @@ def test_a_changed_default_reruns_what_reads_it(copy: Path, old: str, new: str, 
 
 CHANGES = {
     "num_eval_generations of dpo": ({"dpo": "{num_eval_generations: 32}"}, ANSWERED),
+    "generations_per_prompt of dpo": ({"dpo": "{generations_per_prompt: 4}"}, ANSWERED),
+    "best_of of rm": ({"rm": "{best_of: 4, num_eval_generations: 8}"}, {"answers": 2, "evaluate rm": 4} | REPORT),
     "temperature of dpo": ({"dpo": "{temperature: 0.7}"}, ANSWERED),
     "temperature of ppo": ({"ppo": "{temperature: 0.7}"}, {"answers": 2} | PPO),
     "what rm does not read": ({"common": "{lam: 0.5}"}, PPO),

@@ -366,6 +366,40 @@ def test_the_references_answers_are_asked_for_as_every_arm_samples_them():
     assert not any(proving.is_answered(run) for run in proving.runs() if run.proof)
 
 
+def test_a_reward_model_that_ranks_reads_answers_of_its_own_stage_and_one_that_does_not_reads_none():
+    ranking = {"best_of": 8, "num_eval_generations": 5, "tokens_per_pass": 64}
+    study = Study(settings(stages=["rm"], rm=ranking, idle_arms="prove"))
+    run = study.run("rm", "baseline", 4)
+    read = study.run_settings(run)
+    assert read["reference_answers_path"] == "results/s/shared/answers/rm/seed-4" and read["ground_truth"] == "world"
+    asked = study.resolved(study.answers_settings("rm", 4))
+    assert (asked["best_of"], asked["num_eval_generations"], asked["stage"]) == (8, 5, "rm")
+    assert asked["tokenized_path"] == read["tokenized_path"]
+    assert [run.proof for run in study.runs() if study.is_answered(run)] == [False] * 4  # two arms, two seeds
+    without = Study(settings(stages=["rm"], common={"num_eval_generations": 5}))
+    assert (
+        not {"reference_answers_path", "ground_truth"} & without.run_settings(without.run("rm", "baseline", 4)).keys()
+    )
+    assert not any(without.is_answered(run) for run in without.runs())
+
+
+def test_only_what_rates_the_answers_decides_how_they_are_rated():
+    """Else a changed tokens_per_pass would have them sampled again."""
+    rated = {"best_of": 4, "num_eval_generations": 5, "tokens_per_pass": 64, "share_prompt": False}
+    plain = {"num_eval_generations": 5, "tokens_per_pass": 64}
+    asked = {
+        name: study.decides_shared(study.answers_settings(stage, 4))
+        for name, stage, study in (
+            ("rated", "dpo", Study(settings(dpo=rated))),
+            ("ranked", "rm", Study(settings(rm=rated))),
+            ("plain", "dpo", Study(settings(dpo=plain))),
+        )
+    }
+    assert {"tokens_per_pass": 64, "share_prompt": False, "best_of": 4}.items() <= asked["rated"].items()
+    for name in ("ranked", "plain"):
+        assert not {"tokens_per_pass", "share_prompt"} & asked[name].keys()
+
+
 def test_the_reference_pass_is_computed_as_the_study_says():
     computed = {"tokens_per_pass": 64, "share_prompt": False, "fused_lora": False, "per_device_eval_batch_size": 3}
     study = Study(settings(dpo=computed))

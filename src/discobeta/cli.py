@@ -295,6 +295,8 @@ def answers(arguments: argparse.Namespace) -> None:
         raise UserError("answers needs reference_answers_path: the folder to write")
     if not config.num_eval_generations:
         raise UserError("answers needs num_eval_generations: how many prompts are answered")
+    if not config.reference_samples:
+        raise UserError(f"answers of stage {config.stage} needs best_of: how many responses to a prompt are ranked")
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.inputs.answers import sample_folder
     from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels

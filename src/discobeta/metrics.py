@@ -7,6 +7,7 @@ with confidence max(p, 1 - p). NaN stands for what is not known of a row.
 
 from __future__ import annotations
 
+from math import comb
 from typing import TypeVar
 
 import numpy as np
@@ -20,8 +21,8 @@ EVALUATION_COLUMNS = frozenset(
         "row", "source", "nll", "mean_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected",
         "variance_sum", "sigma_chosen", "sigma_rejected", "log_s", "oracle_probability",
         "votes_chosen", "votes_rejected", "votes_tie",
-        "prompt", "response", "reference_response", "length", "ended", "log_ratio", "reward", "reference_reward",
-        "true_reward", "reference_true_reward", "well_formed", "reference_well_formed",
+        "prompt", "sample", "response", "reference_response", "length", "ended", "log_ratio",
+        "reward", "reference_reward", "true_reward", "reference_true_reward", "well_formed", "reference_well_formed",
     ]
 )  # fmt: skip
 """What an evaluation calls its own columns, of pairs and of sampled responses: the names that a truth column may not
@@ -156,6 +157,35 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float | None:
 
     x, y = (pd.Series(values).rank() for values in _where_all_are_known(x, y))
     return None if x.nunique() < 2 or y.nunique() < 2 else float(x.corr(y))
+
+
+def best_of(scores: ArrayLike, values: ArrayLike, m: int) -> Array:
+    """(P,) expected value of the item with the highest score among m of n, drawn without replacement.
+
+    scores, values: (P, n), n >= m. sum_i v_i * (W(<=i) - W(<i)) / t_i with W(k) = C(k, m) / C(n, m), the probability
+    that all m are among the k lowest scores, and k the number of scores up to that of i, or below it; t_i items share
+    its score, each of which is as likely to be taken. So it is the mean over all C(n, m) subsets, without ties
+    sum_i v_(i) C(i-1, m-1) / C(n, m) over the order statistics.
+    """
+    scores, values = np.asarray(scores, float), np.asarray(values, float)
+    n = scores.shape[1]
+    below, up_to = _counts(scores)
+    share = np.array([comb(k, m) / comb(n, m) for k in range(n + 1)])
+    return (values * (share[up_to] - share[below]) / (up_to - below)).sum(1)
+
+
+def spearman_within(x: ArrayLike, y: ArrayLike) -> Array:
+    """(P,) rank correlation of x and y, (P, n), within each row; NaN where one of the two is constant."""
+    ranks = (sum(_counts(np.asarray(values, float))) / 2 for values in (x, y))  # but for 1/2, means of tied ranks
+    a, b = (rank - rank.mean(1, keepdims=True) for rank in ranks)
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+
+
+def _counts(values: Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """(P, n) how many values of its row are less than each, and how many are not greater."""
+    others = values[:, None, :]
+    return (others < values[:, :, None]).sum(2), (others <= values[:, :, None]).sum(2)
 
 
 def partial_correlation(x: ArrayLike, y: ArrayLike, given: ArrayLike) -> float | None:

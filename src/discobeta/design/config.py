@@ -200,25 +200,43 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
 
     # --- generation (evaluation of policies; rollouts of ppo)
     max_new_tokens: int = option(
-        64, "longest sampled response", least=1, of="evaluation", stages="policy", trains="prompts"
+        64, "longest sampled response", least=1, of="evaluation", stages="grid", trains="prompts"
     )
-    temperature: float = option(1.0, "of sampling", least=1e-3, of="evaluation", stages="policy", trains="prompts")
-    top_p: float = option(1.0, "of sampling", least=1e-6, most=1, of="evaluation", stages="policy", trains="prompts")
-    top_k: int = option(0, "of sampling; 0: off", least=0, of="evaluation", stages="policy", trains="prompts")
+    temperature: float = option(1.0, "of sampling", least=1e-3, of="evaluation", stages="grid", trains="prompts")
+    top_p: float = option(1.0, "of sampling", least=1e-6, most=1, of="evaluation", stages="grid", trains="prompts")
+    top_k: int = option(0, "of sampling; 0: off", least=0, of="evaluation", stages="grid", trains="prompts")
     num_eval_generations: int | None = option(
-        None, "prompts answered in evaluation", least=0, of="evaluation", stages="policy"
+        None,
+        "prompts answered in evaluation (rm: by the reference, for best_of)",
+        least=0,
+        of="evaluation",
+        stages="grid",
+    )
+    generations_per_prompt: int = option(
+        1,
+        "responses to each of these prompts, of the policy and of the reference",
+        least=1,
+        of="evaluation",
+        stages="policy",
+    )
+    best_of: int = option(
+        0,
+        "the reference's responses to each of these prompts that the run ranks (best-of-n); 0: none",
+        least=0,
+        of="evaluation",
+        stages="pairs",
     )
     reference_answers_path: str | None = option(
         None,
         "folder of the reference's answers, which `discobeta answers` writes: read in evaluation if they are there",
         of="bookkeeping",
-        stages="policy",
+        stages="grid",
     )
     ground_truth: str = option(
         "none",
         "the true reward of a sampled response, if known: none, world (the embedded one) or a path to a world.json",
         of="evaluation",
-        stages="policy",
+        stages="grid",
     )
 
     # --- PPO
@@ -300,6 +318,13 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
     def arm(self) -> Arm:
         return Arm.of(self)
 
+    @property
+    def reference_samples(self) -> int:
+        """How many responses of the reference to each answered prompt the evaluation reads; 0: to none."""
+        if self.stage == BASE_STAGE or not self.num_eval_generations:
+            return 0
+        return max(self.best_of, self.generations_per_prompt if STAGES[self.stage].is_policy else 0)
+
     def replace(self, **changes: Any) -> RunConfig:
         return dataclasses.replace(self, **changes)
 
@@ -343,6 +368,12 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
             raise UserError("max_steps and num_train_epochs leave nothing to train")
         if is_base:
             return
+        if self.best_of == 1:
+            raise UserError("best_of: 1: a single response is no choice; 2 or more, or 0 for none")
+        if self.best_of and not self.num_eval_generations:
+            raise UserError(
+                f"best_of: {self.best_of} needs num_eval_generations: how many prompts the reference answers"
+            )
         self._check_method()
         row = STAGES[self.stage]
         if not row.has_pairs and self.eval_strategy != "no":

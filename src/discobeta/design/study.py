@@ -42,8 +42,19 @@ FROZEN_KEYS = ["finetuning_type", "bf16", "flash_attn", "deterministic", "fused_
 REFERENCE_KEYS = [*FROZEN_KEYS, "tokens_per_pass", "share_prompt"]
 """What the reference pass depends on: not seed, adapter, beta or loss."""
 
-ANSWERS_KEYS = [*FROZEN_KEYS, "num_eval_generations", "max_new_tokens", "temperature", "top_p", "top_k"]
+ANSWERS_KEYS = [
+    *FROZEN_KEYS, "num_eval_generations", "max_new_tokens", "temperature", "top_p", "top_k", "generations_per_prompt",
+    "best_of",
+]  # fmt: skip
 """What the reference's answers depend on besides model, data and seed."""
+
+RATING_KEYS = ["tokens_per_pass", "share_prompt"]
+"""And what it says of those that a run ranks."""
+
+
+def answers_keys(config: RunConfig) -> list[str]:
+    """What of a run's config the reference's answers depend on."""
+    return [*ANSWERS_KEYS, *(RATING_KEYS if config.best_of and STAGES[config.stage].reference_pass else [])]
 
 
 @dataclass(frozen=True)
@@ -164,7 +175,7 @@ class Study:
             **self.model_of(self.draw(run.seed)),
             **self._reads(run),
             **({"reference_answers_path": str(self.answers(run))} if self._has_answers(run) else {}),
-            **(self._truth(run.seed) if STAGES[run.stage].is_policy else {}),
+            **(self._truth(run.seed) if self._reads_answers(run.stage) else {}),
             **section,
             **self._shared_out(run.stage, section),
             "overwrite_output_dir": True,  # Snakemake has decided that what is there is out of date
@@ -334,14 +345,19 @@ class Study:
         """The folder of the reference's answers to the prompts of `run`, which all arms of its stage and seed read."""
         return self.shared_directory / "answers" / run.stage / f"seed-{run.seed}"
 
+    def _reads_answers(self, stage: str) -> bool:
+        """Whether runs of a stage may be measured by responses of the reference: policies, and what ranks them."""
+        return STAGES[stage].is_policy or bool(self._sections[stage].get("best_of"))
+
     def _has_answers(self, run: Run) -> bool:
         """Whether the answers of the reference that its seed's runs share are its own too: not a replicate's, beside
         which the reference answers from the same random streams as the replicate does."""
-        return STAGES[run.stage].is_policy and self._random_streams(run) == run.seed
+        return self._reads_answers(run.stage) and self._random_streams(run) == run.seed
 
     def is_answered(self, run: Run) -> bool:
-        """Whether `run` is measured by sampled responses, and so beside those of the reference."""
-        return self._has_answers(run) and not run.proof and bool(self.config(run).num_eval_generations)
+        """Whether `run` is measured by the reference's responses, beside its own or by how it ranks them, and these
+        are its seed's."""
+        return self._has_answers(run) and not run.proof and bool(self.config(run).reference_samples)
 
     @property
     def reference_stage(self) -> str | None:
@@ -442,7 +458,7 @@ class Study:
             **{key: rows[key] for key in (*DATA_KEYS, "tokenized_path") if key in rows},
             "output_dir": folder,
             "reference_answers_path": folder,
-            **{key: section[key] for key in ANSWERS_KEYS if key in section},
+            **{key: section[key] for key in answers_keys(self.config(run)) if key in section},
         }
 
     def answers_rows(self, stage: str, seed: int | str) -> Path:
@@ -457,7 +473,7 @@ class Study:
     def resolved(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings of `prepare`, `reference` or `answers`, with today's defaults of all keys that they read."""
         config, _ = RunConfig.from_mapping(settings, self._where)
-        own = {"reference_path": REFERENCE_KEYS, "reference_answers_path": ANSWERS_KEYS}
+        own = {"reference_path": REFERENCE_KEYS, "reference_answers_path": answers_keys(config)}
         names = [*TOKENS_DEPEND_ON, *(name for path, keys in own.items() if path in settings for name in keys)]
         known = config.resolved()
         return settings | {name: known[name] for name in names}

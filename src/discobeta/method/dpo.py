@@ -14,7 +14,7 @@ from discobeta.design.schedule import Schedule
 from discobeta.inputs import reference
 from discobeta.method import rules
 from discobeta.method.heads import Heads
-from discobeta.method.signals import Comparison, Evidence
+from discobeta.method.signals import Comparison, Evidence, scaled
 from discobeta.method.stage import Stage, Work
 from discobeta.model.forward import hidden_states, response_logps
 from discobeta.model.layout import evaluating
@@ -75,6 +75,11 @@ class DirectPreference(Stage):
 
     def compare(self, batch: Batch) -> Comparison:
         return self.signals.compare(self.evidence(batch))
+
+    def rewards_of_pairs(self, batch: Batch) -> Tensor:
+        """beta * log(pi(y|x) / ref(y|x)), beta that of the prompt: nothing that depends on the pair is in it."""
+        log_s = self.signals.log_scale(batch.columns["prompt_features"])
+        return scaled(self.config.pref_beta, log_s) * self.evidence(batch).rewards
 
     def evidence(self, batch: Batch) -> Evidence:
         with self.autocast():

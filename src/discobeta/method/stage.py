@@ -200,6 +200,10 @@ class Stage(nn.Module):
     def compare(self, batch: Batch) -> Comparison:
         raise NotImplementedError
 
+    def rewards_of_pairs(self, batch: Batch) -> Tensor:
+        """(2, B) mean rewards of single responses, of B pairs; they may be compared with all others to their prompt."""
+        return self.compare(batch).rewards
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) loss and the per-pair statistics of a batch."""
         comparison = self.compare(batch)

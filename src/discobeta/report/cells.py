@@ -28,6 +28,7 @@ CAPTIONS = {
     "heads": "what the heads that are used have learned",
     "votes": "how the run agrees with several people who judged the same held-out pairs",
     "policy": "what the policy does when it answers held-out prompts itself",
+    "ranking": "how well it tells the reference's own responses to a held-out prompt apart",
     "calibration": "on the calibration pairs, and of held-out pairs what post-hoc fits on them make of the baseline",
 }
 JUDGES = (

@@ -53,12 +53,22 @@ PANELS = {
     ],
     "policy": [
         Metric("kl_per_sequence", "KL to\nreference", 3),
+        Metric("kl_rao_blackwell", "KL, Rao-\nBlackwell", 3),
         Metric("reward_gain", "Reward\ngain (sd)", 3, "↑"),
         Metric("true_reward", "True\nreward", 3, "↑"),
         Metric("win_rate", "Win rate", 3, "↑"),
         Metric("well_formed", "Well\nformed", 3, "↑"),
         Metric("response_length", "Tokens per\nresponse", 1),
         Metric("eos_rate", "Ended", 3, "↑"),
+        Metric("regret", "Regret", 3, "↓"),
+        Metric("question_share", "Share of\nquestions", 3),
+        Metric("question_kl", "KL at\nthe mark", 3),
+    ],
+    "ranking": [
+        Metric("best_of_4/true_reward", "True reward,\nbest of 4", 3, "↑"),
+        Metric("best_of_16/true_reward", "True reward,\nbest of 16", 3, "↑"),
+        Metric("within_prompt_spearman", "ρ within\na prompt", 3, "↑"),
+        Metric("score_spread_ratio", "Spread, least\nover most noise", 3),
     ],
     "calibration": [
         Metric("calibration/accuracy", "Accuracy", 3, "↑"),

@@ -7,9 +7,7 @@ or paths), so that equal runs give equal bytes; what the evaluation took is in e
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,25 +16,24 @@ import numpy as np
 import pandas as pd
 import torch
 
-from discobeta import identity, lock, metrics, record
-from discobeta.data.batches import Pairs, Responses
-from discobeta.data.rows import TokenisedData
+from discobeta import lock, metrics, record
+from discobeta.data.batches import Pairs
 from discobeta.data.tokens import load_or_tokenise
 from discobeta.design.config import RunConfig, keys_of
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, did_you_mean, say, shown
 from discobeta.files import check_regular, remove, replacing, sha256, write_json, write_text
-from discobeta.inputs import answers as reference_answers
 from discobeta.method.heads import SIGMA0
 from discobeta.method.stage import Stage, stage_class
 from discobeta.model import preflight
-from discobeta.model.forward import hidden_states, pooled, response_logps
-from discobeta.model.generation import has_ended, response_text, stop_ids
+from discobeta.model.forward import pooled
 from discobeta.model.inference import in_batches
 from discobeta.model.layout import pairs_for
-from discobeta.model.pretrained import load_reference, load_tokenizer, use_deterministic_kernels
+from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels
 from discobeta.run import load as runs
 from discobeta.run import posthoc
+from discobeta.run.responses import measure_responses
+from discobeta.run.truth import is_probability, known, scale_metrics, topic_name, truth_numbers, without_gaps
 from discobeta.run.votes import vote_metrics
 
 
@@ -85,7 +82,7 @@ def _evaluate(run: record.Record) -> dict[str, Any]:
         run.check_fact(key, now, config.dataset or config.tokenized_path)
     for key, now in stage_class(config.stage).hashes_of_inputs(config).items():
         run.check_fact(key, now, getattr(config, key))
-    if row.is_policy and config.ground_truth not in ("none", "world"):
+    if config.reference_samples and config.ground_truth not in ("none", "world"):
         check_regular(Path(config.ground_truth))
         facts["ground_truth"] = sha256(Path(config.ground_truth))
     if data.held_out is None and row.has_pairs:
@@ -113,9 +110,10 @@ def _evaluate(run: record.Record) -> dict[str, Any]:
                 of_pairs = margins_of(examples, states), margins_of(calibration, their_states)
                 if controls := posthoc.measure(*of_pairs, config.seed):
                     measured["posthoc"] = controls
-    if row.is_policy and config.num_eval_generations:
-        answers, facts["reference_answers"] = answer_prompts(stage, data, run, tokenizer)
-        measured |= policy_metrics(answers)
+    if config.reference_samples:
+        answers, of_responses, facts["reference_answers"] = measure_responses(stage, data, run, tokenizer)
+        measured |= of_responses
+    if answers is not None:
         lines = (json.dumps(row, ensure_ascii=False) for row in answers.to_dict("records"))
         write_text(directory / "generations.jsonl", "".join(f"{line}\n" for line in lines))
     else:
@@ -188,7 +186,7 @@ def margins_of(examples: pd.DataFrame, states: torch.Tensor) -> posthoc.Margins:
     return posthoc.Margins(
         examples["mean_margin"].to_numpy(),
         states,
-        examples["topic"].map(_topic_name).to_numpy(object) if "topic" in examples else None,
+        examples["topic"].map(topic_name).to_numpy(object) if "topic" in examples else None,
         known(examples, "oracle_probability", is_probability),
         None if any(of_side is None for of_side in sigma) else np.stack(sigma, 1),
     )
@@ -217,7 +215,7 @@ def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
             measured["sigma_spearman"] = metrics.spearman(log_sigma, truth)
     measured |= scale_metrics(examples)
     if "topic" in examples:
-        topics = examples["topic"].map(_topic_name)
+        topics = examples["topic"].map(topic_name)
         measured["by_topic"] = {
             topic: metrics.classification(part.get("nll"), part["mean_margin"])
             for topic, part in examples.groupby(topics, sort=True)
@@ -227,183 +225,4 @@ def preference_metrics(examples: pd.DataFrame) -> dict[str, Any]:
     of_votes = without_gaps({f"votes/{name}": value for name, value in vote_metrics(examples).items()})
     if of_votes:
         measured["votes"] = {name.removeprefix("votes/"): value for name, value in of_votes.items()}
-    return without_gaps(measured)
-
-
-def truth_numbers(
-    examples: pd.DataFrame,
-    name: str,
-    wanted: str = "number",
-    is_wanted: Callable[[np.ndarray], np.ndarray] = np.isfinite,
-) -> np.ndarray:
-    """(rows,) float64 of a truth column, NaN where a row holds nothing, text, or nothing `wanted`, which is said."""
-    values = known(examples, name, is_wanted)
-    values = np.full(len(examples), np.nan) if values is None else values
-    if gaps := int(np.isnan(values).sum()):
-        rest = "left out" if gaps == len(values) else "measured without them"
-        column = name.removeprefix("oracle_")  # as the data call it
-        say(f"truth column {column}: {gaps} of {len(values)} rows hold no {wanted}; what needs one is {rest}")
-    return values
-
-
-def known(
-    examples: pd.DataFrame, name: str, is_wanted: Callable[[np.ndarray], np.ndarray] = np.isfinite
-) -> np.ndarray | None:
-    """`truth_numbers` without a word; None where no row holds one."""
-    if name not in examples:
-        return None
-    values = pd.to_numeric(examples[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
-    values = np.where(np.isfinite(values) & is_wanted(values), values, np.nan)
-    return None if np.isnan(values).all() else values
-
-
-def is_probability(values: np.ndarray) -> np.ndarray:
-    return (values >= 0) & (values <= 1)
-
-
-def _topic_name(topic: Any) -> str | None:
-    """As text: 1 where gaps have made it 1.0; None of a row without one."""
-    if pd.isna(topic) or topic == "":
-        return None
-    return str(int(topic)) if isinstance(topic, float) and topic.is_integer() else str(topic)
-
-
-def without_gaps(measured: dict[str, Any]) -> dict[str, Any]:
-    """Without what has no value, which is said."""
-    infinite = [name for name, value in measured.items() if isinstance(value, float) and not math.isfinite(value)]
-    undefined = [name for name, value in measured.items() if value is None]
-    if undefined:
-        say(f"not in metrics.json: {', '.join(undefined)} (too few rows that say enough, or nothing in them varies)")
-    if infinite:
-        say(f"not in metrics.json: {', '.join(infinite)} (no finite number)")
-    return {name: value for name, value in measured.items() if name not in (*undefined, *infinite)}
-
-
-def scale_metrics(examples: pd.DataFrame) -> dict[str, float | None]:
-    """What s(x) does: its mean and spread, and what it follows; nothing where beta is one number."""
-    if "log_s" not in examples:
-        return {}
-    log_s = examples["log_s"]
-    measured = {"mean_log_s": float(log_s.mean()), "sd_log_s": float(log_s.std(ddof=0))}
-    if {"noise", "familiarity"} & set(examples):
-        noise = np.log(truth_numbers(examples, "noise", "number above 0", lambda noise: noise > 0))
-        familiarity = truth_numbers(examples, "familiarity")
-        measured["log_s_noise"] = metrics.partial_correlation(log_s, noise, given=familiarity)
-        measured["log_s_familiarity"] = metrics.partial_correlation(log_s, familiarity, given=noise)
-    return measured
-
-
-def answer_prompts(stage: Stage, data: TokenisedData, run: record.Record, tokenizer: Any) -> tuple[pd.DataFrame, str]:
-    """The policy's and the reference's sampled responses to prompts, with what is known of them; the reference's hash.
-
-    One row per prompt. Policy and reference draw from streams of their own, the same ones in every
-    arm, so arms are compared with the same samples of the reference and with common random numbers.
-    A ppo run's responses have the scores of its reward model, in its own unit, without a penalty on uncertainty; of
-    several reward models they have the mean (`metrics.mean_scores`).
-    """
-    config = run.config
-    prompts = reference_answers.prompts_of(config, data)
-    reference = load_reference(config).to(stage.device)
-    sampled = {
-        "policy": reference_answers.sample(config, stage.model, tokenizer, prompts, "policy"),
-        "reference": reference_answers.read(config, prompts)
-        or reference_answers.sample(config, reference, tokenizer, prompts, "reference"),
-    }
-    of_policy = Responses(prompts, sampled["policy"])
-    policy_logps, reference_logps = (_logps(model, of_policy, config) for model in (stage.model, reference))
-    answers = pd.DataFrame(
-        {
-            "prompt": [tokenizer.decode(ids) for ids in prompts],
-            "response": [response_text(tokenizer, ids) for ids in sampled["policy"]],
-            "reference_response": [response_text(tokenizer, ids) for ids in sampled["reference"]],
-            "length": [len(ids) for ids in sampled["policy"]],
-            "ended": [has_ended(ids, stop_ids(reference, tokenizer)) for ids in sampled["policy"]],
-            "log_ratio": (policy_logps - reference_logps).double().numpy(),
-        }
-    )
-    if STAGES[config.stage].judge:
-        judges = runs.load_reward_models(config)
-        run.check_fact("reward_model", identity.one_of([judge.fingerprint for judge in judges]), config.reward_model)
-        scores: dict[str, list[torch.Tensor]] = {"policy": [], "reference": []}
-        for judge in judges:
-            judge.stage.to(stage.device)
-            translation = judge.translation(config, reference, tokenizer)
-            for name, of_judge in scores.items():
-                texts = (prompts, sampled[name]) if translation is None else translation(prompts, sampled[name])
-                of_judge.append(judge.score_ids(*texts, config.per_device_eval_batch_size)[0])
-        rewards = metrics.mean_scores(*(torch.stack(of_judges, 1).double() for of_judges in scores.values()))
-        for side, values in zip(("", "reference_"), rewards, strict=True):
-            answers[f"{side}reward"] = values
-        if (log_s := stage.log_s_of(reference, prompts)) is not None:
-            answers["log_s"] = log_s.double().numpy()
-    if config.ground_truth != "none":
-        from discobeta.inputs.world import ground_truth
-
-        world = ground_truth(config.ground_truth)
-        rows, asked = data.to_answer(config.num_eval_generations)
-        truth = {name: rows.truth[name][asked] for name in ("topic", "noise", "familiarity") if name in rows.truth}
-        answers = answers.assign(**truth)
-        for side in ("", "reference_"):
-            texts = list(zip(answers["prompt"], answers[f"{side}response"], strict=True))
-            answers[f"{side}true_reward"] = [world.true_reward(*text) for text in texts]
-            answers[f"{side}well_formed"] = [bool(world.well_formed(*text)) for text in texts]
-    return answers, reference_answers.hash_of(sampled["reference"])
-
-
-def _logps(model: torch.nn.Module, texts: Responses, config: RunConfig) -> torch.Tensor:
-    """(N,) log-probabilities of N responses under `model`, on the CPU."""
-    device = next(model.parameters()).device
-
-    def of_batch(indices: np.ndarray) -> dict[str, torch.Tensor]:
-        batch = texts.batch(indices).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            return {"logps": response_logps(model, hidden_states(model, batch), batch)}
-
-    return in_batches(
-        texts.lengths, 2 * config.per_device_eval_batch_size, of_batch,  # which counts pairs
-        step="evaluation", tokens_per_pass=config.tokens_per_pass,
-    )["logps"]  # fmt: skip
-
-
-def policy_metrics(answers: pd.DataFrame) -> dict[str, Any]:
-    """Means over the sampled responses.
-
-    kl_per_sequence estimates KL(policy || reference) = E_policy[log policy/reference], in nats; it
-    does so without bias only for samples at temperature 1 without top_p or top_k. reward_gain is in
-    units of the standard deviation of the reference's rewards. Says what cannot be: a negative divergence,
-    responses of which none ends.
-    """
-    measured: dict[str, Any] = {
-        "generations": len(answers),
-        "kl_per_sequence": float(answers["log_ratio"].mean()),
-        "response_length": float(answers["length"].mean()),
-        "eos_rate": float(answers["ended"].mean()),
-    }
-    if measured["kl_per_sequence"] < -1e-4:  # nearer to 0 it may be the rounding of long responses' log-probabilities
-        say(
-            f"kl_per_sequence is {measured['kl_per_sequence']:.4g}, and a divergence is never negative: {len(answers)} "
-            "sampled responses are too few, or not drawn at temperature 1 without top_p and top_k, which biases it"
-        )
-    if measured["eos_rate"] == 0:
-        say(
-            f"eos_rate is 0: none of {len(answers)} sampled responses ends within {answers['length'].max()} tokens; "
-            "max_new_tokens is too small, or the policy never stops"
-        )
-    if "reward" in answers:
-        before, after = answers["reference_reward"], answers["reward"]
-        measured |= {"reward": float(after.mean()), "reference_reward": float(before.mean())}
-        if (deviation := before.std()) > 0:
-            measured["reward_gain"] = float((after - before).mean() / deviation)
-        measured |= scale_metrics(answers)
-    if "true_reward" in answers:
-        difference = answers["true_reward"] - answers["reference_true_reward"]
-        measured |= {
-            "true_reward": float(answers["true_reward"].mean()),
-            "reference_true_reward": float(answers["reference_true_reward"].mean()),
-            "win_rate": float(((difference > 0) + 0.5 * (difference == 0)).mean()),
-            "well_formed": float(answers["well_formed"].mean()),
-        }
-        if "topic" in answers:
-            topics = answers["topic"].map(_topic_name)
-            measured["true_reward_by_topic"] = answers.groupby(topics)["true_reward"].mean().to_dict() or None
     return without_gaps(measured)
