@@ -84,6 +84,7 @@ dry-run: $(READY)
 	$(call dry_run,config/hh-rlhf.yaml config/hh-rlhf-tiny.yaml)
 	$(call dry_run,config/config.yaml config/neutrality.yaml)
 	$(call dry_run,config/config.yaml config/quick-exp.yaml)
+	$(foreach world,$(wildcard config/worlds/*.yaml),$(call dry_run,config/world.yaml $(world)))
 
 # Nothing else should run on the machine meanwhile.
 bench: $(READY)

@@ -22,7 +22,8 @@ from discobeta.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 STUDY_SCHEMA, RUN_SCHEMA = (ROOT / "workflow" / "schemas" / f"{name}.schema.json" for name in ("study", "run"))
-STUDIES = sorted(path for path in (ROOT / "config").glob("*.yaml") if path.stem not in ("datasets", "hypotheses"))
+NO_STUDIES = ("datasets", "hypotheses")
+STUDIES = sorted(path for path in (ROOT / "config").rglob("*.yaml") if path.stem not in NO_STUDIES)
 SMOKE = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())
 
 

@@ -51,6 +51,7 @@ EMBEDDED = WHOLE | {
 }
 TOKENS = {"prepare": 1, "prepare_prompts": 1, "reference": 1, "answers": 4}
 PROVED = ALWAYS | TOKENS | {"train_rm": 8, "train_dpo": 24, "train_ppo": 24, "evaluate": 20}
+OWN = ("world_corpus", "sft", "world_pairs", "prepare", "reference")
 SHIPPED = {
     "config": EMBEDDED,
     "config neutrality": WHOLE,
@@ -58,6 +59,15 @@ SHIPPED = {
     "config quick-exp": {name: EMBEDDED[name] for name in ("tables", "figures", "all", "world_corpus", "sft")}
     | dict.fromkeys(("world_pairs", "prepare", "reference", "answers"), 2)
     | {"train_dpo": 72, "evaluate": 72},
+    # 12 seeds, each a world of its own; 2 arms of rm and 4 of dpo, and probit in both
+    "world": ALWAYS | {name: 12 for name in OWN} | {"answers": 24, "train_rm": 36, "train_dpo": 60, "evaluate": 96},
+    "world worlds/flips": ALWAYS
+    | {name: 12 for name in OWN}
+    | {"answers": 24, "train_rm": 36, "train_dpo": 60, "evaluate": 96},
+    # rm: 2 arms, probit, 2 replicates; dpo: 4 arms and probit at 4 β, 6 controls; ppo: 4 arms and µ - σ at 4 β, 1 control
+    "world worlds/both": ALWAYS
+    | {name: 16 for name in (*OWN, "prepare_prompts")}
+    | {"answers": 48, "train_rm": 80, "train_dpo": 416, "train_ppo": 336, "evaluate": 832},
     "smoke": WHOLE,
     "hh-rlhf": PROVED,
     "qwen3-0.6b": PROVED,
@@ -85,7 +95,10 @@ def job_counts(output: str) -> dict[str, int]:
 
 def test_every_shipped_config_is_counted_here():
     names = {path.stem for path in (ROOT / "config").glob("*.yaml")} - {"datasets", "hypotheses"}
-    assert names == {name for configs in SHIPPED for name in configs.split()}
+    assert names == {name for configs in SHIPPED for name in configs.split() if "/" not in name}
+    assert {name for configs in SHIPPED for name in configs.split()} - names <= {
+        f"worlds/{path.stem}" for path in (ROOT / "config" / "worlds").glob("*.yaml")
+    }  # which differ in the noise of their labels or the number of pairs, but for both.yaml
 
 
 @pytest.mark.parametrize("configs, expected", SHIPPED.items(), ids=SHIPPED.keys())
