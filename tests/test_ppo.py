@@ -877,8 +877,8 @@ def test_several_reward_models_measure_by_their_mean(go, three, monkeypatch):
 
     sampled, original = {}, answers.sample
 
-    def recording(config, model, tokenizer, prompts, name):
-        sampled[name] = prompts, original(config, model, tokenizer, prompts, name)
+    def recording(config, model, tokenizer, prompts, name, each):
+        sampled[name] = prompts, original(config, model, tokenizer, prompts, name, each)
         return sampled[name][1]
 
     monkeypatch.setattr(answers, "sample", recording)
