@@ -373,6 +373,21 @@ def test_every_config_of_a_variant_is_checked_as_a_run_is():
         Study(settings(controls={"x": {"stages": ["ppo"], "settings": {"eval_strategy": "steps"}}}), "x.yaml")
 
 
+def test_a_part_of_the_stages_may_be_trained_first():
+    """What stands beside the grid of a stage that comes later is checked, and may read what earlier stages train."""
+    arms = [*ARMS, "disco-absent_beta-used"]
+    pessimist = {"stages": ["ppo"], "arm": DISCO, "settings": {"uncertainty_penalty": 1.0}}
+    controls = ENSEMBLE | {"pessimist": pessimist}
+    controls["mean"] = controls["mean"] | {"settings": {"uncertainty_penalty": 0.5}}
+    whole = settings(arms=arms, controls=controls, sweep={"ppo": {"pref_beta": [0.2]}}, ppo={"ppo_score_norm": True})
+    whole |= {"common": {"num_eval_generations": 8}, "dpo": {"best_of": 4}}  # which needs the key of `common`
+    names = {run.name for run in Study(whole | {"stages": ["rm"]}).runs()}
+    assert names == {"baseline", DISCO, "baseline, member-2", "baseline, member-3"}
+    controls["pessimist"] = pessimist | {"arm": "baseline"}
+    with pytest.raises(UserError, match="ppo, pessimist: uncertainty_penalty needs a reward model with a variance"):
+        Study(whole | {"stages": ["rm"]})
+
+
 # --- what is counted
 
 STRANGE = {

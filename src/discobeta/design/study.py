@@ -523,8 +523,9 @@ class Study:
                 self.config(run)
         self._check_variants(beside)
         for stage in STAGES:
-            if stage not in self.stages and (section := getattr(file, stage)):  # where a slip is one too
-                self._checked({"stage": stage, "model_name_or_path": "-", "tokenized_path": "-"} | section, stage)
+            if stage not in self.stages and getattr(file, stage):  # where a slip is one too
+                settings = {"stage": stage, "model_name_or_path": "-", "tokenized_path": "-"}
+                self._checked(settings | self._sections[stage], stage)
         if self._prompts and all(STAGES[stage].has_pairs for stage in self.stages):
             self._checked(self.prompt_settings(self.prompt_draw(self.seeds[0])), "prompts")
 
@@ -545,9 +546,11 @@ class Study:
                 raise UserError(f"{where}: replicate: with val_size the seed also draws the rows: give eval_dataset")
             if variant.stage not in self.stages:
                 settings = {"stage": variant.stage, "model_name_or_path": "-", "tokenized_path": "-"}
-                self._checked(
-                    settings | self._sections[variant.stage] | variant.settings, f"{variant.stage}, {variant.name}"
-                )
+                for reading in STAGES[variant.stage].reads:
+                    if not reading.idea or variant.arm.has(reading.idea):
+                        settings[reading.key] = ",".join(variant.reward_models or ["-"]) if not reading.idea else "-"
+                settings |= variant.arm.flags | self._sections[variant.stage] | variant.settings
+                self._checked(settings, f"{variant.stage}, {variant.name}")
                 continue
             for name in ("", variant.name):
                 run = self.run(variant.stage, variant.arm, self.seeds[0], variant=name)
