@@ -64,7 +64,7 @@ SHIPPED = {
     "world worlds/flips": ALWAYS
     | {name: 12 for name in OWN}
     | {"answers": 24, "train_rm": 36, "train_dpo": 60, "evaluate": 96},
-    # rm: 2 arms, probit, 2 replicates; dpo: 4 arms and probit at 4 β, 6 controls; ppo: 4 arms and µ - σ at 4 β, 1 control
+    # rm: 2 arms, probit, 2 replicates; dpo: 4 arms and probit at 4 β, 6 controls; ppo: 4 arms and µ - σ at 4 β, 1 more
     "world worlds/both": ALWAYS
     | {name: 16 for name in (*OWN, "prepare_prompts")}
     | {"answers": 48, "train_rm": 80, "train_dpo": 416, "train_ppo": 336, "evaluate": 832},
