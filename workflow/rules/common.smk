@@ -91,7 +91,11 @@ BASE = base_files()
 # What stands in the folders of worlds and bases, one for all seeds or one for each.
 WORLD = study.shared_directory / "world" / ("seed-{seed}" if study.own_worlds else "")
 BASE_FOLDER = study.shared_directory / "base" / ("seed-{seed}" if study.own_worlds else "")
-OF_SEED = "/seed-{seed}" if study.own_worlds else ""
+
+
+def log_of(step):
+    """Of a step that is done once, or once for each seed."""
+    return LOGS / step / "seed-{seed}.log" if study.own_worlds else LOGS / f"{step}.log"
 
 
 def corpus_files(wildcards):

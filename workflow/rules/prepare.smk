@@ -7,7 +7,7 @@ rule world_corpus:
         tokenizer=WORLD / "tokenizer" / "tokenizer.json",
         settings=WORLD / "world.json",
     log:
-        LOGS / f"world_corpus{OF_SEED}.log",
+        log_of("world_corpus"),
     conda:
         ENVIRONMENT
     params:
@@ -27,7 +27,7 @@ rule sft:
     output:
         BASE_FOLDER / "provenance.json",
     log:
-        LOGS / f"sft{OF_SEED}.log",
+        log_of("sft"),
     conda:
         ENVIRONMENT
     params:
