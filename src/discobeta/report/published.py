@@ -162,7 +162,8 @@ def tuned_rows(study: Published) -> list[tuple[str, str, str, int, str, float]]:
     """Of every arm and control that was swept, a variant `tuned-beta`: the run whose coefficient was chosen by seed.
 
     Chosen is the coefficient with the lowest NLL on the calibration pairs, which no held-out number has to do with; a
-    seed that lacks any point of the sweep has none. Its numbers are that run's; `tuned/pref_beta` is what was chosen.
+    seed that lacks any point of the sweep has none, and of equal ones the first counts, which is the section's own.
+    Its numbers are that run's; `tuned/pref_beta` is what was chosen.
     """
     swept: dict[tuple[str, Source], dict[Source, float]] = {}
     for stage in study.stages:
@@ -177,7 +178,7 @@ def tuned_rows(study: Published) -> list[tuple[str, str, str, int, str, float]]:
             continue
         nll = {run: study.values(stage, run, CHOSEN_BY) for run in points}
         for seed in sorted(set.intersection(*map(set, nll.values()))):
-            chosen = min(points, key=lambda run, nll=nll, seed=seed, points=points: (nll[run][seed], points[run]))
+            chosen = min(points, key=lambda run, nll=nll, seed=seed: nll[run][seed])
             place = (stage, source.arm, ",".join(filter(None, [source.variant, TUNED])), seed)
             rows += [
                 (*place, metric, study.values(stage, chosen, metric)[seed])
