@@ -290,7 +290,7 @@ def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys, tmp_path):
     def fail(*arguments):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(cli, "grid", fail)
+    monkeypatch.setattr(cli.lookup, "grid", fail)
     assert main(["grid"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("discobeta: RuntimeError: first line second line (test_bad_input.py:")

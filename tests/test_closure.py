@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from discobeta import cli, closure
+from discobeta import closure
 from discobeta.design import config
 from discobeta.design.config import RunConfig
 from discobeta.report import outputs
@@ -61,7 +61,9 @@ MADE_OF = {
     "design/study": {"tables", "figures"},
     **dict.fromkeys(
         [
-            "cli",
+            "cli/__init__",
+            "cli/run",
+            "cli/study",
             "closure",
             "design/config",
             "design/cost",
@@ -149,17 +151,18 @@ def test_of_a_function_only_what_it_reaches_counts(tmp_path, monkeypatch):
 
 
 COMMANDS = {
-    "prepare": "prepare", "reference": "reference", "answers": "answers", "_train": "train sft",
-    "_measure": "evaluate", "tables": "tables", "figures": "figures", "_results": "tables",
-    "world_corpus": "world_corpus", "world_pairs": "world_pairs",
+    "run.prepare": "prepare", "run.reference": "reference", "run.answers": "answers", "run._train": "train sft",
+    "run._measure": "evaluate", "study.tables": "tables", "study.figures": "figures", "study._results": "tables",
+    "world.corpus": "world_corpus", "world.pairs": "world_pairs",
 }  # fmt: skip
 """Function of the command line -> the step or steps that it does."""
 
 
 @pytest.mark.parametrize("function, step", COMMANDS.items(), ids=COMMANDS.keys())
 def test_a_step_begins_where_its_command_does(function: str, step: str):
-    tree = ast.parse(Path(cli.__file__).read_text())
-    (part,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    module, _, name = function.partition(".")
+    tree = ast.parse((closure.ROOT / "cli" / f"{module}.py").read_text())
+    (part,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     begins = {module for node in ast.walk(part) for _, module in closure.bound_by(node)}
     files = {name for one in step.split() for name in closure.files_of(one)}
     assert begins and begins - closure.BOOKKEEPING.keys() <= files

@@ -39,8 +39,9 @@ ENTRIES = {
 
 BOOKKEEPING = {
     "__init__": "the version, and names that load when they are asked for",
+    "cli/run": "what a command of a run is asked for",
+    "cli/study": "what a command of a study is asked for",
     "closure": "says which files a step is made of",
-    "cli": "what a command is asked for",
     "design/config": "reads and checks the settings; what they are when resolved is compared itself",
     "design/config_names": "other programs' names of them",
     "design/__init__": "a docstring",

@@ -1,0 +1,5 @@
+import sys
+
+from discobeta.cli import main
+
+sys.exit(main())
