@@ -62,6 +62,8 @@ BOOKKEEPING = {
     "processes": "ends what was started here",
     "record": "what stands in a run's directory",
     "report/outputs": "which tables and figures there are; what makes each is compared itself",
+    "run/card": "describes a run in words; nothing reads it",
+    "run/elsewhere": "other rows and another folder than the run's own, whose measurement does not ask for either",
     "run/load": "gives a finished run back; how is said by its stage, and a judge is of the stage that reads it",
 }
 """Module -> why no result depends on it. Nothing is followed through it."""
