@@ -128,10 +128,11 @@ LIMITS = (
 )
 
 
-def what_it_is(run: record.Record) -> str:
+def what_it_is(run: record.Record, weights: str = "") -> str:
+    """weights: what of the base was trained."""
     config = run.config
     row, is_lora = STAGES[config.stage], config.finetuning_type == "lora"
-    weights = "a LoRA adapter" if is_lora else "all weights"
+    weights = weights or ("a LoRA adapter" if is_lora else "all weights")
     kind = "A policy" if row.is_policy else "A reward model"
     base = f"`{config.model_name_or_path}`"
     base += "" if is_of_hub(run, config.model_name_or_path) else " (a local folder)"
@@ -182,6 +183,7 @@ def _data(run: record.Record) -> str:
 def _training(config: RunConfig) -> str:
     decides = config.settings_of("training")
     settings = {name: decides[name] for name in TRAINED_WITH if decides.get(name) is not None}
+    settings.pop("num_train_epochs" if config.max_steps > 0 else "max_steps")
     lines = "\n".join(f"{name}: {_plain(value)}" for name, value in settings.items())
     return f"All settings are in `config.yaml`; the main ones:\n\n```yaml\n{lines}\n```"
 

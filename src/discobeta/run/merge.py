@@ -63,7 +63,7 @@ def merge(
         if read_mapping(directory / "heads.json"):
             for name in HEADS:
                 (temporary / name).write_bytes((directory / name).read_bytes())
-        (temporary / folders.CARD).write_text(_card(run, dtype), encoding="utf-8")
+        (temporary / folders.CARD).write_text(_card(directory, dtype), encoding="utf-8")
         written = {
             path.relative_to(temporary).as_posix(): sha256(path)
             for path in sorted(temporary.rglob("*"))
@@ -145,13 +145,15 @@ def _words(made_from: Any) -> str:
     return f"of the run whose provenance.json has sha256 {str(found.get('run'))[:12]}, in {found.get('dtype')}"
 
 
-def _card(run: record.Record, dtype: str) -> str:
+def _card(directory: Path, dtype: str) -> str:
     """README.md of the merged model."""
+    run = record.read(directory, weights=False)  # which calls its base as it was called when it was trained
     row = STAGES[run.config.stage]
     auto = "AutoModelForCausalLM" if row.is_policy else "AutoModelForSequenceClassification"
     found = {name: value for name, value in card.header(run).items() if not name.startswith("base_model_")}
     found["library_name"] = "transformers"
     found["tags"] = [tag for tag in found["tags"] if tag != "lora"] + ["merged"]
+    weights = "its LoRA merged" if run.config.finetuning_type == "lora" else "all weights"
     notes = [] if row.is_policy else [card.score_in_words(run)]
     if (run.directory / "heads.json").is_file() and read_mapping(run.directory / "heads.json"):
         notes.append("`heads.safetensors` and `heads.json` are the run's heads; transformers does not read them.")
@@ -160,7 +162,7 @@ def _card(run: record.Record, dtype: str) -> str:
             [
                 f"---\n{card.as_yaml(found)}---",
                 f"# {row.title}: {run.config.arm.label}, seed {run.config.seed}, merged",
-                f"{card.what_it_is(run)} Here its weights are those of a plain model, made by `{MADE_BY}` in float32 "
+                f"{card.what_it_is(run, weights)} Here its weights are those of a plain model, made by `{MADE_BY}` in float32 "
                 f"and stored in {dtype}.",
                 "## Arm\n\n" + card.arm_in_words(run.config),
                 f'```python\nfrom transformers import {auto}, AutoTokenizer\n\nmodel = {auto}.from_pretrained("OUT")\n'
