@@ -45,9 +45,19 @@ def test_a_card_stands_in_a_run_when_training_ends_and_is_renewed_by_the_evaluat
     assert header["library_name"] == "peft" and header["pipeline_tag"] == "text-generation"
     assert {"discobeta", "dpo", "disco-used_beta-used", "lora"} <= set(header["tags"])
     assert "base_model" not in header and "datasets" not in header  # which the hub would look for there
-    for said in ("Disco + LeDPO, seed 7", "used: the loss reads the Disco Head", "`use_dynamic_beta: true`", "40 rows",
-                 "12 rows", "learning_rate: 0.001", "pref_beta: 0.5", "discobeta.load_policy(", "PeftModel", "@software",
-                 "not evaluated"):  # fmt: skip
+    for said in (
+        "Disco + LeDPO, seed 7",
+        "used: the loss reads the Disco Head",
+        "`use_dynamic_beta: true`",
+        "40 rows",
+        "12 rows",
+        "learning_rate: 0.001",
+        "pref_beta: 0.5",
+        "discobeta.load_policy(",
+        "PeftModel",
+        "@software",
+        "not evaluated",
+    ):
         assert said in body, said
     assert main(["evaluate", str(run)]) == 0
     measured = json.loads((run / "metrics.json").read_text())

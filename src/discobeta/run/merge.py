@@ -162,8 +162,8 @@ def _card(directory: Path, dtype: str) -> str:
             [
                 f"---\n{card.as_yaml(found)}---",
                 f"# {row.title}: {run.config.arm.label}, seed {run.config.seed}, merged",
-                f"{card.what_it_is(run, weights)} Here its weights are those of a plain model, made by `{MADE_BY}` in float32 "
-                f"and stored in {dtype}.",
+                f"{card.what_it_is(run, weights)} Here its weights are those of a plain model, made by `{MADE_BY}` in "
+                f"float32 and stored in {dtype}.",
                 "## Arm\n\n" + card.arm_in_words(run.config),
                 f'```python\nfrom transformers import {auto}, AutoTokenizer\n\nmodel = {auto}.from_pretrained("OUT")\n'
                 'tokenizer = AutoTokenizer.from_pretrained("OUT")\n```',
