@@ -14,8 +14,8 @@ from typing import Any
 
 from discobeta import files, folders, record
 from discobeta.data.sources import HUB_ID, named, resolve
-from discobeta.design.arms import IDEAS, State
 from discobeta.design.config import RunConfig
+from discobeta.design.described import arm_in_words, heads_read
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, say
 
@@ -42,8 +42,6 @@ TRAINED_WITH = (
     "pref_beta", "pref_loss", "beta_rule", "head_pooling", "cutoff_len", "bf16", "adapter_name_or_path",
     "reward_model", "beta_head", "ppo_epochs", "stop_after_steps",
 )  # fmt: skip
-
-STATES = {State.ABSENT: "absent", State.IDLE: "there and not read (a control)", State.USED: "used"}
 
 
 def write(directory: str | Path) -> None:
@@ -109,7 +107,7 @@ def _body(run: record.Record) -> str:
     sections = [
         f"# {row.title}: {config.arm.label}, seed {config.seed}",
         what_it_is(run),
-        "## Arm\n\n" + arm_in_words(config),
+        "## Arm\n\n" + arm_in_words(config.arm, config.stage),
         "## Data\n\n" + _data(run),
         "## Training\n\n" + _training(config),
         "## Results\n\n" + _results(run),
@@ -147,17 +145,6 @@ def what_it_is(run: record.Record, weights: str = "") -> str:
         f"[discobeta](#how-to-cite-it), an ablation of Gaussian rewards (Disco) and a β for each prompt (LeDPO): stage "
         f"{config.stage}, arm `{config.arm.name}`.{stopped}"
     )
-
-
-def arm_in_words(config: RunConfig) -> str:
-    lines = ["| idea | flags | here |", "|---|---|---|"]
-    for idea in IDEAS:
-        state, flags = config.arm.state(idea.key), config.arm.flags
-        said = ", ".join(f"`{flag}: {str(flags[flag]).lower()}`" for flag in (idea.add, idea.use))
-        effect = f": {idea.effect}" if state is State.USED and config.stage in idea.stages else ""
-        here = STATES[state] + effect if idea.acts_in(config.stage) else f"nothing ({idea.elsewhere})"
-        lines.append(f"| {idea.label} | {said} | {here} |")
-    return "\n".join(lines)
 
 
 def _data(run: record.Record) -> str:
@@ -258,8 +245,8 @@ def score_in_words(run: record.Record) -> str:
 def variance_head(run: record.Record) -> str | None:
     """The key of the head that makes the run's reward a Gaussian; None where it is a number."""
     described = files.read_mapping(run.directory / "heads.json")
-    used = run.config.arm.trained_as(run.config.stage).used
-    with_mean = (key for key in sorted(used) if isinstance(described.get(key), dict) and described[key].get("mean"))
+    read = heads_read(run.config.arm, run.config.stage)
+    with_mean = (key for key in read if isinstance(described.get(key), dict) and described[key].get("mean"))
     return next(with_mean, None)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from discobeta import files, folders, identity, record
 from discobeta.design.config import RunConfig
+from discobeta.design.described import arm_in_words
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, say, telling
 from discobeta.files import read_mapping, read_sealed, replacing, sha256, write_sealed
@@ -164,7 +165,7 @@ def _card(directory: Path, dtype: str) -> str:
                 f"# {row.title}: {run.config.arm.label}, seed {run.config.seed}, merged",
                 f"{card.what_it_is(run, weights)} Here its weights are those of a plain model, made by `{MADE_BY}` in "
                 f"float32 and stored in {dtype}.",
-                "## Arm\n\n" + card.arm_in_words(run.config),
+                "## Arm\n\n" + arm_in_words(run.config.arm, run.config.stage),
                 f'```python\nfrom transformers import {auto}, AutoTokenizer\n\nmodel = {auto}.from_pretrained("OUT")\n'
                 'tokenizer = AutoTokenizer.from_pretrained("OUT")\n```',
                 *notes,

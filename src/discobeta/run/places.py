@@ -1,8 +1,8 @@
 """Where the files that a run was made from are now, when it was moved, copied, or is read from another directory.
 
-A run's config names folders as they were called where it was trained. What is not there by that name is looked for
-where it lay in relation to the run: a study that is moved as a whole keeps its insides. A base is found by its hash
-too, which the run's provenance has; nothing of another hash is ever taken for it.
+A run's config names folders as they were called where it was trained. Each is looked for where it lay in relation to
+the run, as a study that is moved as a whole keeps its insides, and then by its name. A base is found by its hash too,
+which the run's provenance has; nothing of another hash is ever taken for it.
 """
 
 from __future__ import annotations
