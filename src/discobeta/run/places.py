@@ -69,26 +69,32 @@ def without_lost_rows(config: RunConfig) -> RunConfig:
 
 
 def with_base(run: Record, base: str | None, also: tuple[str, ...] = ()) -> Record:
-    """The run on the base that it was trained on, by the name that it has here; see `here`."""
+    """The run on the base that it was trained on, by the name that it has here; see `here`.
+
+    A base that is still where it was, and is another one now, is refused: it is looked for by its hash only where there
+    is none.
+    """
     if base is not None:
         if not os.path.isdir(base):
             _download(base, run.config)
         run = replace(run, config=run.config.replace(model_name_or_path=str(base)))
         run.check_base()
         return run
-    name, looked = run.config.model_name_or_path, []
-    for folder in _candidates(run, also):
-        if not (folder / "config.json").is_file():
-            continue
+    name = run.config.model_name_or_path
+    where_it_was = [path for path in (Path(name), *_all_beside(run, name)) if path.is_dir()]
+    near = [] if where_it_was else [*map(Path, also), *_near(run, Path(name).name)]
+    near = [path for path in near if (path / "config.json").is_file()]
+    others: list[tuple[Path, UserError]] = []
+    for folder in where_it_was or near:
         there = replace(run, config=run.config.replace(model_name_or_path=_called(folder, name)))
         try:
             there.check_base()
-        except UserError:
-            looked.append(folder)
+        except UserError as error:
+            others.append((folder, error))
             continue
         return there
-    if os.path.isdir(name):
-        run.check_base()  # says how it differs
+    if where_it_was:
+        raise others[-1][1]  # which says how it differs
     if _may_be_hub_id(name):
         try:
             _download(name, run.config)
@@ -96,21 +102,11 @@ def with_base(run: Record, base: str | None, also: tuple[str, ...] = ()) -> Reco
             raise UserError(f"{error}; {SAY}") from None
         run.check_base()
         return run
-    others = f"; {', '.join(map(str, looked[:3]))} is another" if looked else ""
+    another = f"; {others[0][0]} is another" if others else ""
     raise UserError(
         f"{run.directory}: its base {name} is not here: not by that name, not at {_beside(run, name) or name}, and "
-        f"none of sha256 {str(run.facts.get('base'))[:12]} in the {LEVELS} folders above the run{others}; {SAY}"
+        f"none of sha256 {str(run.facts.get('base'))[:12]} in the {LEVELS} folders above the run{another}; {SAY}"
     )
-
-
-def _candidates(run: Record, also: tuple[str, ...]) -> Iterator[Path]:
-    """Folders that may be the base, each once, the likeliest first."""
-    name = run.config.model_name_or_path
-    seen = set()
-    for path in (Path(name), *_all_beside(run, name), *map(Path, also), *_near(run, Path(name).name)):
-        if path.is_dir() and (real := os.path.realpath(path)) not in seen:
-            seen.add(real)
-            yield path
 
 
 def _near(run: Record, last: str) -> Iterator[Path]:
