@@ -18,10 +18,22 @@ def add_to(commands) -> None:
     sub.add_argument("--stage", choices=STAGES, help="only one stage")
 
     sub = command(
-        commands, "keys", show_keys, "explain the keys of a run, those that one stage reads, or those of a study"
+        commands,
+        "keys",
+        show_keys,
+        "list the keys of runs and studies, or explain those that a word finds",
+        f"E.g. `keys dpo`, `keys pref_beta`, `keys ppo kl`, `keys template`. The same as pages: {PAGES}.",
     )
-    sub.add_argument("of", nargs="?", choices=(BASE_STAGE, *STAGES, "study"), help="a stage, or study")
+    sub.add_argument(
+        "words", nargs="*", metavar="WORD",
+        help=f"first, if wanted, whose keys ({', '.join(WHOSE)}); then a name, also another program's, or words of the "
+        "meaning",
+    )  # fmt: skip
     sub.add_argument("--json", action="store_true", help="as a list of objects")
+
+
+WHOSE = ("run", BASE_STAGE, *STAGES, "study")
+PAGES = "docs/reference/run.md, study.md and names.md"
 
 
 def show_grid(arguments: argparse.Namespace) -> None:
@@ -40,5 +52,14 @@ def show_grid(arguments: argparse.Namespace) -> None:
 def show_keys(arguments: argparse.Namespace) -> None:
     from discobeta.design import keys
 
-    found = keys.study_keys() if arguments.of == "study" else keys.run_keys(arguments.of)
-    print(json.dumps([vars(key) for key in found], indent=1) if arguments.json else keys.as_lines(found))
+    of, *words = arguments.words if arguments.words[:1] and arguments.words[0] in WHOSE else [None, *arguments.words]
+    named, rest = keys.find(words, of) if words else ([], keys.listed(of))
+    if arguments.json:
+        print(json.dumps([vars(key) for key in named + rest], indent=1, ensure_ascii=False))
+        return
+    if not named and len(rest) == 1:
+        named, rest = rest, []
+    parts = [keys.in_full(key) for key in named]
+    if rest:
+        parts.append("\n".join([*(["also:"] if named else []), keys.as_lines(rest)]))
+    print("\n\n".join(parts))
