@@ -1,13 +1,15 @@
-"""Commands that look something up: the grid, the keys."""
+"""Commands that look something up: the grid, the keys, one run."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
-from discobeta.cli.words import command
+from discobeta.cli.words import command, overridable, read_run
 from discobeta.design.arms import FLAGS, grid
 from discobeta.design.stages import BASE_STAGE, STAGES
+from discobeta.errors import UserError
 
 
 def add_to(commands) -> None:
@@ -30,6 +32,17 @@ def add_to(commands) -> None:
         "meaning",
     )  # fmt: skip
     sub.add_argument("--json", action="store_true", help="as a list of objects")
+
+    sub = command(
+        commands,
+        "show",
+        show_run,
+        "say what a run is or would be: arm, settings, state, results, what it reads, how to take it on",
+        "Nothing is written, trained or downloaded.",
+    )
+    sub.add_argument("run", metavar="RUN.yaml|RUN_DIR", help="a run's YAML (- reads standard input) or its directory")
+    overridable(sub, "override keys of the YAML")
+    sub.add_argument("--json", action="store_true", help="as one object")
 
 
 WHOSE = ("run", BASE_STAGE, *STAGES, "study")
@@ -63,3 +76,19 @@ def show_keys(arguments: argparse.Namespace) -> None:
     if rest:
         parts.append("\n".join([*(["also:"] if named else []), keys.as_lines(rest)]))
     print("\n\n".join(parts))
+
+
+def show_run(arguments: argparse.Namespace) -> None:
+    from discobeta.report import show
+
+    if Path(arguments.run).is_dir():
+        if arguments.set:
+            raise UserError(
+                f"--set {arguments.set[0]}: a run directory is shown as it is; with a YAML it says what would be"
+            )
+        sheet = show.of_directory(Path(arguments.run))
+    else:
+        config, notes = read_run(arguments)
+        words = [arguments.run, *(["--set", *arguments.set] if arguments.set else [])]
+        sheet = show.of_config(config, notes, arguments.run, words)
+    print(json.dumps(sheet.as_json(), indent=1, ensure_ascii=False) if arguments.json else sheet.text())
