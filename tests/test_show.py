@@ -186,7 +186,7 @@ def test_passes_and_updates_of_ppo_are_counted(settings, shown, tmp_path):
     ("words", "says"),
     [
         (["empty"], "empty is no run directory: it has no config.yaml"),
-        (["study"], "study is no run directory: it has no config.yaml; it is a study's folder, and study/runs/rm/x is "),
+        (["study"], "study is no run directory: it has no config.yaml; it is a study's folder, and study/"),
         (["nowhere.yaml"], "cannot read nowhere.yaml: No such file or directory"),
         (["study.yaml"], "study.yaml is a study and no run: "),
         (["study/runs/rm/x", "--set", "seed=1"], "--set seed=1: a run directory is shown as it is"),
