@@ -62,6 +62,12 @@ MADE_OF = {
     **dict.fromkeys(
         [
             "cli/__init__",
+            "cli/lookup",
+            "cli/words",
+            "data/counts",
+            "design/config_names",
+            "report/show",
+            "run/flops",
             "cli/run",
             "cli/study",
             "closure",
