@@ -1,4 +1,4 @@
-"""How runs went: quantities of their logs over steps, of the arms of a stage or of one run.
+"""How runs went: quantities of their logs over steps, of the arms of a stage.
 
 Idle arms compute what their twins compute, so arms are told apart by what they use; an idle arm is
 drawn as a thin dashed line, which lies on its twin's unless something is wrong.
@@ -7,9 +7,7 @@ drawn as a thin dashed line, which lies on its twin's unless something is wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib
@@ -20,14 +18,12 @@ from matplotlib.ticker import MaxNLocator
 from discobeta.design.arms import Arm
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Run
-from discobeta.files import replacing
 from discobeta.report.marks import End, interval_words, name_ends, seed_lines
-from discobeta.report.results import Results, read_log
+from discobeta.report.results import Results
 from discobeta.report.style import (
     COLUMN,
     FAINT,
     INK,
-    LOOKS,
     PAGE,
     STYLE,
     drawn_arms,
@@ -35,7 +31,7 @@ from discobeta.report.style import (
     label_of,
     look_of,
     say_missing,
-    seeds_mark,
+    short_mark,
     seeds_of,
 )
 
@@ -127,10 +123,11 @@ class Course:
                         ends[axes] = self.draw_panel(axes, panel)
                         label_steps(axes, x_label, first)
             figure.align_ylabels()
-            for axes, names in ends.items():
-                name_ends(axes, names)
+            name_ends(figure, ends)
             seeds = [values.shape[1] for row in rows for panel in row if panel for values in panel.lines.values()]
             words = [interval_words(seeds, lines=True)]
+            if any("/" in name for names in ends.values() for *_, name, _ in names):
+                words.append("(n/N): n of N seeds")
             if any(run.arm not in self.drawn for run in self.runs):
                 words.append("thin dots: with an idle head, on the line of the arm without it")
             text = "; ".join(filter(None, words))
@@ -153,7 +150,7 @@ class Course:
                 continue
             look = look_of(arm)
             seed_lines(axes, values, look, marks=panel.marks)
-            mark = seeds_mark(values.shape[1], seeds_of(arm, self.runs))
+            mark = short_mark(values.shape[1], seeds_of(arm, self.runs))
             ends.append((values.index[-1], values.iloc[-1].mean(), label_of(arm) + mark, look.colour))
         if panel.is_empty:
             say_missing(axes)
@@ -219,9 +216,10 @@ def rollout_curves(results: Results, stage: str) -> Figure:
         by_judge.setdefault(arm.trained_as(STAGES[stage].judge.stage).twin, []).append(arm)
     rows: list[list[Panel | None]] = []
     for judge in sorted(by_judge, key=lambda arm: len(arm.used)):
-        words = f",\n{judge.label}" if len(by_judge) > 1 else ""
-        label = f"Score by reward model{words}\n(its unit, since update 1)\n↑"
-        rows.append(_beside(Panel(label, {arm: score.lines[arm] for arm in by_judge[judge]}, 8), "Score", "its unit"))
+        whose = f" of {judge.label}" if len(by_judge) > 1 else ""
+        label = f"Score by the reward\nmodel{whose}\n(since update 1) ↑"
+        panel = Panel(label, {arm: score.lines[arm] for arm in by_judge[judge]}, 8)
+        rows.append(_beside(panel, "Score", "its reward model's unit"))
     kl = course.panel("kl_per_sequence", "KL to reference\n(nats per response)", marks=8)
     rows.append(_beside(kl, "KL", "nats per response"))
     length = course.panel("response_length", "Tokens per response", marks=8)
@@ -270,43 +268,3 @@ def label_steps(axes: Axes, label: str, first: int = 1) -> None:
         ticks = [tick for tick in MaxNLocator(nbins=6, integer=True).tick_values(first, high) if first < tick <= high]
         axes.set_xticks([first, *(tick for tick in ticks if tick - first > 0.6 * (ticks[-1] - first) / len(ticks))])
         axes.set_xlim(first - 0.03 * (high - first), high + 0.03 * (high - first))
-
-
-# --- one run
-
-
-def loss_curve(log_path: str | Path, png_path: str | Path) -> None:
-    """How one run went: its loss over steps, training and, if there is one, held-out; of ppo, reward and KL."""
-    log = read_log(Path(log_path))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.5, 2.8), layout="constrained")
-        is_rollouts = {"reward", "kl_per_sequence"} <= set(log)
-        draw: Callable[[Figure, pd.DataFrame], None] = _draw_rollouts if is_rollouts else _draw_loss
-        draw(figure, log)
-        with replacing(png_path) as temporary:
-            figure.savefig(temporary, format="png", dpi=200)
-
-
-def _draw_rollouts(figure: Figure, log: pd.DataFrame) -> None:
-    labels = {"reward": "Score by the\nreward model ↑", "kl_per_sequence": "KL to reference\n(nats per response)"}
-    panels = figure.subplots(len(labels), 1, sharex=True)
-    for axes, (name, label), look in zip(panels, labels.items(), LOOKS[2:], strict=False):
-        _draw_column(axes, log, name, color=look.colour)
-        axes.set_ylabel(label)
-    label_steps(panels[-1], "Update")
-    figure.align_ylabels()
-
-
-def _draw_loss(figure: Figure, log: pd.DataFrame) -> None:
-    axes = figure.subplots()
-    for name, label, look in (("loss", "training", LOOKS[2]), ("eval_loss", "held-out", LOOKS[1])):
-        if name in log:
-            _draw_column(axes, log, name, **look.of_line, label=label)
-    axes.set(xlabel="Optimiser step", ylabel="Loss (nats) ↓")
-    if axes.lines:
-        figure.legend(loc="outside upper right", ncols=2)
-
-
-def _draw_column(axes: Axes, log: pd.DataFrame, name: str, **style) -> None:
-    values = log[["step", name]].dropna()
-    axes.plot(values["step"], values[name], marker="o" if len(values) < 20 else None, markersize=3, **style)

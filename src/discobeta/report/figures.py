@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from discobeta.design.arms import CORNERS, IDEAS, Arm
 from discobeta.design.stages import STAGES
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+MARGIN = 0.03  # inches, around what is drawn
+
+
 def write(results: Results) -> None:
     """The figures that `outputs` names, into `study.directory`/figures."""
     study = results.study
@@ -58,10 +62,12 @@ def save(figure: Figure, paths: list[Path]) -> None:
         figure.set_layout_engine("none")
         for axes in figure.axes:  # the layout's solver differs in the last bit between processes
             axes.set_position(np.round(axes.get_position().bounds, 5))
+        drawn = figure.get_tightbbox().padded(MARGIN)
+        crop = Bbox(np.round(drawn.get_points(), 3))
         for path in paths:
             ending = path.suffix.removeprefix(".")
             with replacing(path) as temporary:
-                figure.savefig(temporary, format=ending, bbox_inches="tight", metadata=metadata(figure, path))
+                figure.savefig(temporary, format=ending, bbox_inches=crop, metadata=metadata(figure, path))
 
 
 def metadata(figure: Figure, path: Path) -> dict[str, Any]:
@@ -157,9 +163,8 @@ def interaction(results: Results, stage: str) -> Figure:
             ends[axes] = draw_interaction(axes, frame, len(study.seeds))
             axes.set_ylabel(axis_words(name, "minus the baseline's"))
         figure.align_ylabels()
-        for axes, names_there in ends.items():
-            name_ends(axes, names_there)
-        note = "Thin lines: single seeds, of the same seed's baseline; thick: their means."
+        name_ends(figure, ends)
+        note = "Thin lines: single seeds, minus the baseline of the same seed; thick: their means."
         footer(figure, results, runs, note if any(ends.values()) else "")
     return figure
 

@@ -15,7 +15,7 @@ from discobeta.report.effects import comparisons, effects_frame, factorial, shor
 from discobeta.report.marks import interval_words, seed_points
 from discobeta.report.measures import MEASURES
 from discobeta.report.results import Results
-from discobeta.report.style import COLUMN, FAINT, INK, STYLE, Look, footer, look_of, say_missing, seeds_mark, words_of
+from discobeta.report.style import COLUMN, FAINT, INK, STYLE, Look, footer, look_of, say_missing, short_mark, words_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,6 +46,7 @@ def effects_forest(results: Results) -> Figure:
             say_missing(grid[0])
         runs = [run for run in results.study.grid_runs() if run.arm in CORNERS and not run.proof]
         words = interval_words(frame.n_seeds.astype(int), lines=False)
+        words += "; (n/N): n of N seeds" if (frame.n_seeds < frame.n_expected).any() else ""
         words += "; hollow: the interval holds zero" if "bar" in words else ""
         footer(figure, results, runs, f"{words[:1].upper()}{words[1:]}. Effects are paired over seeds." * bool(words))
     return figure
@@ -72,7 +73,7 @@ def draw_effects(axes: Axes, panel: pd.DataFrame) -> None:
         if place and panel.stage.iloc[place - 1] != row["stage"]:
             axes.axhline(place - 0.5, color=FAINT, linewidth=0.4)
     names = [
-        f"{row.stage}: {row.contrast}{seeds_mark(row.n_seeds, row.n_expected)}" for row in panel.itertuples(index=False)
+        f"{row.stage}: {row.contrast}{short_mark(row.n_seeds, row.n_expected)}" for row in panel.itertuples(index=False)
     ]
     axes.set_yticks(range(len(panel)), names)
     axes.set_ylim(len(panel) - 0.4, -0.6)

@@ -131,9 +131,10 @@ def scale_figure(results: Results, stage: str) -> Figure:
                 axes.plot([], [], color=look.colour, marker=look.marker, linestyle="none", label=f"{group:g}")
         axes.set_xticks(range(len(noises)), [f"{noise:g}" for noise in noises])
         axes.grid(axis="x", visible=False)
+        axes.relim()
         if first:
-            axes.legend(title="familiarity (0: seen most)", title_fontsize=6.5, loc="upper right", ncols=len(groups),
-                        handletextpad=0.1, columnspacing=0.6, borderaxespad=0)  # fmt: skip
+            axes.figure.legend(title="familiarity of the topic (0: seen most)", title_fontsize=7, ncols=len(groups),
+                               loc="outside upper center", handletextpad=0.1)  # fmt: skip
 
     note = "small dots: single seeds; large: geometric means over seeds{}; dashed: s = 1, the configured β"
     return _of_arms(
@@ -201,9 +202,9 @@ def _of_arms(
                 levels = sorted({level for values in there.values() for level in values.index})
                 _logarithmic(grid[0], "x", levels)
         figure.supxlabel(labels[0], fontsize=7.5)
-        many = "; bar: 95 % Student" in interval_words([seeds_of(arm, there) for arm in arms], lines=False)
-        bars = interval_words([n for arm in arms if (n := seeds_of(arm, there)) >= INTERVAL_FROM], lines=False)
-        text = note.format(f" ({bars.partition(';')[0]})" if bars or many else "")
+        n = [seeds_of(arm, there) for arm in arms]
+        bars = interval_words([seeds for seeds in n if seeds >= INTERVAL_FROM], lines=False).partition(";")[0]
+        text = note.format(f" ({bars})" * bool(bars))
         footer(figure, results, runs, f"{text[:1].upper()}{text[1:]}." if there else "")
     return figure
 

@@ -6,7 +6,7 @@ less than the five. From there on lines have a band and points a bar, Student's 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from discobeta.report.style import INK, Look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INTERVAL_FROM = 6
 DOTS = {"markersize": 2.2, "alpha": 0.6, "markeredgewidth": 0}
@@ -95,27 +96,26 @@ End = tuple[float, float, str, str]
 """(x, y, name, colour) of the last point of a line."""
 
 
-def name_ends(axes: Axes, ends: Iterable[End], *, size: float = 6.5) -> None:
-    """Names in a column right of the axes, each as near to the height of its line's end as the others let it.
+def name_ends(figure: Figure, ends: Mapping[Axes, Iterable[End]], *, size: float = 6.5) -> None:
+    """Names in a column right of each axes, each as near to the height of its line's end as the others let it.
 
     Called when all else is drawn: what heights are free depends on the size that the layout gives the axes.
     """
-    ends = sorted(ends, key=lambda end: (end[1], end[2]))
-    if not ends:
-        return
-    axes.figure.draw_without_rendering()
-    axes.autoscale_view()
-    (low, high), height = axes.get_ylim(), axes.get_window_extent().height * 72 / axes.figure.dpi
-    to_axes = axes.transData + axes.transAxes.inverted()
-    wanted = [to_axes.transform((0, min(max(y, low), high)))[1] for _, y, *_ in ends]
-    x_limits, y_limits = axes.get_xlim(), (low, high)
-    for (x, y, name, colour), place in zip(ends, apart(wanted, 1.2 * size / height), strict=True):
-        axes.annotate(
-            name, (x, y), (1.04, round(place, 3)), textcoords="axes fraction", color=INK, fontsize=size, va="center",
-            annotation_clip=False, parse_math=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 2},
-        )  # fmt: skip
-    axes.set(xlim=x_limits, ylim=y_limits)
+    if any(ends.values()):
+        figure.draw_without_rendering()
+    for axes, names in ends.items():
+        names = sorted(names, key=lambda end: (end[1], end[2]))
+        height = axes.get_window_extent().height * 72 / figure.dpi
+        x_limits, (low, high) = axes.get_xlim(), axes.get_ylim()
+        to_axes = axes.transData + axes.transAxes.inverted()
+        wanted = [to_axes.transform((x_limits[0], min(max(y, low), high)))[1] for _, y, *_ in names]
+        for (x, y, name, colour), place in zip(names, apart(wanted, 1.2 * size / height), strict=True):
+            axes.annotate(
+                name, (x, y), (1.04, round(place, 3)), textcoords="axes fraction", color=INK, fontsize=size,
+                va="center", annotation_clip=False, parse_math=False,
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 2},
+            )  # fmt: skip
+        axes.set(xlim=x_limits, ylim=(low, high))
 
 
 def apart(wanted: Sequence[float], gap: float) -> list[float]:

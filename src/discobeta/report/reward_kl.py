@@ -63,19 +63,21 @@ def reward_kl(results: Results, stage: str) -> Figure:
     panels = _by_judge(stage, arms) if value == GAIN else {"": arms}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.35 * COLUMN, 0.5 + 2.7 * len(panels)), layout="constrained")
+        names = {}
         for axes, (judge, shown) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(),
                                         strict=True):  # fmt: skip
             part = {source: by_seed for source, by_seed in every.items() if source.arm in shown}
-            ends = draw_points(axes, part, looks, found, len(study.seeds))
-            oracle = oracle_points(found, stage, part) if value == REWARD else []
-            ends += draw_oracle(axes, oracle)
+            names[axes] = draw_points(axes, part, looks, found, len(study.seeds))
             axes.set_ylabel(axis_words(value, judge))
             axes.set_xlabel(words_of(kl_of(found, stage)))
             if part:
                 keep_sensible(axes, part)
-                name_ends(axes, ends)
+                oracle = oracle_points(found, stage, part) if value == REWARD else []
+                names[axes] += draw_oracle(axes, oracle)
             else:
                 say_missing(axes)
+        name_points(figure)
+        name_ends(figure, names)
         runs = results.whole_runs(stage) + results.variant_runs(stage)
         footer(figure, results, runs, note_of(every, has_oracle="regret" in found.metrics(stage)))
     return figure
@@ -115,7 +117,7 @@ def draw_points(
 ) -> list[End]:
     """The runs, their means and the lines that join a sweep's; returns where the lines end.
 
-    A hollow mean is one of fewer seeds than the study has.
+    A hollow mean is one of fewer seeds than the study has. What has no line is named in the legend.
     """
     ends: list[End] = []
     for source, by_seed in found.items():
@@ -127,13 +129,14 @@ def draw_points(
         axes.plot(*xy(lost), marker="x", markersize=3.5, markeredgewidth=0.7, **small)
         means = mean_points(by_seed)
         axes.plot([kl for kl, *_ in means], [value for _, value, _ in means], **look.of_line, zorder=3)
+        name = label_of(source, study)
         for kl, value, n in means:
             face = look.colour if n == n_seeds else "white"
             edge = {"markeredgecolor": "white" if n == n_seeds else look.colour, "markeredgewidth": 0.6}
             axes.plot(kl, value, marker=look.marker, markersize=5, linestyle="none", markerfacecolor=face, zorder=4,
-                      color=look.colour, **edge)  # fmt: skip
-        if means:
-            ends.append((*means[-1][:2], label_of(source, study), look.colour))
+                      color=look.colour, label=name if len(means) == 1 else None, **edge)  # fmt: skip
+        if len(means) > 1:
+            ends.append((*means[-1][:2], name.partition(" (")[0], look.colour))
     return ends
 
 
@@ -164,8 +167,22 @@ def draw_oracle(axes: Axes, points: list[tuple[float, float]]) -> list[End]:
     """The frontier through its points, and its end."""
     if not points:
         return []
+    right, (low, high) = axes.get_xlim()[1], axes.get_ylim()
     axes.plot(*zip(*points, strict=True), color=INK, linestyle=(0, (1, 2)), linewidth=1, zorder=1)
-    return [(*points[-1], "oracle", INK)]
+    inside = [point for point in points if point[0] <= right] or points[:1]
+    axes.set_ylim(min(low, inside[0][1]), max(high, inside[-1][1] + 0.03 * (high - low)))
+    return [(*inside[-1], "oracle", INK)]
+
+
+def name_points(figure: Figure) -> None:
+    """A legend above, of what has no line to be named at its end."""
+    entries = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        figure.legend(entries.values(), entries, loc="outside upper center", ncols=2, handletextpad=0.2,
+                      columnspacing=1.2)  # fmt: skip
 
 
 def keep_sensible(axes: Axes, found: Mapping[Source, BySeed]) -> None:

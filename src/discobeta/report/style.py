@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,9 +41,8 @@ STYLE = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "legend.frameon": False,
-    "figure.dpi": 100,
+    "figure.dpi": 250,  # at which text is measured too
     "savefig.dpi": 250,
-    "savefig.pad_inches": 0.03,
     "pdf.fonttype": 42,  # text stays text
     "svg.hashsalt": "discobeta",  # equal figures give equal files
 }
@@ -98,6 +98,11 @@ def seeds_mark(there: int, expected: int) -> str:
     return "" if there == expected else f" ({there} of {expected} seeds)"
 
 
+def short_mark(there: int, expected: int) -> str:
+    """`seeds_mark` beside a line or a row, where there is little room."""
+    return "" if there == expected else f" ({there}/{expected})"
+
+
 # --- the words of an axis
 
 UNITS = {
@@ -137,9 +142,17 @@ def say_missing(axes: Axes, why: str = "missing") -> None:
     axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center", color=FAINT, bbox=box)
 
 
+MOST_NAMED = 300  # letters: if naming the missing runs takes more, they are counted
+
+
 def footer(figure: Figure, results: Results, runs: list[Run], note: str = "") -> None:
     """How to read the figure, what is not in it, and, in one small line, what made it: below it."""
     missing = results.describe_missing(runs)
+    if len(missing) > MOST_NAMED:
+        absent = [results.absence(run) for run in runs if results.absence(run)]
+        kinds = Counter(reason.partition(" (")[0] for reason in absent)
+        said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        missing = f"{len(absent)} of {len(runs)} runs ({said}), which the notes of the tables name"
     state_source(figure, provenance(results), note, f"Missing: {missing}." if missing else "")
 
 
@@ -152,7 +165,7 @@ def state_source(figure: Figure, made_by: Mapping[str, str], *notes: str) -> Non
     place = 0.0
     texts = [(note, 6, INK) for note in notes if note]
     for text, size, colour in [*texts, (source_line(made_by), 5, FAINT)]:
-        lines = textwrap.wrap(printable(text), width=int(150 / size * figure.get_figwidth()))
+        lines = textwrap.wrap(printable(text), width=int(142 / size * figure.get_figwidth()))
         # what came with a run is no formula, whatever dollars are in it
         figure.text(
             0.01, place - 0.05 / figure.get_figheight(), "\n".join(lines),
