@@ -31,8 +31,8 @@ from discobeta.report.style import (
     label_of,
     look_of,
     say_missing,
-    short_mark,
     seeds_of,
+    short_mark,
 )
 
 if TYPE_CHECKING:
