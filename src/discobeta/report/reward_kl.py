@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 GAIN = "reward_gain"
 """What is drawn where no truth is known: the score by the arm's own reward model."""
 
+REGRET = "regret"
+"""What a policy's true reward falls short of the oracle's at its KL."""
+
 BySeed = dict[int, list[Point]]
 
 
@@ -49,37 +52,40 @@ def reward_kl(results: Results, stage: str) -> Figure:
 
     Small points are runs, large ones means over seeds at each β; a sweep's are joined. Crosses are runs whose policy
     has collapsed, which are in no mean. Beside the arms stand their controls, and where the world gives it the oracle's
-    frontier: at every run's KL the most true reward that a policy can have. Each kind of reward model has a panel if
-    its score is all there is, since the units differ.
+    frontier: at every run's KL the most true reward that a policy can have; below, what each falls short of it,
+    in which arms can be told apart. Each kind of reward model has a panel if its score is all there is, since the units
+    differ.
     """
     study = results.study
     found = Published(study.name, collect(results), study.settings, provenance(results))
-    value = REWARD if study.world else GAIN
-    arms = [arm.name for arm in study.arms_of(stage) if not arm.is_idle]
-    every = {source: frontier.points(found, stage, source, value=value, kl=kl_of(found, stage))
-             for source in _sources(found, stage, arms)}  # fmt: skip
-    every = {source: by_seed for source, by_seed in every.items() if by_seed}
-    looks = looks_of(every)
-    panels = _by_judge(stage, arms) if value == GAIN else {"": arms}
+    kl, arms = kl_of(found, stage), [arm.name for arm in study.arms_of(stage) if not arm.is_idle]
+    sources = _sources(found, stage, arms)
+    panels = [(REWARD, "", arms)] if study.world else [(GAIN, *of_judge) for of_judge in _by_judge(stage, arms)]
+    panels += [(REGRET, "", arms)] if study.world and REGRET in found.metrics(stage) else []
+    every = {
+        value: {source: frontier.points(found, stage, source, value=value, kl=kl) for source in sources}
+        for value, *_ in panels
+    }
+    looks = looks_of(sources)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.35 * COLUMN, 0.5 + 2.7 * len(panels)), layout="constrained")
+        figure = Figure(figsize=(1.35 * COLUMN, 0.5 + 2.3 * len(panels)), layout="constrained")
         names = {}
-        for axes, (judge, shown) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(),
-                                        strict=True):  # fmt: skip
-            part = {source: by_seed for source, by_seed in every.items() if source.arm in shown}
+        grid = figure.subplots(len(panels), 1, squeeze=False, sharex=len(panels) > 1)[:, 0]
+        for axes, (value, judge, shown) in zip(grid, panels, strict=True):
+            part = {source: of for source, of in every[value].items() if source.arm in shown and of}
             names[axes] = draw_points(axes, part, looks, found, len(study.seeds))
             axes.set_ylabel(axis_words(value, judge))
-            axes.set_xlabel(words_of(kl_of(found, stage)))
-            if part:
-                keep_sensible(axes, part)
-                oracle = oracle_points(found, stage, part) if value == REWARD else []
-                names[axes] += draw_oracle(axes, oracle)
-            else:
+            if not part:
                 say_missing(axes)
+            keep_sensible(axes, part)
+            if value == REWARD:
+                names[axes] += draw_oracle(axes, oracle_points(found, stage, part))
+        grid[-1].set_xlabel(words_of(kl))
+        figure.align_ylabels()
         name_points(figure)
         name_ends(figure, names)
         runs = results.whole_runs(stage) + results.variant_runs(stage)
-        footer(figure, results, runs, note_of(every, has_oracle="regret" in found.metrics(stage)))
+        footer(figure, results, runs, note_of(every[panels[0][0]], has_oracle=panels[-1][0] == REGRET))
     return figure
 
 
@@ -89,13 +95,13 @@ def _sources(study: Published, stage: str, arms: list[str]) -> list[Source]:
     return sorted((source for source in dict.fromkeys(there) if source.arm in arms), key=lambda of: bool(of.variant))
 
 
-def _by_judge(stage: str, arms: list[str]) -> dict[str, list[str]]:
-    """What the panel of each kind of reward model is called -> its arms."""
+def _by_judge(stage: str, arms: list[str]) -> list[tuple[str, list[str]]]:
+    """Of each kind of reward model what its panel is called, and its arms."""
     judge, found = STAGES[stage].judge, {}
     for name in arms:
         given = BY_NAME[name].trained_as(judge.stage).twin if judge else CORNERS[0]
         found.setdefault(given, []).append(name)
-    return {f"by reward model, {given.label}" if len(found) > 1 else "": names for given, names in found.items()}
+    return [(f"by reward model, {given.label}" if len(found) > 1 else "", names) for given, names in found.items()]
 
 
 def looks_of(sources: Iterable[Source]) -> dict[Source, Look]:
@@ -186,11 +192,12 @@ def name_points(figure: Figure) -> None:
 
 
 def keep_sensible(axes: Axes, found: Mapping[Source, BySeed]) -> None:
-    """The range of KL of the runs that have not collapsed: one that has may be far to the right."""
-    kls = [p.kl for by_seed in found.values() for points in by_seed.values() for p in points if not p.has_collapsed]
-    if kls:
-        room = 0.06 * max(max(kls) - min(kls), 0.1 * abs(max(kls)), 1e-9)
-        axes.set_xlim(min(kls) - room, max(kls) + room)
+    """The ranges of the runs that have not collapsed: one that has may be far away."""
+    kept = [p for by_seed in found.values() for points in by_seed.values() for p in points if not p.has_collapsed]
+    for of_axis, numbers in zip((axes.set_xlim, axes.set_ylim), xy(kept) if kept else ((), ()), strict=True):
+        if numbers:
+            room = 0.06 * max(max(numbers) - min(numbers), 0.1 * abs(max(numbers)), 1e-9)
+            of_axis(min(numbers) - room, max(numbers) + room)
 
 
 def note_of(found: Mapping[Source, BySeed], *, has_oracle: bool) -> str:
@@ -199,7 +206,9 @@ def note_of(found: Mapping[Source, BySeed], *, has_oracle: bool) -> str:
     lost = sum(point.has_collapsed for point in points)
     words = ["Small: runs; large: means over seeds at each β (hollow: of fewer seeds than the study has)"]
     if lost:
-        words.append(f"×: {lost} run{'s' * (lost > 1)} with less than {LEAST_WELL_FORMED:.0%} well-formed, in no mean")
+        words.append(
+            f"×: {lost} run{'s' * (lost > 1)} with less than {LEAST_WELL_FORMED:.0%} well-formed, in no mean (far ones are beyond the axes)"
+        )
     if has_oracle:
         words.append("dotted: the oracle's frontier")
     return "; ".join(words) + "." if points else ""

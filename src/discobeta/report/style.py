@@ -110,6 +110,7 @@ UNITS = {
     "excess_kl": "nats per pair",
     "accuracy": "share of pairs",
     "true_reward": "r*",
+    "regret": "r*",
     "kl_per_sequence": "nats per response",
     "kl_rao_blackwell": "nats per response",
 }
