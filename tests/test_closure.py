@@ -52,9 +52,7 @@ MADE_OF = {
     "inputs/world": {"world_corpus", "world_pairs"} | EVALUATION,
     **dict.fromkeys(["run/evaluate", "run/responses", "run/truth"], EVALUATION),
     "metrics": EVALUATION | {"figures"},
-    **dict.fromkeys(
-        [f"report/{name}" for name in ("tables", "cells", "neutrality", "compare", "costs")], {"tables"}
-    ),
+    **dict.fromkeys([f"report/{name}" for name in ("tables", "cells", "neutrality", "compare", "costs")], {"tables"}),
     **dict.fromkeys(
         [f"report/{name}" for name in ("figures", "curves", "forest", "head_figures", "marks", "reward_kl", "style")],
         {"figures"},

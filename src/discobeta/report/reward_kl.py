@@ -207,7 +207,8 @@ def note_of(found: Mapping[Source, BySeed], *, has_oracle: bool) -> str:
     words = ["Small: runs; large: means over seeds at each β (hollow: of fewer seeds than the study has)"]
     if lost:
         words.append(
-            f"×: {lost} run{'s' * (lost > 1)} with less than {LEAST_WELL_FORMED:.0%} well-formed, in no mean (far ones are beyond the axes)"
+            f"×: {lost} run{'s' * (lost > 1)} with less than {LEAST_WELL_FORMED:.0%} well-formed, in no mean; far ones "
+            "are beyond the axes"
         )
     if has_oracle:
         words.append("dotted: the oracle's frontier")
