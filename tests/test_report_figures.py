@@ -8,8 +8,8 @@ import pytest
 import yaml
 from report_study import finish, results, study, write_run
 
-from discobeta.report import curves, figures, loss_curve
-from discobeta.report.style import LOOKS
+from discobeta.report import curves, figures, loss_curve, outputs
+from discobeta.report.style import INK, LOOKS
 
 FAST = {"stages": ["dpo"], "seeds": [1, 2]}
 
@@ -68,7 +68,7 @@ def test_learning_curves_are_means_over_seeds_and_paired_differences_to_the_base
     assert means(accuracy)[GREY] == pytest.approx([0.5, 0.6, 0.8])
     assert names(loss) == ["oracle", "Disco", "Baseline"]
     assert names(accuracy)[-1] == "Bayes limit"
-    flat = [[line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"] for axes in (loss, accuracy)]
+    flat = [[line.get_ydata()[0] for line in axes.lines if line.get_color() == INK] for axes in (loss, accuracy)]
     assert flat == [[0.3], [0.875]]
     marked = next(line for line in loss.lines if line.get_color() == GREY and line.get_linewidth() > 1)
     assert (marked.get_marker(), marked.get_markevery()) == ("o", 1)  # every point is a measurement
@@ -279,8 +279,7 @@ def test_reward_by_noise_without_sampled_responses_says_missing():
 
 def test_figures_of_a_study_with_ppo():
     made = study(arms=["baseline"], **WORLD)
-    figures.write(results(made))
-    names = {path.stem for path in (made.directory / "figures").glob("[!.]*")}
+    names = {output.name for output in outputs.figures(made)}
     assert names == {f"{name}-{stage}" for stage in ("rm", "dpo") for name in ("learning-curves", "reliability")} | {
         "learning-curves-ppo",
         "reward-by-noise-ppo",

@@ -123,12 +123,12 @@ def test_what_is_drawn_of_seeds_is_said(seeds, lines, words):
 
 
 def test_six_seeds_have_a_bar_and_five_have_none():
-    """1 to 6: mean 3.5, sd 1.870829, t(.975, 5) = 2.570582, so 3.5 ± 1.963282."""
+    """1 to 6: mean 3.5, sd 1.870829, t(.975, 5) = 2.570582, so 3.5 ± 1.963314."""
     axes = Figure().subplots()
     marks.seed_points(axes, 0, [1, 2, 3, 4, 5, 6], style.LOOKS[0])
     dots, bar, mean = axes.lines
     assert list(dots.get_ydata()) == [1, 2, 3, 4, 5, 6] and list(mean.get_ydata()) == [3.5]
-    assert bar.get_ydata() == pytest.approx([3.5 - 1.963282, 3.5 + 1.963282])
+    assert bar.get_ydata() == pytest.approx([3.5 - 1.963314, 3.5 + 1.963314])
     axes = Figure().subplots()
     marks.seed_points(axes, 0, [1, 2, 3, 4, 5], style.LOOKS[0])
     assert [len(line.get_ydata()) for line in axes.lines] == [5, 1]
