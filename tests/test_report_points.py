@@ -111,8 +111,8 @@ def test_names_do_not_overlap_in_the_picture():
     ("seeds", "lines", "words"),
     [
         ([1], True, "one seed"),
-        ([2], False, "small dots: single seeds; large: mean of 2 seeds"),
-        ([5, 4], True, "thin lines: single seeds; thick line: mean of 4 to 5 seeds"),
+        ([2], False, "large: mean of 2 seeds; small dots: single seeds"),
+        ([5, 4], True, "thick line: mean of 4 to 5 seeds; thin lines: single seeds"),
         ([6], True, "band: 95 % Student interval of the mean over 6 seeds"),
         ([12, 11], False, "bar: 95 % Student interval of the mean over 11 to 12 seeds; small dots: single seeds"),
         ([0], True, ""),

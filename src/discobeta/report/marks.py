@@ -77,12 +77,11 @@ def interval_words(seeds: Iterable[int], *, lines: bool) -> str:
     if many:
         words.append(f"{'band' if lines else 'bar'}: 95 % Student interval of the mean over {_count(many)}")
     if few and few[-1] > 1:
-        words.append(f"{'thin lines' if lines else 'small dots'}: single seeds")
         words.append(f"{'thick line' if lines else 'large'}: mean of {_count(few)}")
     elif few:
         words.append("one seed")
-    if many and not lines:
-        words.append("small dots: single seeds")
+    if (few and few[-1] > 1) or (many and not lines):
+        words.append(f"{'thin lines' if lines else 'small dots'}: single seeds")
     return "; ".join(words)
 
 

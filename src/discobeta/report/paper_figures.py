@@ -16,9 +16,10 @@ from discobeta.report import frontier
 from discobeta.report.frontier import REWARD, Point, frontiers, kl_of
 from discobeta.report.hypotheses import Verdict
 from discobeta.report.marks import End, name_ends
+from discobeta.report.measures import MEASURES
 from discobeta.report.published import Published, Source, label_of
 from discobeta.report.reward_kl import draw_oracle, draw_points, keep_sensible, looks_of, note_of, oracle_points
-from discobeta.report.style import COLUMN, FAINT, INK, STYLE, axis_words, say_missing, state_source, words_of
+from discobeta.report.style import COLUMN, FAINT, INK, STYLE, UNITS, axis_words, say_missing, state_source, words_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,13 +104,18 @@ def forest(verdicts: list[Verdict], studies: list[Published], digest: str) -> Fi
         if verdict.n:
             panels.setdefault((verdict.hypothesis.stage, verdict.hypothesis.words), []).append(verdict)
     silent = [verdict for verdict in verdicts if not verdict.n]
-    heights = [len(panel) + 0.9 for panel in panels.values()] or [2.0]
+    heights = [len(panel) + 1.4 for panel in panels.values()] or [2.0]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.35 * COLUMN, 1.0 + 0.27 * sum(heights)), layout="constrained")
         grid = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         for axes, ((stage, quantity), panel) in zip(grid, panels.items(), strict=False):
             draw_panel(axes, panel)
-            axes.set_title(f"{stage}: {quantity}", loc="left", parse_math=False)
+            name = panel[0].hypothesis.matched.value if panel[0].hypothesis.matched else panel[0].hypothesis.metric
+            unit = f" ({UNITS[name]})" if name in UNITS else ""
+            axes.set_title(f"{stage}: {quantity}{unit}", loc="left", parse_math=False)
+            if name in MEASURES and not panel[0].hypothesis.quantity and MEASURES[name].better:
+                side = {"↑": ("better →", "right"), "↓": ("← better", "left")}[MEASURES[name].better]
+                axes.set_xlabel(side[0], loc=side[1], labelpad=1)
         if panels:
             figure.legend(handles=handles_of(verdicts), loc="outside upper center", ncols=2, handlelength=1.8)
         else:

@@ -111,6 +111,8 @@ UNITS = {
     "accuracy": "share of pairs",
     "true_reward": "r*",
     "regret": "r*",
+    "best_of_4/true_reward": "r*",
+    "best_of_16/true_reward": "r*",
     "kl_per_sequence": "nats per response",
     "kl_rao_blackwell": "nats per response",
 }
