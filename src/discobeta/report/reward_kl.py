@@ -131,7 +131,7 @@ def draw_points(
         points = [point for of_seed in by_seed.values() for point in of_seed]
         kept, lost = ([p for p in points if p.has_collapsed is has] for has in (False, True))
         small = {"color": look.colour, "linestyle": "none", "zorder": 2}
-        axes.plot(*xy(kept), marker=look.marker, markersize=2, alpha=0.4, markeredgewidth=0, **small)
+        axes.plot(*xy(kept), marker=look.marker, markersize=2.6, alpha=0.6, markeredgewidth=0, **small)
         axes.plot(*xy(lost), marker="x", markersize=3.5, markeredgewidth=0.7, **small)
         means = mean_points(by_seed)
         axes.plot([kl for kl, *_ in means], [value for _, value, _ in means], **look.of_line, zorder=3)
