@@ -112,7 +112,8 @@ def name_ends(figure: Figure, ends: Mapping[Axes, Iterable[End]], *, size: float
             axes.annotate(
                 name, (x, y), (1.04, round(place, 3)), textcoords="axes fraction", color=INK, fontsize=size,
                 va="center", annotation_clip=False, parse_math=False,
-                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 2},
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "relpos": (0, 0.5),
+                            "shrinkA": 1, "shrinkB": 2},
             )  # fmt: skip
         axes.set(xlim=x_limits, ylim=(low, high))
 
