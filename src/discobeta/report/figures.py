@@ -189,7 +189,7 @@ def draw_interaction(axes: Axes, points: pd.DataFrame, n_seeds: int) -> list[End
         ends.append((1, mean.iloc[1], label, look.colour))
     added_up = values[first].mean() + values[second].mean()
     axes.plot(1, added_up, color=INK, linestyle="none", marker="D", markersize=5, markerfacecolor="white", zorder=5)
-    return [*ends, (1, added_up, "if they\nadded up", INK)]
+    return [*ends, (1, added_up, "if they added up", INK)]
 
 
 def two_by_two() -> tuple[Arm, Arm, Arm, Arm]:
