@@ -272,6 +272,7 @@ def test_the_figures_that_are_expected_are_those_that_are_drawn(tmp_path: Path):
     (files,) = re.findall(r"^(?:local)?rule figures:\n    input: .*\n    output: (.*)$", done.stdout, re.MULTILINE)
     names = {f"{name}-{stage}" for stage in ("rm", "dpo") for name in ("learning-curves", "reliability")}
     names |= {"learning-curves-ppo", "reward-by-noise-ppo", "interaction-dpo", "interaction-ppo"}
+    names |= {"effects", "reward-kl-dpo", "reward-kl-ppo", "sigma-rm", "sigma-dpo", "scale-dpo", "scale-ppo"}
     expected = {f"results/smoke/figures/{name}.{ending}" for name in names for ending in ("svg", "pdf", "png")}
     assert set(files.split(", ")) == expected
 

@@ -109,7 +109,7 @@ def _train(config: RunConfig) -> None:
 
 
 def _draw_loss(directory: Path) -> None:
-    from discobeta.report.curves import loss_curve
+    from discobeta.report.loss_curve import loss_curve
 
     loss_curve(directory / "log.jsonl", directory / "loss.png")
 
