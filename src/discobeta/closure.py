@@ -60,6 +60,7 @@ BOOKKEEPING = {
     "metrics": "what is said of a trained model; `evaluate` and `figures` begin with it",
     "model/preflight": "refuses a model or rows before anything is computed",
     "processes": "ends what was started here",
+    "progress": "what is shown meanwhile",
     "record": "what stands in a run's directory",
     "report/outputs": "which tables and figures there are; what makes each is compared itself",
     "run/load": "gives a finished run back; how is said by its stage, and a judge is of the stage that reads it",

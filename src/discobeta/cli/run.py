@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from discobeta import launch
+from discobeta import devices, launch
 from discobeta.cli.words import command, is_main_process, overridable, run_command, run_config
 from discobeta.design.config import RunConfig
 from discobeta.design.stages import BASE_STAGE, STAGES
@@ -39,6 +39,7 @@ def add_to(commands) -> None:
 
 def train(arguments: argparse.Namespace) -> int | None:
     config = run_config(arguments)
+    devices.claim(arguments.processes)
     if arguments.processes > 1 and "RANK" not in os.environ:
         return launch.train(config, arguments.processes, evaluate=not arguments.no_evaluate)
     from discobeta import record
@@ -91,6 +92,7 @@ def reference(arguments: argparse.Namespace) -> None:
     config = run_config(arguments)
     if not config.reference_path:
         raise UserError("reference needs reference_path: the folder to write")
+    devices.claim()
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.inputs import reference as reference_pass
     from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels
@@ -108,6 +110,7 @@ def answers(arguments: argparse.Namespace) -> None:
         raise UserError("answers needs num_eval_generations: how many prompts are answered")
     if not config.reference_samples:
         raise UserError(f"answers of stage {config.stage} needs best_of: how many responses to a prompt are ranked")
+    devices.claim()
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.inputs.answers import sample_folder
     from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels
@@ -119,6 +122,7 @@ def answers(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     settings = parse_overrides(arguments.set)
+    devices.claim()
     _measure(arguments.directory, settings, arguments.trust_remote_code, arguments.cache_dir)
 
 
