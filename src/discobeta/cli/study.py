@@ -18,6 +18,7 @@ def add_to(commands) -> None:
         "--memory", nargs="?", const="", metavar="SIZE",
         help="also work out the peak of a GPU's memory from the shapes, and whether it fits a card of SIZE (24GB)",
     )  # fmt: skip
+    study_command(commands, "headline", headline, "print the means of a study that has run, and where its tables are")
     sub = study_command(commands, "status", status, "say what of a study is done, runs, waits or has failed")
     sub.add_argument("--watch", nargs="?", type=_seconds, const=2.0, metavar="SECONDS", help="look again and again")
     sub.add_argument(
@@ -49,6 +50,12 @@ def cost(arguments: argparse.Namespace) -> None:
         from discobeta.run import memory
 
         print("\n".join(memory.report(study, card)))
+
+
+def headline(arguments: argparse.Namespace) -> None:
+    from discobeta.report import headline as study_headline
+
+    print(study_headline.headline(read_study(arguments)))
 
 
 def status(arguments: argparse.Namespace) -> None:
