@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from discobeta import files, lock, processes, record
-from discobeta.design.config import RunConfig
+from discobeta.design.config import RunConfig, default_of
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Run, Study
 from discobeta.design.yaml_text import read_yaml
@@ -147,11 +149,14 @@ def _other(directory: Path, config: RunConfig) -> str:
         return f"damaged: {error}"
     if facts.get("settings") == record.settings_hash(config):
         return ""
+    # another hash, of other settings or of a version that had other keys; thousands of files are read the quick way
     try:
-        here = read_yaml(directory / "config.yaml")
-    except UserError:
+        text = (directory / "config.yaml").read_text(encoding="utf-8")
+        here = dict(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
         return "its config.yaml cannot be read"
     wanted = {name: value for name, value in config.settings_of("training").items() if name != "trust_remote_code"}
+    here = {name: here.get(name, default_of(name, config.stage)) for name in wanted}
     different = record.difference(here, wanted)
     return f"trained with other settings ({different})" if different else ""
 
@@ -194,8 +199,9 @@ def _lines(path: Path, count: int) -> Iterator[dict[str, Any]]:
 
 def _pace(directory: Path) -> float | None:
     """Seconds a step, over the last lines of speed.jsonl, each of which counts from the line before."""
-    lines = [(one.get("step"), one.get("seconds")) for one in _lines(directory / "speed.jsonl", RECENT + 1)]
+    lines = [(one.get("step"), one.get("seconds")) for one in _lines(directory / "speed.jsonl", RECENT + 2)]
     lines = [(step, seconds) for step, seconds in lines if isinstance(step, int) and isinstance(seconds, int | float)]
+    lines = lines[-RECENT - 1 :]
     if len(lines) == 1:  # the first of a run, which began at step 0, or where it was resumed
         return lines[0][1] / lines[0][0] if lines[0][0] > 0 and not list(directory.glob("checkpoints/*")) else None
     if len(lines) < 2 or lines[-1][0] <= lines[0][0]:

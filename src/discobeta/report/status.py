@@ -247,10 +247,12 @@ def as_mapping(status: Status) -> dict[str, Any]:
     """For programs: the counts, the estimate, and every job."""
     jobs = []
     for job, state in status.states.items():
-        run = job.run
-        of_run = {"stage": run.stage, "arm": run.arm.name, "variant": run.variant, "seed": run.seed, "proof": run.proof}
+        run, of_run = job.run, {}
+        if run is not None:
+            of_run = {"stage": run.stage, "arm": run.arm.name, "variant": run.variant, "seed": run.seed}
+            of_run |= {"proof": run.proof}
         jobs.append(
-            {"kind": job.kind, "name": job.name, **(of_run if run else {}), "state": state.kind, "step": state.step,
+            {"kind": job.kind, "name": job.name, **of_run, "state": state.kind, "step": state.step,
              "steps": state.steps, "seconds_per_step": state.pace, "detail": state.detail, "log": str(job.log),
              "target": str(job.target), "again": status.again(job)}
         )  # fmt: skip
