@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from itertools import takewhile
 
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
@@ -33,7 +34,7 @@ class LogHandler(LogHandlerBase):
     def _show(self, record: logging.LogRecord) -> None:
         event, said, console = getattr(record, "event", None), vars(record), self.console
         if event == LogEvent.WORKFLOW_STARTED:
-            console.configfiles = [str(path) for path in said.get("configfiles") or []]
+            console.study = _after(sys.argv, "--configfile", "--configfiles") + _after(sys.argv, "--config", "-C")
         elif event == LogEvent.RUN_INFO:
             console.planned(said["stats"])
         elif event == LogEvent.JOB_STARTED:
@@ -75,3 +76,9 @@ class LogHandler(LogHandlerBase):
     @property
     def needs_rulegraph(self) -> bool:
         return False
+
+
+def _after(words: list[str], *options: str) -> list[str]:
+    """One of the options with what follows it, as it was given on the command line; nothing if it was not."""
+    place = next((place for place, word in enumerate(words) if word in options), len(words))
+    return words[place : place + 1] + list(takewhile(lambda word: not word.startswith("-"), words[place + 1 :]))

@@ -53,7 +53,7 @@ class Console:
 
     def __init__(self, stream: TextIO):
         self.stream, self.is_terminal = stream, stream.isatty()
-        self.configfiles: list[str] = []
+        self.study: list[str] = []  # the words of the command line that say which
         self.begun = self.printed_at = time.monotonic()
         self.printed = 0
         self.total: Counter[str] = Counter()
@@ -108,8 +108,7 @@ class Console:
                 ending = last_lines(Path(log), 8) or ["(nothing is in it)"]
                 lines += [f"  the end of {log}:", *(f"  | {line[:400]}" for line in ending)]
             if target and rule not in ("tables", "figures"):
-                files = ["--configfile", *self.configfiles] if self.configfiles else []
-                alone = shlex.join(["snakemake", target, "--cores", "all", *files])
+                alone = shlex.join(["snakemake", target, "--cores", "all", *self.study])
                 lines.append(f"  again: the same command, which goes on with the rest too; it alone: {alone}")
             self.say("\n".join(lines))
 
