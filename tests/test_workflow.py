@@ -549,7 +549,8 @@ def quietly(folder: Path, fails: str, **options) -> list:
 
 def test_the_quiet_view_says_how_many_there_are_and_what_failed_and_how_to_do_it_again(tmp_path: Path):
     """Into a pipe: plain lines. Snakemake's own words are in its log, whose place is said."""
-    done = subprocess.run(quietly(tmp_path, "y2"), capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    command = [*quietly(tmp_path, "y2"), "--config", "note=a b", "-p"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 1 and done.stdout == ""
     first, *lines = done.stderr.splitlines()
     assert first == "4 jobs: rm 4"
@@ -559,7 +560,7 @@ def test_the_quiet_view_says_how_many_there_are_and_what_failed_and_how_to_do_it
         "  | 9600 rows",
         "  | discobeta: diverged",
         "  again: the same command, which goes on with the rest too; it alone: "
-        "snakemake results/y/seed-2/provenance.json --cores all",
+        "snakemake results/y/seed-2/provenance.json --cores all --config 'note=a b'",
     ]
     assert re.fullmatch(r"3 of 4 jobs in \d+ s, 1 failed", lines[-1])
     (log,) = [line.partition(": ")[2] for line in lines if line.startswith("Snakemake's log: ")]
@@ -600,7 +601,7 @@ from pathlib import Path
 def train(config):
     begun = time.monotonic()
     time.sleep(0.5)
-    Path(config.output_dir).mkdir(parents=True)
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     told = [os.environ.get("CUDA_VISIBLE_DEVICES"), begun, time.monotonic()]
     Path(config.output_dir, "told.json").write_text(json.dumps(told))
     Path(config.output_dir, "provenance.json").write_text("{}")
