@@ -46,16 +46,21 @@ def start(names):
         process.communicate()
 
 
+def line_of(stream):
+    assert select.select([stream], [], [], 60)[0], "nothing was said"
+    return stream.readline()
+
+
 def granted(process):
     """The devices that a job has got; it waits for them."""
-    seen, listed = process.stdout.readline().split()
+    seen, listed = line_of(process.stdout).split()
     assert listed == "None"  # what it starts claims nothing anew
     return seen.split(",")
 
 
 def waits(process):
     """That a job says so; it has not got any."""
-    said = process.stderr.readline()
+    said = line_of(process.stderr)
     assert not select.select([process.stdout], [], [], 3 * devices.PATIENCE)[0]
     return said
 
