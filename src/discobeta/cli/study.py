@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from discobeta.cli.words import read_study, study_command
@@ -61,13 +62,14 @@ def headline(arguments: argparse.Namespace) -> None:
 def status(arguments: argparse.Namespace) -> None:
     from discobeta.report import status as study_status
 
-    watched = study_status.Watched(read_study(arguments), arguments.configfile, arguments.set)
-    if arguments.watch is not None:
-        study_status.watch(watched, arguments.watch, arguments.json)
-    elif arguments.json:
-        print(json.dumps(study_status.as_mapping(watched.look()), indent=1, ensure_ascii=False))
-    else:
-        print(study_status.text(watched.look()))
+    with suppress(KeyboardInterrupt):  # there is nothing to lose
+        watched = study_status.Watched(read_study(arguments), arguments.configfile, arguments.set)
+        if arguments.watch is not None:
+            study_status.watch(watched, arguments.watch, arguments.json)
+        elif arguments.json:
+            print(json.dumps(study_status.as_mapping(watched.look()), indent=1, ensure_ascii=False))
+        else:
+            print(study_status.text(watched.look()))
 
 
 def _seconds(text: str) -> float:
