@@ -85,7 +85,11 @@ MADE_OF = {
             "folders",
             "launch",
             "lock",
+            "devices",
             "processes",
+            "progress",
+            "report/states",
+            "report/status",
             "report/outputs",  # what it names is given to the rules
         ],
         set(),

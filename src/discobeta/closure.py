@@ -61,6 +61,7 @@ BOOKKEEPING = {
     "metrics": "what is said of a trained model; `evaluate` and `figures` begin with it",
     "model/preflight": "refuses a model or rows before anything is computed",
     "processes": "ends what was started here",
+    "progress": "what is shown meanwhile",
     "record": "what stands in a run's directory",
     "report/outputs": "which tables and figures there are; what makes each is compared itself",
     "run/card": "describes a run in words; nothing reads it",

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from discobeta import launch
+from discobeta import devices, launch
 from discobeta.cli.words import command, is_main_process, overridable, run_command, run_config
 from discobeta.design.config import RunConfig
 from discobeta.design.stages import BASE_STAGE, STAGES
@@ -79,6 +79,7 @@ def _reader(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def train(arguments: argparse.Namespace) -> int | None:
     config = run_config(arguments)
+    devices.claim(arguments.processes)
     if arguments.processes > 1 and "RANK" not in os.environ:
         return launch.train(config, arguments.processes, evaluate=not arguments.no_evaluate)
     from discobeta import record
@@ -138,6 +139,7 @@ def reference(arguments: argparse.Namespace) -> None:
     config = run_config(arguments)
     if not config.reference_path:
         raise UserError("reference needs reference_path: the folder to write")
+    devices.claim()
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.inputs import reference as reference_pass
     from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels
@@ -155,6 +157,7 @@ def answers(arguments: argparse.Namespace) -> None:
         raise UserError("answers needs num_eval_generations: how many prompts are answered")
     if not config.reference_samples:
         raise UserError(f"answers of stage {config.stage} needs best_of: how many responses to a prompt are ranked")
+    devices.claim()
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.inputs.answers import sample_folder
     from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels
@@ -165,7 +168,9 @@ def answers(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    _measure(arguments.directory, parse_overrides(arguments.set), output=arguments.output, **_reader(arguments))
+    settings = parse_overrides(arguments.set)
+    devices.claim()
+    _measure(arguments.directory, settings, output=arguments.output, **_reader(arguments))
 
 
 def _measure(directory: Path, settings: dict[str, Any], *, output: Path | None = None, **reader: Any) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
+from contextlib import suppress
 from pathlib import Path
 
 from discobeta.cli.words import read_study, study_command
@@ -22,6 +25,12 @@ def add_to(commands) -> None:
         "--memory", nargs="?", const="", metavar="SIZE",
         help="also work out the peak of a GPU's memory from the shapes, and whether it fits a card of SIZE (24GB)",
     )  # fmt: skip
+    study_command(commands, "headline", headline, "print the means of a study that has run, and where its tables are")
+    sub = study_command(commands, "status", status, "say what of a study is done, runs, waits or has failed")
+    sub.add_argument("--watch", nargs="?", type=_seconds, const=2.0, metavar="SECONDS", help="look again and again")
+    sub.add_argument(
+        "--json", action="store_true", help="as JSON, every job with its state; with --watch one line a look"
+    )
     study_command(commands, "fetch", fetch, "download model and data of a study, for nodes without a network")
     for name, function, help in (
         ("report", report, "write tables and figures of a study from the runs that are there and count"),
@@ -80,6 +89,32 @@ def _counted(study):
     if pairs is None or ("prompts" in found and prompts is None):
         return None
     return Rows(pairs.train, pairs.held_out, pairs.why, prompts and prompts.train)
+
+
+def headline(arguments: argparse.Namespace) -> None:
+    from discobeta.report import headline as study_headline
+
+    print(study_headline.headline(read_study(arguments)))
+
+
+def status(arguments: argparse.Namespace) -> None:
+    from discobeta.report import status as study_status
+
+    with suppress(KeyboardInterrupt):  # there is nothing to lose
+        watched = study_status.Watched(read_study(arguments), arguments.configfile, arguments.set)
+        if arguments.watch is not None:
+            study_status.watch(watched, arguments.watch, arguments.json)
+        elif arguments.json:
+            print(json.dumps(study_status.as_mapping(watched.look()), indent=1, ensure_ascii=False))
+        else:
+            print(study_status.text(watched.look()))
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", text) else 0.0
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} should be a number of seconds above 0")
+    return seconds
 
 
 def fetch(arguments: argparse.Namespace) -> None:
