@@ -90,40 +90,66 @@ def clone(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_commands_of_the_page_end_with_a_table(clone: Path, tmp_path: Path):
+def test_every_line_of_the_template_is_explained():
+    """Each key stands on the page in a row of its table."""
+    study = yaml.safe_load((ROOT / "config" / "own.yaml").read_text(encoding="utf-8"))
+    keys = {key for section in study.values() if isinstance(section, dict) for key in section}
+    keys |= {key for key, value in study.items() if not isinstance(value, dict)}
+    rows = "".join(re.findall(r"^\| `.*$", PAGE, re.MULTILINE))
+    assert {key for key in keys if not re.search(rf"`{key}[`:]", rows)} == set()
+    assert study["arms"] == ARMS
+
+
+def test_the_pairs_that_the_page_shows_are_read(tmp_path: Path):
+    """One pair in three forms, each found from its columns."""
+    from discobeta.data.sources import read_examples
+    from discobeta.design.config import RunConfig
+
+    (block,) = blocks("json")
+    answers = []
+    for number, line in enumerate(block.splitlines()):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(line)
+        config, _ = RunConfig.from_mapping({"stage": "dpo", "model_name_or_path": "-", "dataset": str(path)})
+        (example,), _ = read_examples(config.dataset, config, split="train", kind="pairs")
+        answers.append(json.dumps([example.chosen, example.rejected]))
+    assert len(answers) == 3
+    assert all("Tea" in answer and "Yes." in answer and "Human" not in answer for answer in answers)
+
+
+def test_at_most_five_commands_make_a_table(clone: Path, tmp_path: Path):
+    """With one seed, as the work is the same for each."""
     rows = transcripts(64)
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     save_model(tmp_path / "model", [row["chosen"] for row in rows])
     first, copy, *others = commands()
-    assert first.startswith("git clone ")
-    environment = {name: value for name, value in os.environ.items() if "NUM_THREADS" not in name and name != "MAKEFLAGS"}
-    environment |= {"PYTHONPATH": str(clone / "src"), "CORES": "2", "HF_HUB_OFFLINE": "1"}
-    said = []
+    assert len(others) <= 3 and first.startswith("git clone ")
+    counts = {name: value for name, value in os.environ.items() if "NUM_THREADS" not in name and name != "MAKEFLAGS"}
+    environment = counts | {"PYTHONPATH": str(clone / "src"), "CORES": "2", "HF_HUB_OFFLINE": "1"}
 
-    def run(command: str) -> None:
+    def run(command: str) -> str:
         done = subprocess.run(["bash", "-ec", command], cwd=clone, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        said.append(done.stdout)
+        return done.stdout
 
     run(copy)
     study = clone / copy.split()[-1]
-    written = study.read_text()
+    written = study.read_text().replace("seeds: [1, 2]", "seeds: [1]")
     for key, path in (("dataset", tmp_path / "pairs.jsonl"), ("model_name_or_path", tmp_path / "model")):
         written, edited = re.subn(rf"^(  {key}:) .*# <-.*$", rf"\1 {path}", written, flags=re.MULTILINE)
         assert edited == 1
     study.write_text(written)
-    for command in others:
-        run(command)
+    said = {command: run(command) for command in others}
 
-    tables = clone / "results" / "own" / "tables"
-    measured = pd.read_csv(tables / "metrics.csv").set_index(["stage", "arm", "seed", "metric"])["value"]
+    results = clone / "results" / "own"
+    measured = pd.read_csv(results / "tables" / "metrics.csv").set_index(["stage", "arm", "seed", "metric"])["value"]
     runs = {(stage, arm, seed) for stage, arm, seed, _ in measured.index}
-    of_rm = [arm for arm in ARMS if "beta-used" not in arm]  # rm has no reference, so nothing that a Beta Head scales
-    assert runs == {(stage, arm, seed) for stage, arms in (("rm", of_rm), ("dpo", ARMS)) for arm in arms for seed in (1, 2)}
+    of_rm = {("rm", arm, 1) for arm in ARMS if "beta-used" not in arm}  # no reference: nothing for a Beta Head to scale
+    assert runs == of_rm | {("dpo", arm, 1) for arm in ARMS}
     for stage, arm, seed in runs:
-        pairs = pd.read_parquet(clone / "results" / "own" / "runs" / stage / arm / f"seed-{seed}" / "examples.parquet")
-        assert len(pairs) == 6  # a tenth of 64 rows
-        mean = np.mean(np.where(pairs["margin"] == 0, 0.5, pairs["margin"] > 0))
-        assert measured[stage, arm, seed, "accuracy"] == pytest.approx(mean)
-    accuracy = {arm: np.mean([measured["dpo", arm, seed, "accuracy"] for seed in (1, 2)]) for arm in ARMS}
-    print(accuracy, said[-2], said[-1], said[0])
+        pairs = pd.read_parquet(results / "runs" / stage / arm / f"seed-{seed}" / "examples.parquet")
+        assert len(pairs) == 6  # a tenth of 64
+        assert measured[stage, arm, seed, "nll"] == pytest.approx(pairs["nll"].mean())
+    (shown,) = (output for command, output in said.items() if command.startswith("cat "))
+    for arm in ARMS:
+        assert f"{measured['dpo', arm, 1, 'nll']:.4f}" in shown
