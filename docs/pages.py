@@ -13,12 +13,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("*.md", "docs", "results/published")
+PAGES = (":(glob)*.md", "docs", "results/published")
 LINKED = ("LICENSE", "CITATION.cff", "config", "benchmarks/bench.py")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Take a line `Title: folder/*.md` of the navigation for one line for each of these pages, in the order of names."""
+    """Take a line `Title: folder/*.md` of the navigation for a line for each of these pages, in the order of names."""
     names = found(*PAGES)
     for section in config.nav:
         for title, pages in section.items():
@@ -30,7 +30,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The pages and what they link to, with what the theme has brought along."""
     ours = [File(name, str(ROOT), config.site_dir, config.use_directory_urls) for name in found(*PAGES, *LINKED)]
-    return Files([*ours, *(file for file in files if not file.src_dir == config.docs_dir)])
+    return Files([*ours, *(file for file in files if file.src_dir != config.docs_dir)])
 
 
 def found(*names: str) -> list[str]:

@@ -21,7 +21,6 @@ from discobeta.cli import lookup, published, run, study, world
 from discobeta.cli.words import is_main_process
 from discobeta.errors import UserError, first_line, lack_of_memory, shorten
 
-
 EXTRAS = {"trl": "sft"}
 """Packages that the installation has only with an extra of pyproject.toml: package -> extra."""
 
