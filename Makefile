@@ -7,7 +7,7 @@
 # make bench        speed beside TRL, a quarter of an hour on two cores; BENCH="--quick" only tries whether it works
 # make keys         the pages and JSON schemas of all keys, from the source
 # make report       the HTML report of a study that has run
-# make docs         the documents as a site, site/index.html, which needs no network; torch is not installed for it
+# make docs         the documents as a site, site/index.html, which needs no network and no torch
 # make paper        tables, figures and numbers.tex of a paper, from the committed numbers of studies; trains nothing
 #
 # Every target first sets up what it needs in $(VENV). Variables:
@@ -90,7 +90,8 @@ dry-run: $(READY)
 
 docs: $(DOCS)/.ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
-	@echo site/index.html
+	@! grep -rlE '<(script|link|img)[^>]+(src|href)="?https?:' site --include='*.html' # nothing from elsewhere
+	@echo "site/index.html, or with its search: python3 -m http.server --directory site"
 
 # Nothing else should run on the machine meanwhile.
 bench: $(READY)

@@ -112,8 +112,9 @@ def test_every_page_stands_in_the_navigation_and_every_line_of_it_is_a_page():
 def test_the_site_is_strict_and_asks_no_network_for_anything():
     assert SITE["strict"] is True
     assert SITE["theme"]["font"] is False
-    assert "offline" in SITE["plugins"]
-    assert not [key for key in SITE if key.startswith("extra")]  # scripts and styles from elsewhere
+    assert SITE["plugins"] == ["search"]
+    assert [key for key in SITE if key.startswith("extra")] == ["extra_css"]  # and no scripts
+    assert all((ROOT / path).is_file() for path in SITE["extra_css"])
     assert {SITE["validation"][key] for key in ("omitted_files", "unrecognized_links", "anchors")} == {"warn"}
 
 
