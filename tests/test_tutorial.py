@@ -78,9 +78,8 @@ def clone(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy2(ROOT / name, folder)
-    for name in ("config", "envs", "workflow"):
-        shutil.copytree(ROOT / name, folder / name)
-    (folder / "src").symlink_to(ROOT / "src")
+    for name in ("config", "envs", "src", "workflow"):  # no links: where paths are not the same, no start is warm
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     programs = folder / ".venv" / "bin"
     programs.mkdir(parents=True)
     for name, words in {"python": "", "snakemake": "-m snakemake", "discobeta": "-m discobeta"}.items():
