@@ -201,7 +201,8 @@ def test_a_plain_installation_has_all_but_stage_sft_and_there_says_what_to_insta
     absent = {name for requirements in PROJECT["optional-dependencies"].values() for name in declared(*requirements)}
     absent -= {"discobeta"}
     assert {"trl", "snakemake", "pytest", "tensorboard"} <= absent
-    run = {key: value for key, value in settings("sft").items() if key not in ("pref_beta", "lora_rank")}
+    made = settings("sft", finetuning_type="full").items()
+    run = {key: value for key, value in made if key not in ("pref_beta", "lora_rank")}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     command = [sys.executable, "-c", WITHOUT_EXTRAS, *absent]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
