@@ -143,6 +143,8 @@ class Finding:
     def words(self) -> str:
         """E.g. `NLL lower by 0.0213, in 6 of 6 seeds (p = 0.031)`, or `true reward undecided: …`."""
         name, n = self.metric.words, len(self.differences)
+        if name[1].islower():
+            name = name[0].lower() + name[1:]
         if n == 0:
             return f"{name} not known yet: no seed has all of its runs"
         if not any(self.differences):

@@ -94,7 +94,7 @@ def grid(
 
 def _words(cell: Content) -> list[Content]:
     """A line break of a header is a place to break it, which a wide column need not."""
-    return [" ".join(cell.split("\n"))] if isinstance(cell, str) else [cell]
+    return [cell.replace("-\n", "-").replace("\n", " ")] if isinstance(cell, str) else [cell]
 
 
 def table_of(table: Table) -> list[Element]:
@@ -113,8 +113,18 @@ def table_of(table: Table) -> list[Element]:
         )
         parts.append(boxed(made, panel.caption))
     if table.notes:
-        parts.append(tag("ul", [tag("li", note) for note in table.notes], class_="notes"))
+        parts.append(tag("ul", [tag("li", _note(note)) for note in table.notes], class_="notes"))
     return parts
+
+
+LONGEST_NOTE = 700
+"""Characters: of a longer note, which names many runs, the beginning is shown."""
+
+
+def _note(note: str) -> Content:
+    if len(note) <= LONGEST_NOTE:
+        return note
+    return folded(f"{note[:100].rsplit(' ', 1)[0]} …", note)
 
 
 def cell_of(text: str) -> Content:

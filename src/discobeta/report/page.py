@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ CAPTIONS = Path(__file__).parents[3] / "workflow" / "report"
 LARGEST_SVG = 400_000
 """Bytes of a figure: one that is larger is put into the page as PNG."""
 
+WIDE = 4.5
+"""Inches: what is wider has a row of its own."""
+
 PROMPTS = 4
 """How many prompts of a stage are shown with the responses to them."""
 
@@ -64,22 +68,26 @@ FIRST = ("effects", "reward-kl-")
 
 QUESTION = (
     "Preference alignment assumes that a response's reward is a number, and that one β weighs the reference against "
-    "the feedback for every prompt. Disco makes the reward a Gaussian; dynamic β (LeDPO) lets the reference model scale β "
-    "for each prompt. Does either help, do they add up, and what do they cost?"
+    "the feedback for every prompt. Disco makes the reward a Gaussian; dynamic β (LeDPO) lets the reference model "
+    "scale β for each prompt. Does either help, do they add up, and what do they cost?"
 )
 
 
-def write(results: Results) -> Path:
-    """The page, into the study's directory."""
+def write(results: Results, *, drawn: bool = False) -> Path:
+    """The page, into the study's directory. drawn: whether the figures of these results stand there already."""
     directory = results.study.directory
+    text = page(results, results.study.figures_directory if drawn else None)
     claim(directory, "discobeta page", [NAME])
-    write_text(directory / NAME, page(results))
+    write_text(directory / NAME, text)
     return directory / NAME
 
 
-def page(results: Results) -> str:
+def page(results: Results, drawn: Path | None = None) -> str:
+    """The page as a text. drawn: the folder with the figures of these results, if they have been drawn."""
     study = results.study
-    figures = {output: _figure(output, results) for output in outputs.figures(study)}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = drawn or Path(temporary)
+        figures = {output: _figure(output, results, folder, drawn is not None) for output in outputs.figures(study)}
     tables = {output: output.make(results) for output in outputs.tables(study)}
     beside = [output for output in figures if output.name.startswith(FIRST)]
     sections = [
@@ -308,9 +316,15 @@ def _said(results: Results) -> list[Content]:
         items.append(tag("li", tag("strong", effect), tag("ul", lines)))
     if not items:
         items.append(tag("li", "No two arms that differ in what they use have been measured: there is no effect yet."))
+    expected = len(results.study.seeds)
+
+    def of(count: int) -> str:
+        return "" if count == expected else f" ({count} of {expected} seeds)"
+
     if costs := cost_ratios(results):
         texts = [
-            f"{stage}: " + ", ".join(f"{short_label(arm)} {number(ratio, 2)}" for arm, ratio, _ in of_arms)
+            f"{stage}: "
+            + ", ".join(f"{short_label(arm)} {number(ratio, 2)}{of(count)}" for arm, ratio, count in of_arms)
             for stage, of_arms in costs.items()
         ]
         said = f", seconds of training over the baseline's: {'; '.join(texts)}."
@@ -325,13 +339,15 @@ def _said(results: Results) -> list[Content]:
     note = (
         "An effect is the mean difference that an idea makes, with and without the other, of runs of the same seed; "
         "Disco × LeDPO is what the two do together beyond that. Tested, by sign flips, are NLL and true reward; "
-        "decided is what stays below p = 0.05 when corrected for all tests of the stage. All else is told and not tested."
+        "decided is what stays below p = 0.05 when corrected for all tests of the stage. The rest is told, not tested."
     )
     return [tag("h3", "In words"), tag("ul", items, class_="findings"), tag("p", note, class_="notes")]
 
 
 def _sentence(found: list[Finding]) -> list[Content]:
     """What is tested first, then what must be said beside it."""
+    if not any(finding.differences for finding in found):
+        return ["no seed has all of its runs yet."]
     parts: list[Content] = []
     for finding in sorted(found, key=lambda finding: not finding.is_tested):
         if parts:
@@ -394,31 +410,29 @@ def _links(folder: str, output: Output) -> Element:
     return tag("p", links, class_="files")
 
 
-def _figure(output: Output, results: Results) -> Element:
+def _figure(output: Output, results: Results, folder: Path, is_drawn: bool) -> Element:
     text = _caption(output)
     title = output.title if output.stage is None or output.stage in output.title else f"{output.title}, {output.stage}"
     title = title[0].upper() + title[1:]
-    source, width = _image(output.make(results))
+    if not is_drawn:
+        save(output.make(results), [folder / name for name in output.files if not name.endswith(".pdf")])
+    source, width = _image(folder / output.name)
     image = tag(
-        "img", src=source, alt=f"{title}. {plain(text)}" if text else title, class_="wide" if width > 4.5 else None,
+        "img", src=source, alt=f"{title}. {plain(text)}" if text else title, class_="wide" if width > WIDE else None,
         width=str(round(96 * width)),
     )  # fmt: skip
     caption = tag("figcaption", tag("strong", title), folded("How to read it", paragraphs(text)) if text else None)
     add(caption, _links("figures", output))
-    return tag("figure", tag("div", image, class_="plate"), caption, class_="wide" if width > 4.5 else None)
+    return tag("figure", tag("div", image, class_="plate"), caption, class_="wide" if width > WIDE else None)
 
 
-def _image(figure: Any) -> tuple[str, float]:
-    """A figure as an address that holds it, and its width in inches."""
-    width = figure.get_figwidth()
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"figure.{ending}" for ending in ("svg", "png")]
-        save(figure, paths[:1])
-        kind, content = "svg+xml", paths[0].read_bytes()
-        if len(content) > LARGEST_SVG:
-            save(figure, paths[1:])
-            kind, content = "png", paths[1].read_bytes()
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}", width
+def _image(stem: Path) -> tuple[str, float]:
+    """A figure as an address that holds it, and its width in inches: as SVG, or as PNG where that would be large."""
+    svg = Path(f"{stem}.svg").read_bytes()
+    points = re.search(rb'<svg [^>]*?width="([\d.]+)pt"', svg)
+    kind, content = ("svg+xml", svg) if len(svg) <= LARGEST_SVG else ("png", Path(f"{stem}.png").read_bytes())
+    address = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return address, float(points[1]) / 72 if points else WIDE
 
 
 def _caption(output: Output) -> str:
@@ -596,8 +610,8 @@ def _setting(value: Any) -> str:
 def _group(results: Results, runs: list[Run]) -> Element:
     """The runs of one arm and variant: what each seed has left."""
     there = [run for run in runs if results.absence(run) is None]
-    absent = f", missing: {results.describe_missing(runs)}" if len(there) < len(runs) else ""
-    title = f"{runs[0].name}: {len(there)} of {len(runs)} seeds{absent}"
+    seeds = f"{len(runs)} seeds" if len(there) == len(runs) else f"{len(there)} of {len(runs)} seeds"
+    title = f"{runs[0].name}: {seeds}"
     found = {run: results[run] for run in runs}
     names = [name for name in METRICS if any(name in one.metrics for one in found.values())]
     further = sorted({name for one in found.values() for name in one.metrics if "/" not in name} - set(names))
@@ -611,7 +625,7 @@ def _group(results: Results, runs: list[Run]) -> Element:
         title_of = METRICS[name].header if name in METRICS else name
         decimals = METRICS[name].decimals if name in METRICS else 4
         values = (_plain_number(one.metrics.get(name), decimals) for one in found.values())
-        rows.append([" ".join(title_of.split("\n")), *values])
+        rows.append([title_of.replace("-\n", "-").replace("\n", " "), *values])
     header = ["", *(f"Seed {run.seed}" for run in runs)]
     table = grid(header, rows, [False, *(True for _ in runs)])
     table.set("class", "group")
