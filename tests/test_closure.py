@@ -47,18 +47,22 @@ MADE_OF = {
     **dict.fromkeys(["data/tokens", "data/encode", "data/templates", "data/rows"], SHARED | TRAINING | EVALUATION),
     **dict.fromkeys(  # is the data still what it was?
         [f"data/{name}" for name in ("examples", "formats", "layouts", "row_report", "local_files", "sources")],
-        SHARED | TRAINING | EVALUATION | {"tables", "figures"},
+        SHARED | TRAINING | EVALUATION | {"tables", "figures", "page"},
     ),
     "inputs/world": {"world_corpus", "world_pairs"} | EVALUATION,
     **dict.fromkeys(["run/evaluate", "run/responses", "run/truth"], EVALUATION),
     "metrics": EVALUATION | {"figures"},
     **dict.fromkeys(
-        [f"report/{name}" for name in ("tables", "cells", "effects", "neutrality", "compare", "costs")], {"tables"}
+        [f"report/{name}" for name in ("tables", "cells", "costs")],
+        {"tables"},  # and by them the page, whose rule reads what their rule has made
     ),
-    **dict.fromkeys(["report/figures", "report/curves", "report/style"], {"figures"}),
-    **dict.fromkeys(["report/results", "report/collect"], {"tables", "figures"}),
-    "record": {"tables", "figures"},
-    "design/study": {"tables", "figures"},
+    **dict.fromkeys([f"report/{name}" for name in ("effects", "neutrality", "compare")], {"tables", "page"}),
+    "report/curves": {"figures"},
+    **dict.fromkeys(["report/figures", "report/style"], {"figures", "page"}),
+    **dict.fromkeys(["report/page", "report/headline", "report/html"], {"page"}),
+    **dict.fromkeys(["report/results", "report/collect"], {"tables", "figures", "page"}),
+    "record": {"tables", "figures", "page"},
+    "design/study": {"tables", "figures", "page"},
     **dict.fromkeys(
         [
             "cli/__init__",
