@@ -8,7 +8,7 @@ from pathlib import Path
 
 from report_study import evaluate, finish, study
 
-from discobeta.design.arms import CORNERS, Arm
+from discobeta.design.arms import CORNERS
 from discobeta.design.study import Run, Study
 
 MISCHIEF = '<script>document.title = "taken"</script><img src=x onerror="alert(1)"> & \x1b[31m "quoted" $x$'
@@ -24,9 +24,10 @@ def wide(**settings) -> Study:
 
 
 def numbers(run: Run) -> dict[str, float]:
-    """NLL: Disco takes .1 away, LeDPO .05 in odd seeds and adds .05 in even ones; a seed adds .01 times itself."""
-    sign = -1 if run.seed % 2 else 1
-    nll = 0.6 + 0.01 * run.seed - 0.1 * ("disco" in run.arm.used) + 0.05 * sign * ("beta" in run.arm.used)
+    """NLL: Disco takes .1 away, LeDPO takes .05 away in odd seeds and adds .03 in even ones; a seed adds .01 of it."""
+    nll = 0.6 + 0.01 * run.seed - 0.1 * ("disco" in run.arm.used)
+    if run.stage == "dpo":
+        nll += (-0.05 if run.seed % 2 else 0.03) * ("beta" in run.arm.used)
     reward = 1 + 0.1 * run.seed
     kl = 2 + 0.5 * ("disco" in run.arm.used)
     policy = {"kl_per_sequence": kl, "true_reward": reward, "reward_gain": reward, "response_length": 8.0}
@@ -67,7 +68,3 @@ def fill(
 
 def page_of(of: Study) -> Path:
     return of.directory / "report.html"
-
-
-def arm(name: str) -> Arm:
-    return Arm.from_name(name)

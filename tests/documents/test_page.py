@@ -21,14 +21,15 @@ from report_study import results
 
 from discobeta.report import page
 
-PROBE = """<!DOCTYPE html><meta charset="utf-8"><iframe src="report.html" style="width: {width}px; height: 800px; border: 0">
-</iframe><pre></pre><script>
+PROBE = """<!DOCTYPE html><meta charset="utf-8">
+<iframe src="report.html" style="width: {width}px; height: 800px; border: 0"></iframe><pre></pre><script>
 document.querySelector("iframe").addEventListener("load", (event) => {{
   const page = event.target.contentDocument, root = page.documentElement;
   const found = {{ page: root.scrollWidth, screen: root.clientWidth, title: page.title, broken: [], texts: {{}} }};
   for (const image of page.images) if (!image.complete || !image.naturalWidth) found.broken.push(image.alt);
   found.images = page.images.length;
-  found.boxes = Array.from(page.querySelectorAll(".scroll"), (box) => box.getBoundingClientRect().right <= root.clientWidth + 1);
+  const fits = (box) => box.getBoundingClientRect().right <= root.clientWidth + 1;
+  found.boxes = Array.from(page.querySelectorAll(".scroll"), fits);
   const table = page.querySelector("table.runs");
   table.closest("details").open = true;
   const heads = Array.from(table.tHead.rows[0].cells);

@@ -36,7 +36,7 @@ AT_WHICH = "kl_per_sequence"
 class Cell:
     """One metric of one arm in one stage.
 
-    instead: what is said where the arm has no runs of its own here; `same run as baseline` or `not in this study`.
+    instead: what is said where the arm has no run of its own here: `same run as baseline`.
     """
 
     values: dict[int, float] = field(default_factory=dict)  # seed -> value
@@ -74,15 +74,12 @@ def headline(results: Results) -> Headline:
         key: dict(zip(part.seed, part.value, strict=True))
         for key, part in numbers.groupby(["stage", "metric", "arm"], sort=False)
     }
-    rows = []
-    for arm in CORNERS:
-        cells = [_cell(results, by_place, stage, metric.name, arm) for stage, metric in columns]
-        if any(cell.instead != NOT_HERE for cell in cells):
-            rows.append((arm, cells))
+    rows = [
+        (arm, [_cell(results, by_place, stage, metric.name, arm) for stage, metric in columns])
+        for arm in CORNERS
+        if arm in results.study.arms
+    ]
     return Headline(columns, rows)
-
-
-NOT_HERE = "not in this study"
 
 
 def _most_telling(stage: str, measured: set[str]) -> list[str]:
@@ -94,8 +91,6 @@ def _most_telling(stage: str, measured: set[str]) -> list[str]:
 
 def _cell(results: Results, by_place: dict, stage: str, metric: str, arm: Arm) -> Cell:
     trained = arm.trained_as(stage)
-    if trained not in results.study.arms_of(stage):
-        return Cell(instead=NOT_HERE)
     if trained != arm:
         return Cell(instead=f"same run as {trained.label}")
     values = by_place.get((stage, metric, arm.name), {})

@@ -190,8 +190,10 @@ def _answer(results: Results, figures: list[Element]) -> Element:
 
 def _four_arms(results: Results) -> list[Content]:
     answer, study = headline(results), results.study
-    if not answer.rows:
+    if not answer.columns:
         return [tag("p", "Nothing has been measured yet.")]
+    if not answer.rows:
+        return [tag("p", "This study trains no arm without idle heads.")]
     of = [stage for stage, _ in answer.columns]
     spans = {stage: of.count(stage) for stage in of}
     first = [stage != before for stage, before in zip(of, ["", *of[:-1]], strict=True)]
