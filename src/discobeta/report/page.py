@@ -278,7 +278,7 @@ def _values(arm: Arm, cell: Cell, metric: Metric, column: list[Cell]) -> list[Co
     return parts
 
 
-WIDTH, HEIGHT, EDGE = 96, 14, 4
+WIDTH, HEIGHT, EDGE = 88, 14, 4
 
 
 def _dots(cell: Cell, metric: Metric, column: list[Cell]) -> Element:
