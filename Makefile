@@ -33,12 +33,15 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 .PHONY: ablation smoke test test-kernels slurm-test test-faults lint dry-run bench keys report provenance paper documents-test clean
 .NOTPARALLEL:
 
+# One line that says how far it is, and the end of what fails; Snakemake's own words are in .snakemake/log.
+QUIETLY := --logger discobeta
+
 ablation: $(READY)
-	$(WARM) --cores $(CORES) --configfile $(CONFIG)
-	@$(RUN) discobeta plan --configfile $(CONFIG) | tail -n 1
+	@$(WARM) --cores $(CORES) $(QUIETLY) --configfile $(CONFIG)
+	@echo && $(RUN) discobeta headline --configfile $(CONFIG)
 
 smoke: $(READY)
-	$(WARM) --cores $(CORES) --configfile config/smoke.yaml
+	@$(WARM) --cores $(CORES) $(QUIETLY) --configfile config/smoke.yaml
 	@$(RUN) discobeta plan --configfile config/smoke.yaml | tail -n 1
 
 report: $(READY)
@@ -108,7 +111,13 @@ clean:
 
 # torch comes first and on its own, so that its index serves nothing else.
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) --constraint constraints.txt --editable '.[workflow,dev]'
+	@echo "Installing into $(VENV), once; this takes minutes, most of them for downloads."
+	@echo "1 of 3: a virtual environment, by $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "2 of 3: torch, $(if $(TORCH_INDEX),from $(TORCH_INDEX),with CUDA where there is a build with it: some 3 GB;" \
+		"without a GPU TORCH_INDEX=https://download.pytorch.org/whl/cpu takes 0.2 GB)"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	@echo "3 of 3: discobeta with transformers, Snakemake and what else it needs: some 0.3 GB"
+	@$(PIP) --constraint constraints.txt --editable '.[workflow,dev]'
+	@echo "Installed; the next command does not do it again."
 	@touch $@

@@ -52,20 +52,26 @@ MADE_OF = {
     "inputs/world": {"world_corpus", "world_pairs"} | EVALUATION,
     **dict.fromkeys(["run/evaluate", "run/responses", "run/truth"], EVALUATION),
     "metrics": EVALUATION | {"figures"},
+    # by tables and figures the page is made anew too, whose rule reads what their rules have made
+    **dict.fromkeys([f"report/{name}" for name in ("tables", "cells", "costs")], {"tables"}),
+    **dict.fromkeys(["report/neutrality", "report/compare"], {"tables", "page"}),
     **dict.fromkeys(
-        [f"report/{name}" for name in ("tables", "cells", "costs")],
-        {"tables"},  # and by them the page, whose rule reads what their rule has made
+        [f"report/{name}" for name in ("curves", "forest", "head_figures", "marks", "reward_kl")], {"figures"}
     ),
-    **dict.fromkeys([f"report/{name}" for name in ("effects", "neutrality", "compare")], {"tables", "page"}),
-    "report/curves": {"figures"},
     **dict.fromkeys(["report/figures", "report/style"], {"figures", "page"}),
-    **dict.fromkeys(["report/page", "report/headline", "report/html"], {"page"}),
-    **dict.fromkeys(["report/results", "report/collect"], {"tables", "figures", "page"}),
+    **dict.fromkeys(["report/page", "report/answer", "report/html"], {"page"}),
+    **dict.fromkeys(["report/results", "report/collect", "report/effects"], {"tables", "figures", "page"}),
     "record": {"tables", "figures", "page"},
     "design/study": {"tables", "figures", "page"},
     **dict.fromkeys(
         [
             "cli/__init__",
+            "cli/lookup",
+            "cli/words",
+            "data/counts",
+            "design/config_names",
+            "report/show",
+            "run/flops",
             "cli/run",
             "cli/study",
             "closure",
@@ -82,7 +88,11 @@ MADE_OF = {
             "folders",
             "launch",
             "lock",
+            "devices",
             "processes",
+            "progress",
+            "report/states",
+            "report/status",
             "report/outputs",  # what it names is given to the rules
         ],
         set(),

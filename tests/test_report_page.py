@@ -17,7 +17,7 @@ from discobeta.cli import main
 from discobeta.design.yaml_text import write_yaml
 from discobeta.errors import UserError
 from discobeta.report import effects, outputs, page, tables
-from discobeta.report.headline import Finding, cost_ratios, findings, headline
+from discobeta.report.answer import Finding, cost_ratios, findings, headline
 from discobeta.report.html import cell_of, grid, paragraphs, plain, tag
 from discobeta.report.measures import METRICS
 from discobeta.report.outputs import Row

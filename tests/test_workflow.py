@@ -7,11 +7,15 @@ The counts are derived by hand. Per seed, 3 reward models and 9 policies of dpo 
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,7 @@ import yaml
 from discobeta.design.config import RunConfig
 from discobeta.design.study import Study
 from discobeta.report import outputs
+from discobeta.report.states import jobs_of
 
 pytest.importorskip("snakemake")
 
@@ -272,6 +277,7 @@ def test_the_figures_that_are_expected_are_those_that_are_drawn(tmp_path: Path):
     (files,) = re.findall(r"^(?:local)?rule figures:\n    input: .*\n    output: (.*)$", done.stdout, re.MULTILINE)
     names = {f"{name}-{stage}" for stage in ("rm", "dpo") for name in ("learning-curves", "reliability")}
     names |= {"learning-curves-ppo", "reward-by-noise-ppo", "interaction-dpo", "interaction-ppo"}
+    names |= {"effects", "reward-kl-dpo", "reward-kl-ppo", "sigma-rm", "sigma-dpo", "scale-dpo", "scale-ppo"}
     expected = {f"results/smoke/figures/{name}.{ending}" for name in names for ending in ("svg", "pdf", "png")}
     assert set(files.split(", ")) == expected
 
@@ -284,6 +290,22 @@ def test_the_tables_that_are_expected_are_those_that_are_written(tmp_path: Path)
     assert set(files.split(", ")) == expected | {
         f"results/smoke/tables/{name}" for name in ("metrics.csv", "config.yaml")
     }
+
+
+@pytest.mark.parametrize("configs", ["smoke", "world worlds/both"])
+def test_status_knows_every_job_by_its_output_and_its_log(configs: str, tmp_path: Path):
+    """`discobeta status` reads states off these files; what it does not know, it could not count."""
+    files = [ROOT / "config" / f"{name}.yaml" for name in configs.split()]
+    done = dry_run(tmp_path, files, "--config", "seeds=[21, 22]")
+    planned = {}
+    for rule, outputs_of, log in re.findall(
+        r"^(?:local)?rule (\w+):\n(?:    input: .*\n)?    output: (.*)\n    log: (.*)$", done.stdout, re.M
+    ):
+        if rule not in ALWAYS:
+            planned[log] = set(outputs_of.split(", "))
+    found = {str(job.log): str(job.target) for job in jobs_of(Study.read(files, ["seeds=[21, 22]"]))}
+    assert found.keys() == planned.keys() and len(planned) > 20
+    assert not {log: target for log, target in found.items() if target not in planned[log]}
 
 
 def test_every_table_and_figure_has_a_text_in_the_report_and_no_text_is_left_over():
@@ -327,6 +349,42 @@ def test_a_plan_does_not_ask_each_job_anew_what_its_functions_take(tmp_path: Pat
     assert done.returncode == 0, done.stdout + done.stderr
     jobs = sum(job_counts(done.stdout + done.stderr).values())
     assert int(re.search(r"signatures: (\d+)", done.stdout)[1]) < 5 * jobs
+
+
+LOOKS = """
+from snakemake.cli import main
+from snakemake.scheduling.job_scheduler import JobScheduler
+looks, select = [], JobScheduler.job_selector
+JobScheduler.job_selector = lambda self, jobs: looks.append(len(jobs)) or select(self, jobs)
+try:
+    main()
+finally:
+    print(f"looks: {len(looks)}")
+"""
+
+MANY_JOBS = """
+include: {pace!r}
+rule all:
+    input: expand("quick-{{n}}", n=range(16)), expand("slow-{{n}}", n=range(2))
+rule quick:
+    output: "quick-{{n}}"
+    priority: 1
+    shell: "touch {{output}}"
+rule slow:
+    output: "slow-{{n}}"
+    shell: "sleep 3; touch {{output}}"
+"""
+
+
+def test_jobs_that_have_ended_do_not_make_the_scheduler_look_more_often(tmp_path: Path):
+    """One look for each end of 19 jobs, and one a second: 6. By itself Snakemake looks 16 times a second at the end."""
+    pace = ROOT / "workflow" / "rules" / "pace.smk"
+    (tmp_path / "Snakefile").write_text(MANY_JOBS.format(pace=str(pace)))
+    command = [sys.executable, "-c", LOOKS, "--cores", "1", "--directory", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(tmp_path.glob("quick-*"))) == 16
+    assert int(re.search(r"looks: (\d+)", done.stdout)[1]) < 40  # a look may take two ends, and a busy machine longer
 
 
 def test_with_the_slurm_profile_every_job_asks_for_its_memory_and_time(tmp_path: Path):
@@ -505,3 +563,120 @@ def test_a_rule_reads_what_it_is_told_to_whatever_the_paths_are_called(tmp_path:
     assert done.returncode == 0, done.stdout + done.stderr
     tokens = json.loads((tmp_path / "results/odd/shared/data/all/tokens/tokens.json").read_text())
     assert tokens["counts"] == {"train": 40, "eval": 12}
+
+
+# --- what is shown meanwhile
+
+TOY = """
+rule all:
+    input: [f"results/{arm}/seed-{seed}/provenance.json" for arm in ("x", "y") for seed in (1, 2)]
+rule train_rm:
+    output: "results/{arm}/seed-{seed}/provenance.json"
+    log: "logs/{arm}/seed-{seed}.log"
+    shell:
+        "( echo 9600 rows; [ {wildcards.arm}{wildcards.seed} != FAILS ] || {{ echo 'discobeta: diverged'; exit 2; }};"
+        " touch {output} ) &> {log}"
+"""
+
+
+def quietly(folder: Path, fails: str, **options) -> list:
+    (folder / "Snakefile").write_text(TOY.replace("FAILS", fails))
+    return [sys.executable, "-m", "snakemake", "--cores", "2", "--keep-going", "--logger", "discobeta", "-d", folder]
+
+
+def test_the_quiet_view_says_how_many_there_are_and_what_failed_and_how_to_do_it_again(tmp_path: Path):
+    """Into a pipe: plain lines. Snakemake's own words are in its log, whose place is said."""
+    command = [*quietly(tmp_path, "y2"), "--config", "note=a b", "-p"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    first, *lines = done.stderr.splitlines()
+    assert first == "4 jobs: rm 4"
+    place = lines.index("FAILED: rm y seed-2")
+    assert lines[place + 1 : place + 5] == [
+        "  the end of logs/y/seed-2.log:",
+        "  | 9600 rows",
+        "  | discobeta: diverged",
+        "  again: the same command, which goes on with the rest too; it alone: "
+        "snakemake results/y/seed-2/provenance.json --cores all --config 'note=a b'",
+    ]
+    assert re.fullmatch(r"3 of 4 jobs in \d+ s, 1 failed", lines[-1])
+    (log,) = [line.partition(": ")[2] for line in lines if line.startswith("Snakemake's log: ")]
+    assert Path(log).read_text().count("rule train_rm:") == 5  # four that were begun, and the one that failed
+    assert len(lines) < 12 and not re.search(r"[\r\x1b]", done.stderr)
+
+
+def test_the_quiet_view_is_one_line_on_a_terminal(tmp_path: Path):
+    master, slave = pty.openpty()
+    size = {"LINES": "30", "COLUMNS": "50"}
+    process = subprocess.Popen(
+        quietly(tmp_path, "none"), stdout=slave, stderr=slave, cwd=tmp_path, env=os.environ | size
+    )
+    os.close(slave)
+    shown = b""
+    with suppress(OSError):  # the other end is closed
+        while part := os.read(master, 4096):
+            shown += part
+    assert process.wait(60) == 0
+    drawn = [line for line in re.split(r"[\r\n]+", shown.decode()) if line.endswith("\x1b[K")]
+    assert drawn and max(len(line.removesuffix("\x1b[K")) for line in drawn) < 50
+    stays = re.sub(r"\r[^\r\n]*\x1b\[K", "", shown.decode()).split("\r\n")
+    assert stays[0] == "4 jobs: rm 4" and re.fullmatch(r"4 of 4 jobs in \d+ s", stays[-2])
+    assert len(stays) == 4 and stays[1].startswith("Snakemake's log: ")
+
+
+def test_a_dry_run_is_shown_as_ever(tmp_path: Path):
+    command = quietly(tmp_path, "none")
+    done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("rule train_rm:") == 4
+
+
+# --- several GPUs of one machine
+
+TRAINING = """
+import json, os, time
+from pathlib import Path
+def train(config):
+    begun = time.monotonic()
+    time.sleep(0.5)
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    told = [os.environ.get("CUDA_VISIBLE_DEVICES"), begun, time.monotonic()]
+    Path(config.output_dir, "told.json").write_text(json.dumps(told))
+    Path(config.output_dir, "provenance.json").write_text("{}")
+"""
+
+
+def test_the_gpu_profile_spreads_runs_over_the_devices(tmp_path: Path):
+    """Three devices that are only pretended, and a training that only says which it sees; the rest is as it is."""
+    for name in ("workflow", "src", "envs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    (tmp_path / "src" / "discobeta" / "run" / "train.py").write_text(TRAINING)
+    tokens = tmp_path / "results/odd/shared/data/all/tokens"
+    tokens.mkdir(parents=True)
+    made = [tmp_path / name for name in ("rows.jsonl", "held-out.jsonl")]
+    made += [tokens / name for name in ("tokens.json", "train.parquet", "eval.parquet")]
+    for path in made:  # rows first, so that nothing is to be tokenised
+        path.write_text("{}")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(FIXED | {"seeds": [1, 2, 3, 4]}))
+    devices = [f"odd-{os.getpid()}-{number}" for number in range(4)]
+    command = [sys.executable, "-m", "snakemake", "--profile", "workflow/profiles/gpu", "--configfile", "study.yaml"]
+    command += ["--resources", "gpu=3", "--cores", "8", "--until", "train_rm"]
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "SLURM_JOB_ID")}
+    variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=variables, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    runs = [json.loads(path.read_text()) for path in tmp_path.rglob("told.json")]
+    assert len(runs) == 8
+    by_device: dict[str, list] = {}
+    for seen, begun, ended in runs:
+        by_device.setdefault(seen, []).append((begun, ended))
+    assert set(by_device) <= set(devices[:3]) and len(by_device) > 1  # as many as were asked for, of those to be seen
+    for times in by_device.values():
+        times.sort()
+        assert all(ended <= begun for (_, ended), (begun, _) in pairwise(times))
+
+
+def test_more_gpus_than_may_be_seen_are_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    profile = ("--profile", str(ROOT / "workflow" / "profiles" / "gpu"), "--resources", "gpu=3")
+    done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"], *profile)
+    assert done.returncode == 1 and "--resources gpu=3, and 2 may be seen: 4,5" in done.stdout + done.stderr

@@ -46,6 +46,24 @@ except UserError as error:
 EXPORTS = f"PYTHONPATH={shlex.quote(str(SOURCE.resolve()))}"
 if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
     EXPORTS += f" PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+
+
+def devices():
+    """The GPUs that jobs on this machine share, `0,1`: as many as `--resources gpu=` says, of those that this process
+    may see; each job claims its own (discobeta.devices). None where that is a scheduler's business."""
+    wanted = workflow.global_resources.get("gpu")
+    wanted = getattr(wanted, "value", wanted)
+    if not isinstance(wanted, int) or not workflow.is_main_process:
+        return ""
+    listed = os.environ.get("DISCOBETA_DEVICES") or os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in listed.split(",") if name.strip()] if listed else list(map(str, range(wanted)))
+    if len(names) < wanted:
+        raise WorkflowError(f"--resources gpu={wanted}, and {len(names)} may be seen: {listed}")
+    return ",".join(names[:wanted])
+
+
+if found := devices():
+    EXPORTS += f" DISCOBETA_DEVICES={shlex.quote(found)}"
 shell.prefix(f"export {EXPORTS}; ")
 
 ENVIRONMENT = f"../../envs/{study.environment}.yaml"

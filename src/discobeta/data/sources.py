@@ -247,6 +247,8 @@ def _known_file(path: Path) -> Path:
 def _hub_rows(source: Source, config: RunConfig, limit: int) -> list[Row]:
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # of which a log would keep every state
     is_listed = any(os.path.isfile(Path(config.dataset_dir) / name) for name in LISTS)
     listed = "" if is_listed or source.entry else f", no entry ({config.dataset_dir} has no {' or '.join(LISTS)})"
     with telling(  # the hub, its cache and its parsers raise whatever they like

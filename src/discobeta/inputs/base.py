@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from discobeta import files, folders, identity, record
+from discobeta import files, folders, identity, progress, record
 from discobeta.data.rows import Rows, TokenisedData
 from discobeta.data.sources import contents_hash, read_examples
 from discobeta.data.tokens import load_or_tokenise
@@ -313,17 +313,16 @@ def trainer_settings(config: RunConfig, folder: Path) -> SFTConfig:
 
 def collect_log(stop_after_steps: int | None) -> Any:
     """A trainer callback that keeps `rows` for log.jsonl and shows one progress bar with the loss."""
-    from tqdm import tqdm
     from transformers import TrainerCallback
 
     class Log(TrainerCallback):
         def __init__(self) -> None:
             self.rows: list[dict[str, float]] = []
-            self.bar: tqdm | None = None
+            self.bar: Any = None
 
         def on_train_begin(self, args, state, control, **rest) -> None:
             total = min(state.max_steps, stop_after_steps or state.max_steps)
-            self.bar = tqdm(total=total, desc="sft", unit="step", disable=not state.is_world_process_zero)
+            self.bar = progress.bar(total, "sft", "step", shown=state.is_world_process_zero)
 
         def on_step_end(self, args, state, control, **rest) -> None:
             self.bar.update()
@@ -332,7 +331,7 @@ def collect_log(stop_after_steps: int | None) -> Any:
 
         def on_log(self, args, state, control, logs=None, **rest) -> None:
             if "loss" in logs:
-                self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+                self.bar.set_postfix({"loss": f"{float(logs['loss']):.3f}"})
             if "loss" in logs or "eval_loss" in logs:
                 kept = {name: float(logs[name]) for name in LOGGED if name in logs}
                 self.rows.append({"step": state.global_step, **kept})

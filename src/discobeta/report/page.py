@@ -23,10 +23,10 @@ from discobeta.errors import telling
 from discobeta.files import write_text
 from discobeta.folders import claim
 from discobeta.report import outputs
+from discobeta.report.answer import Cell, Finding, cost_ratios, findings, headline, neutrality
 from discobeta.report.collect import collect, config_text, provenance
 from discobeta.report.effects import short_label
 from discobeta.report.figures import save
-from discobeta.report.headline import Cell, Finding, cost_ratios, findings, headline, neutrality
 from discobeta.report.html import (
     Content,
     Element,
@@ -652,7 +652,7 @@ def _made_of(results: Results) -> Element:
     config = tag("pre", tag("code", config_text(results.study)), tabindex="0")
     note = (
         "Several commits, versions or kernels mean that the runs were made by different ones. How tables and figures "
-        "are to be read, word by word: docs/tables.md of the repository."
+        "are to be read, word by word: docs/tables.md and docs/figures.md."
     )
     return _section(
         "provenance", "What made it", boxed(table, "What made it"), tag("p", note, class_="notes"),
