@@ -3,15 +3,17 @@
 # make test-kernels the numeric tests again, with the lesser kernels (plain, AVX2) that this processor can run
 # make smoke        a study in small, for real   make dry-run   every shipped study, planned only
 # make slurm-test   the same on a real Slurm of one node, which is installed, started and removed (root, Debian)
+# make documents-test   pages in a real browser, tables in a real LaTeX, which are installed if missing (root, Debian)
 # make test-faults  kills and hostile inputs, an hour of them on two cores; FAULTS=0.1: a tenth
 # make bench        speed beside TRL, a quarter of an hour on two cores; BENCH="--quick" only tries whether it works
 # make keys         the pages and JSON schemas of all keys, from the source
-# make report       the HTML report of a study that has run
+# make report       tables, figures and results/<study>/report.html of a study, from the runs that are there
+# make provenance   provenance.html: which job made what, with which settings (Snakemake's own report)
 # make docs         the documents as a site, site/index.html, which needs no network and no torch
 # make paper        tables, figures and numbers.tex of a paper, from the committed numbers of studies; trains nothing
 #
 # Every target first sets up what it needs in $(VENV). Variables:
-#   CONFIG=config/x.yaml   the study of `ablation` and `report`      CORES=4   how many cores to use
+#   CONFIG=config/x.yaml   the study of `ablation`, `report` and `provenance`      CORES=4   how many cores to use
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu   torch without CUDA: a much smaller download
 
 PYTHON ?= python3
@@ -30,7 +32,8 @@ SNAKEMAKE := $(RUN) snakemake
 WARM := $(RUN) python -m discobeta.warm snakemake
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: ablation smoke test test-kernels slurm-test test-faults lint dry-run bench keys report paper docs clean
+.PHONY: ablation smoke test test-kernels slurm-test documents-test test-faults lint dry-run bench keys report provenance \
+	paper docs clean
 .NOTPARALLEL:
 
 # One line that says how far it is, and the end of what fails; Snakemake's own words are in .snakemake/log.
@@ -45,7 +48,10 @@ smoke: $(READY)
 	@$(RUN) discobeta plan --configfile config/smoke.yaml | tail -n 1
 
 report: $(READY)
-	$(SNAKEMAKE) --configfile $(CONFIG) --report report.html
+	$(RUN) discobeta report --configfile $(CONFIG)
+
+provenance: $(READY)
+	$(SNAKEMAKE) --configfile $(CONFIG) --report provenance.html
 
 paper: $(READY)
 	$(RUN) discobeta paper
@@ -68,6 +74,10 @@ test-kernels: $(READY)
 # Tests that were skipped are listed with their reason: on a machine that cannot run a cluster, all are.
 slurm-test: $(READY)
 	$(PYTEST) --durations=0 tests/slurm
+
+# Likewise: without a browser or LaTeX, and where none may be installed, the tests are skipped with the reason.
+documents-test: $(READY)
+	$(PYTEST) --durations=0 tests/documents
 
 # Drawn by the names of the tests; SEED=2 draws other ones.
 test-faults: $(READY)

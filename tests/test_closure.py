@@ -47,19 +47,22 @@ MADE_OF = {
     **dict.fromkeys(["data/tokens", "data/encode", "data/templates", "data/rows"], SHARED | TRAINING | EVALUATION),
     **dict.fromkeys(  # is the data still what it was?
         [f"data/{name}" for name in ("examples", "formats", "layouts", "row_report", "local_files", "sources")],
-        SHARED | TRAINING | EVALUATION | {"tables", "figures"},
+        SHARED | TRAINING | EVALUATION | {"tables", "figures", "page"},
     ),
     "inputs/world": {"world_corpus", "world_pairs"} | EVALUATION,
     **dict.fromkeys(["run/evaluate", "run/responses", "run/truth"], EVALUATION),
     "metrics": EVALUATION | {"figures"},
-    **dict.fromkeys([f"report/{name}" for name in ("tables", "cells", "neutrality", "compare", "costs")], {"tables"}),
+    # by tables and figures the page is made anew too, whose rule reads what their rules have made
+    **dict.fromkeys([f"report/{name}" for name in ("tables", "cells", "costs")], {"tables"}),
+    **dict.fromkeys(["report/neutrality", "report/compare"], {"tables", "page"}),
     **dict.fromkeys(
-        [f"report/{name}" for name in ("figures", "curves", "forest", "head_figures", "marks", "reward_kl", "style")],
-        {"figures"},
+        [f"report/{name}" for name in ("curves", "forest", "head_figures", "marks", "reward_kl")], {"figures"}
     ),
-    **dict.fromkeys(["report/results", "report/collect", "report/effects"], {"tables", "figures"}),
-    "record": {"tables", "figures"},
-    "design/study": {"tables", "figures"},
+    **dict.fromkeys(["report/figures", "report/style"], {"figures", "page"}),
+    **dict.fromkeys(["report/page", "report/answer", "report/html"], {"page"}),
+    **dict.fromkeys(["report/results", "report/collect", "report/effects"], {"tables", "figures", "page"}),
+    "record": {"tables", "figures", "page"},
+    "design/study": {"tables", "figures", "page"},
     **dict.fromkeys(
         [
             "cli/__init__",

@@ -29,7 +29,7 @@ from discobeta.report.states import jobs_of
 pytest.importorskip("snakemake")
 
 ROOT = Path(__file__).parent.parent
-ALWAYS = {"tables": 1, "figures": 1, "all": 1}
+ALWAYS = {"tables": 1, "figures": 1, "page": 1, "all": 1}
 WHOLE = ALWAYS | {
     "world_corpus": 1,
     "sft": 1,
@@ -61,7 +61,7 @@ SHIPPED = {
     "config": EMBEDDED,
     "config neutrality": WHOLE,
     # β x learning rate, 3 x 3 without the grid's own, of 4 arms and 2 seeds: 64 beside the 8 of the grid
-    "config quick-exp": {name: EMBEDDED[name] for name in ("tables", "figures", "all", "world_corpus", "sft")}
+    "config quick-exp": {name: EMBEDDED[name] for name in (*ALWAYS, "world_corpus", "sft")}
     | dict.fromkeys(("world_pairs", "prepare", "reference", "answers"), 2)
     | {"train_dpo": 72, "evaluate": 72},
     # 12 seeds, each a world of its own; 2 arms of rm and 4 of dpo, and probit in both
@@ -485,7 +485,7 @@ def test_shared_steps_are_asked_for_with_the_defaults_that_they_depend_on_and_no
 
 def test_tables_and_figures_are_made_of_runs_that_count_only(tmp_path: Path):
     done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"], "--printshellcmds")
-    for program in ("tables", "figures"):
+    for program in ("tables", "figures", "page"):
         assert f"| python -m discobeta {program} --strict --configfile - &> " in done.stdout
 
 

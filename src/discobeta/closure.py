@@ -34,6 +34,7 @@ ENTRIES = {
     "evaluate": ("run/evaluate", "metrics"),
     "tables": ("report/tables", *REPORT),
     "figures": ("report/figures", "metrics", *REPORT),
+    "page": ("report/page", *REPORT),
 }
 """Step -> where its command begins. An entry belongs to its step also where it is bookkeeping for others."""
 

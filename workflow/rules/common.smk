@@ -17,6 +17,7 @@ from discobeta.closure import code
 from discobeta.design.yaml_text import as_written
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.errors import UserError
+from discobeta.files import sha256
 from discobeta.identity import CONFIGS, TOKENIZER, WEIGHTS
 from discobeta.design.study import Study, as_text
 from discobeta.report import outputs
@@ -223,3 +224,10 @@ def made_by(step, made):
     """What the outcome of `tables` or `figures` depends on, but for the study: what there is, and what makes it."""
     makers = {output.name: output.row.maker for output in made}
     return {"code": code(step, makers=tuple(makers.values())), "makers": makers}
+
+
+def beside_the_page():
+    """What the page of a study has in it beside what its code says: style, script, texts beside tables and figures."""
+    texts = Path(workflow.basedir) / "report"
+    found = [*sorted((SOURCE / "discobeta" / "report").glob("page.*s")), *sorted(texts.glob("*.rst"))]
+    return {path.name: sha256(path)[:8] for path in found}

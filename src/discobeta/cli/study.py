@@ -1,4 +1,4 @@
-"""Commands of a study: its plan, its cost, what it needs, its tables and figures."""
+"""Commands of a study: its plan, its cost, what it needs, its tables, figures and page."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ def add_to(commands) -> None:
     )
     study_command(commands, "fetch", fetch, "download model and data of a study, for nodes without a network")
     for name, function, help in (
-        ("report", report, "write tables and figures of a study from the runs that are there and count"),
+        ("report", report, "write tables, figures and the page to read of a study, from the runs that count"),
         ("tables", tables, "write the tables of a study"),
         ("figures", figures, "write the figures of a study"),
+        ("page", page, "write the page of a study alone: report.html, with tables and figures in it"),
     ):
         sub = study_command(commands, name, function, help)
         sub.add_argument("--strict", action="store_true", help="write nothing unless every run counts")
@@ -128,7 +129,9 @@ def report(arguments: argparse.Namespace) -> None:
 
     results = _results(arguments, curves=True)
     study_report.write(results)
-    print(f"tables: {results.study.tables_directory}   figures: {results.study.figures_directory}")
+    study = results.study
+    print(f"tables: {study.tables_directory}   figures: {study.figures_directory}")
+    print(f"to read, in a browser: {study.directory / 'report.html'}")
 
 
 def tables(arguments: argparse.Namespace) -> None:
@@ -141,6 +144,12 @@ def figures(arguments: argparse.Namespace) -> None:
     from discobeta.report import figures as study_figures
 
     study_figures.write(_results(arguments, curves=True))
+
+
+def page(arguments: argparse.Namespace) -> None:
+    from discobeta.report import page as study_page
+
+    print(study_page.write(_results(arguments, curves=True)))
 
 
 def _results(arguments: argparse.Namespace, *, curves: bool):
