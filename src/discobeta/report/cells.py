@@ -64,7 +64,7 @@ def stage_table(results: Results, stage: str) -> Table:
     notes += _notes(metrics)
     for idea in IDEAS:
         if not idea.acts_in(stage) and any(idea.key in arm.used for arm in study.arms):
-            notes.append(f"{idea.label} changes no run here: {idea.elsewhere}.")
+            notes.append(f"Arms with {idea.label} are the runs of those without it: {idea.elsewhere}.")
     runs = [run for run in study.grid_runs() if run.stage == stage and not run.arm.is_idle and not run.proof]
     if missing := results.describe_missing(runs):
         notes.append(f"Missing: {missing}.")
@@ -115,7 +115,9 @@ def panels_of(stage: str, which: list[Column], title: str, seeds: Sequence[int])
 
 def metric_column(name: str, seeds: Sequence[int]) -> Column:
     metric = METRICS[name]
-    return Column(metric.header, lambda row: estimate(row.get(f"{name}_values", {}), seeds, metric.decimals))
+    return Column(
+        metric.header, lambda row: estimate(row.get(f"{name}_values", {}), seeds, metric.decimals, row["n_seeds"])
+    )
 
 
 def arm_columns(rows: list[dict[str, Any]]) -> list[Column]:
@@ -161,7 +163,7 @@ def grid_table(results: Results, stage: str) -> Table:
     rows = [_cell_row(results, cell, runs, metrics, proofs) for cell in grid((stage,))]
     title = f"{STAGES[stage].title} ({stage})"
     which = [
-        Column("Arm", lambda row: arm_text(row["arm"]) if row["arm"] else NOTHING, is_number=False, widest=0.45),
+        Column("Arm", lambda row: arm_text(row["arm"]) if row["arm"] else NOTHING, is_number=False),
         Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
     ]
     cells = [Column(flag, lambda row, flag=flag: yes_no(row[flag]), is_number=False) for flag in FLAGS]

@@ -152,8 +152,8 @@ def effects_table(results: Results) -> Table:
         sign_flip_p(values) if test else math.nan for values, test in zip(frame.differences, tested, strict=True)
     ]
     frame["p_holm"] = frame.groupby("stage").p.transform(lambda p: holm(p.tolist())) if len(frame) else []
-    n = frame.n_seeds.max() if len(frame) else 0
-    least = f"; of {n} seeds it cannot be below {p_value(2.0 ** (1 - n))}" if n else ""
+    n = int(frame.n_seeds.max()) if len(frame) else 0
+    least = f"; of {n} seed{'s' * (n > 1)} it cannot be below {p_value(2.0 ** (1 - n))}" if n else ""
     columns = [
         *_columns(results, "Effect"),
         Column("p", lambda row: p_value(row["p"])),

@@ -12,13 +12,14 @@ from discobeta.report.render import NOTHING, number
 from discobeta.report.statistics import INTERVAL_FROM, mean_ci
 
 
-def estimate(values: Mapping[int, float], seeds: Sequence[int], decimals: int) -> str:
-    """Mean of the values (by seed) of `seeds`, and how sure it is; – of none.
+def estimate(values: Mapping[int, float], seeds: Sequence[int], decimals: int, said: int | None = None) -> str:
+    """Mean of the values (by seed) of the study's `seeds`, and how sure it is; – of none.
 
     From six values on `mean ± half-width` of the 95 % interval; of fewer `mean (value, value, …)`, in the order of the
-    seeds. A seed without a value is a – in its place where the study has fewer than six, and else is in `(n of N)`.
+    seeds. A seed without a value is a – in its place where the study has fewer than six; else `(n of N)` says so,
+    N being how many values the row is `said` to have, if that is not all.
     """
-    n, expected = len(values), len(seeds)
+    n, expected = len(values), len(seeds) if said is None or len(seeds) < INTERVAL_FROM else said
     if n == 0:
         return NOTHING
     mean, half_width = mean_ci(list(values.values()))
@@ -26,12 +27,13 @@ def estimate(values: Mapping[int, float], seeds: Sequence[int], decimals: int) -
     if n >= INTERVAL_FROM:
         text += f" ± {number(half_width, decimals)}"
         return f"{text} ({lacking})" if lacking else text
-    if expected == 1:
+    if len(seeds) == 1:
         return text
-    if expected < INTERVAL_FROM:
+    if len(seeds) < INTERVAL_FROM:
         return f"{text} ({', '.join(number(values[seed], decimals) if seed in values else NOTHING for seed in seeds)})"
     each = ", ".join(number(value, decimals) for value in values.values()) if n > 1 else ""
-    return f"{text} ({'; '.join(filter(None, [each, lacking]))})"
+    beside = "; ".join(filter(None, [each, lacking]))
+    return f"{text} ({beside})" if beside else text
 
 
 def interval_words(seeds: Sequence[int]) -> str:

@@ -35,10 +35,11 @@ def neutrality_frame(results: Results) -> pd.DataFrame:
 
 
 def _verdicts(results: Results, run: Run, twin: Run | None) -> dict[str, str]:
+    not_measured = dict.fromkeys(MEASURED_ALONE, NOTHING) if run.proof else {}
     if twin is None:
-        return dict.fromkeys(OUTCOMES, "twin not in this study")
+        return dict.fromkeys(OUTCOMES, "twin not in this study") | not_measured
     if not (results.counts(run) and results.counts(twin)):
-        return dict.fromkeys(OUTCOMES, _absent(results, twin if results.counts(run) else run, twin))
+        return dict.fromkeys(OUTCOMES, _absent(results, twin if results.counts(run) else run, twin)) | not_measured
     verdicts = {}
     for outcome in OUTCOMES:
         ours, theirs = files_of(outcome, run.directory), files_of(outcome, twin.directory)

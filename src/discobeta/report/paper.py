@@ -158,7 +158,9 @@ def numbers_table(study: Published, stage: str) -> Table:
     panels = panels_of(stage, which, title, study.seeds)
     further = [metric for metric in FURTHER if not metric.name.startswith("posthoc/")]
     columns = [*which, *(_metric_column(metric.name, study.seeds) for metric in further)]
-    panels.append(Panel(f"{title}: what else there is. {interval_words(study.seeds)}", columns, "more", len(which)))
+    panels.append(
+        Panel(f"{title}: what else is known of the runs. {interval_words(study.seeds)}", columns, "more", len(which))
+    )
     notes = ["Arms share their seeds: whether two differ is said by paired differences."]
     if (printed.posthoc != "").any():
         notes.append(
@@ -199,7 +201,7 @@ def _seeds_column() -> Column:
 def _metric_column(name: str, seeds: list[int]) -> Column:
     """A cell with fewer seeds than its row says so."""
     metric = MEASURES[name]
-    return Column(metric.header, lambda row: estimate(row[f"{name}_values"], seeds, metric.decimals))
+    return Column(metric.header, lambda row: estimate(row[f"{name}_values"], seeds, metric.decimals, row["n_seeds"]))
 
 
 # --- sweeps and what is matched

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -56,7 +57,7 @@ class Panel:
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Headers on one line, and the texts of each row."""
-        header = [" ".join(re.split(r"[ \n]+", column.header)) for column in self.columns]
+        header = [column.header.replace("-\n", "-").replace("\n", " ") for column in self.columns]
         return header, [[column.text(row) for column in self.columns] for row in self.rows]
 
 
@@ -105,13 +106,10 @@ class Table:
         floats = []
         for panel in self.panels:
             label, first = _label(name, panel), _label(name, self.panels[0])
-            notes = self.notes if label == first else []
-            refer = [] if label == first else [rf"See the notes of Table~\ref{{{first}}}."]
-            said = " ".join([*map(escape, notes), *refer])
-            parts = [
-                *_tabulars(panel, self.group),
-                (1 + math.ceil(len(said) / NOTE_LINE), rf"\par\smallskip\raggedright {said}"),
-            ]
+            notes = [*map(escape, textwrap.wrap(" ".join(self.notes), NOTE_LINE * TEXT_HEIGHT // 2))]
+            said = notes if label == first else [rf"See the notes of Table~\ref{{{first}}}."]
+            of_notes = [(1 + math.ceil(len(text) / NOTE_LINE), rf"\raggedright {text}\par") for text in said]
+            parts = [*_tabulars(panel, self.group), *of_notes]
             floats += _floats(panel.caption, label, parts)
         return "% needs \\usepackage{booktabs}\n" + "\n".join(floats)
 
@@ -163,14 +161,15 @@ class _Cell:
     lines: float = 1
 
 
-def _cell(text: str, column: Column) -> _Cell:
+def _cell(text: str, column: Column, squeeze: float = 1.0) -> _Cell:
     """Half-widths and seeds in small print; words that are too long for the column in several lines."""
     if not column.is_number:
-        width, widest = _points(text), column.widest * TEXT_WIDTH
+        share = column.widest * squeeze
+        width, widest = _points(text), share * TEXT_WIDTH
         if width <= widest:
             return _Cell(escape(text), width)
         words = escape(text).replace(r"\_", r"\_\hspace{0pt}").replace("/", r"/\hspace{0pt}")
-        tex = rf"\parbox[t]{{{column.widest:g}\textwidth}}{{\raggedright {words}\strut}}"
+        tex = rf"\parbox[t]{{{share:.3f}\textwidth}}{{\raggedright {words}\strut}}"
         return _Cell(tex, widest, math.ceil(1.15 * width / widest))
     if found := re.fullmatch(r"(\S+) \(([^()]*, [^()]*)\)", text):
         mean, seeds = found[1], found[2].split(", ")
@@ -193,8 +192,11 @@ def _header(column: Column) -> _Cell:
 def _tabulars(panel: Panel, group: list[str]) -> Iterator[tuple[float, str]]:
     """(lines, LaTeX) of what the panel is cut into: columns that fit side by side, of these rows that fit a page."""
     headers = [_header(column) for column in panel.columns]
-    cells = [[_cell(column.text(row), column) for column in panel.columns] for row in panel.rows]
-    widths = [2 * SEPARATION + max(cell.width for cell in of) for of in zip(headers, *cells, strict=True)]
+    for squeeze in (1.0, 0.8, 0.6, 0.4):
+        cells = [[_cell(column.text(row), column, squeeze) for column in panel.columns] for row in panel.rows]
+        widths = [2 * SEPARATION + max(cell.width for cell in of) for of in zip(headers, *cells, strict=True)]
+        if sum(widths[: panel.keys]) + max(widths[panel.keys :], default=0) <= TEXT_WIDTH:
+            break
     blocks: list[list[int]] = []
     for place in range(panel.keys, len(panel.columns)):
         if blocks and sum(widths[: panel.keys]) + sum(widths[i] for i in blocks[-1]) + widths[place] <= TEXT_WIDTH:
