@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 NOTHING = "–"
 MATHS = {
     "±": r"\pm", "−": "-", "×": r"\times", "‖": r"\|", "↑": r"\uparrow", "↓": r"\downarrow", "→": r"\to",
-    "≤": r"\leq", "≥": r"\geq", "≈": r"\approx", "√": r"\surd", "∞": r"\infty", "·": r"\cdot", "<": "<", ">": ">",
+    "≤": r"\leq", "≥": r"\geq", "≈": r"\approx", "√": r"\surd", "½": r"\frac{1}{2}", "∞": r"\infty", "·": r"\cdot", "<": "<", ">": ">",
     "α": r"\alpha", "β": r"\beta", "γ": r"\gamma", "δ": r"\delta", "ε": r"\varepsilon", "λ": r"\lambda",
     "µ": r"\mu", "μ": r"\mu", "π": r"\pi", "ρ": r"\rho", "σ": r"\sigma", "τ": r"\tau", "Φ": r"\Phi", "Σ": r"\Sigma",
 } | {digit: f"_{number}" for number, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")} | {
@@ -222,7 +222,7 @@ def _differ(row: Row, other: Row, group: list[str]) -> bool:
 def _tabular(
     panel: Panel, headers: list[_Cell], cells: list[list[_Cell]], columns: list[int], rows: range, group: list[str]
 ) -> str:
-    """Keys that are those of the row above are not repeated, but for the last."""
+    """Keys that are those of the row above are not repeated, but for the last; of a panel of keys alone, all are."""
     alignment = "".join("r" if panel.columns[i].is_number else "l" for i in columns)
     lines = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", " & ".join(headers[i].tex for i in columns) + r" \\"]
     lines.append(r"\midrule")
@@ -231,7 +231,7 @@ def _tabular(
         if place > rows.start:
             if _differ(panel.rows[place], panel.rows[place - 1], group):
                 lines.append(r"\addlinespace")
-            for key in range(panel.keys - 1):
+            for key in range(panel.keys - 1 if len(columns) > panel.keys else 0):
                 if cells[place][key].tex != cells[place - 1][key].tex:
                     break
                 texts[key] = ""
