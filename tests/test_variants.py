@@ -601,9 +601,8 @@ def test_a_beta_is_tuned_with_nothing_else_changed():
     numbers = published.Published("s", pd.DataFrame(columns=[*published.COORDINATES, "value"]), study.settings, {})
     runs = [published.Source("baseline", name) for name in ("", *(name for _, name in study.variants_of("dpo")))]
     found = published.swept(numbers, "dpo", dict.fromkeys(runs))
-    assert {
-        source.variant: {run.variant: beta for run, beta in points.items()} for source, points in found.items()
-    } == {
+    betas = {source.variant: {run.variant: beta for run, beta in points.items()} for source, points in found.items()}
+    assert betas == {
         "": {"": 0.5, "pref_beta=1,learning_rate=5e-05": 1.0},
         "learning_rate=0.001": {"pref_beta=0.5,learning_rate=0.001": 0.5, "pref_beta=1,learning_rate=0.001": 1.0},
     }

@@ -16,7 +16,8 @@ Row = Mapping[str, Any]
 NOTHING = "–"
 MATHS = {
     "±": r"\pm", "−": "-", "×": r"\times", "‖": r"\|", "↑": r"\uparrow", "↓": r"\downarrow", "→": r"\to",
-    "≤": r"\leq", "≥": r"\geq", "≈": r"\approx", "√": r"\surd", "½": r"\frac{1}{2}", "∞": r"\infty", "·": r"\cdot", "<": "<", ">": ">",
+    "≤": r"\leq", "≥": r"\geq", "≈": r"\approx", "√": r"\surd", "∞": r"\infty", "·": r"\cdot", "<": "<", ">": ">",
+    "½": r"\frac{1}{2}",
     "α": r"\alpha", "β": r"\beta", "γ": r"\gamma", "δ": r"\delta", "ε": r"\varepsilon", "λ": r"\lambda",
     "µ": r"\mu", "μ": r"\mu", "π": r"\pi", "ρ": r"\rho", "σ": r"\sigma", "τ": r"\tau", "Φ": r"\Phi", "Σ": r"\Sigma",
 } | {digit: f"_{number}" for number, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")} | {
