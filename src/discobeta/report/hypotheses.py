@@ -452,7 +452,7 @@ def verdicts_table(registered: Registered, verdicts: list[Verdict], made_by: dic
     ]
     number_columns = [
         Column("", lambda row: row["id"], is_number=False),
-        Column("Quantity", lambda row: row["quantity"], is_number=False, widest=0.27),
+        Column("Quantity", lambda row: row["quantity"], is_number=False, widest=0.18),
         Column("Seeds", lambda row: str(row["n_seeds"] or NOTHING)),
         Column(interval_header(range(least), "Difference"), _estimate),
         Column("Detectable", lambda row: _detectable(row)),
