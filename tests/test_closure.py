@@ -52,16 +52,23 @@ MADE_OF = {
     "inputs/world": {"world_corpus", "world_pairs"} | EVALUATION,
     **dict.fromkeys(["run/evaluate", "run/responses", "run/truth"], EVALUATION),
     "metrics": EVALUATION | {"figures"},
+    **dict.fromkeys([f"report/{name}" for name in ("tables", "cells", "neutrality", "compare", "costs")], {"tables"}),
     **dict.fromkeys(
-        [f"report/{name}" for name in ("tables", "cells", "effects", "neutrality", "compare", "costs")], {"tables"}
+        [f"report/{name}" for name in ("figures", "curves", "forest", "head_figures", "marks", "reward_kl", "style")],
+        {"figures"},
     ),
-    **dict.fromkeys(["report/figures", "report/curves", "report/style"], {"figures"}),
-    **dict.fromkeys(["report/results", "report/collect"], {"tables", "figures"}),
+    **dict.fromkeys(["report/results", "report/collect", "report/effects"], {"tables", "figures"}),
     "record": {"tables", "figures"},
     "design/study": {"tables", "figures"},
     **dict.fromkeys(
         [
             "cli/__init__",
+            "cli/lookup",
+            "cli/words",
+            "data/counts",
+            "design/config_names",
+            "report/show",
+            "run/flops",
             "cli/run",
             "cli/study",
             "closure",

@@ -1,5 +1,6 @@
 """The estimate of a study, against sums worked out by hand; what can be fetched ahead."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -9,11 +10,16 @@ import pandas as pd
 import pytest
 
 from discobeta import cli
-from discobeta.design.cost import estimate, find, length, report
+from discobeta.data import counts
+from discobeta.design.config import RunConfig
+from discobeta.design.cost import Rows, estimate, find, length, report
 from discobeta.design.schedule import schedule_of
 from discobeta.design.study import Study
 from discobeta.errors import UserError
 from discobeta.inputs.fetch import fetch
+from discobeta.run.flops import SHAPES, Arithmetic, shape_of
+
+ROOT = Path(__file__).parents[1]
 
 SETTINGS = {
     "study": "s", "seeds": [1, 2], "arms": ["baseline", "disco-used_beta-absent"], "idle_arms": "run",
@@ -60,7 +66,9 @@ def test_epochs_need_the_tokens(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study = Study(SETTINGS | {"common": {"per_device_train_batch_size": 4, "num_train_epochs": 2}})
     run = study.run("rm", "baseline", 1)
-    with pytest.raises(UserError, match="run `snakemake … --until prepare` first"):
+    with pytest.raises(
+        UserError, match="give --rows train=N eval=M, run `discobeta fetch` or `snakemake … --until prepare` first"
+    ):
         length(study, run)
     folder = study.tokens("all")
     folder.mkdir(parents=True)
@@ -138,7 +146,7 @@ def test_hours_are_of_devices_and_minutes_of_jobs(tmp_path):
     for devices, minutes in ((4, "60.0"), (2, "120.0")):
         text = report(Study(settings | {"gpus_per_run": devices}), folder)
         rm = next(line.split() for line in text.splitlines() if line.startswith("rm "))
-        assert rm == ["rm", "1", "100", minutes, "4.00", "2.0"]
+        assert rm == ["rm", "1", "100", minutes, "4.00", "2.0", "4.00–4.00", "measured,", "1", "runs"]
 
 
 def test_another_studys_rates_are_called_that(tmp_path):
@@ -221,3 +229,147 @@ def test_fetch_names_what_is_there_and_what_is_not(base, pairs, capsys, monkeypa
         fetch(Study(settings | {"base": {"model_name_or_path": "nobody/no-such-model"}}))
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
         fetch(Study(settings | {"data": {"dataset": "nowhere.jsonl", "eval_dataset": str(pairs["eval"])}}))
+
+
+# --- rows that are not tokenised, and rates that nobody has measured
+
+
+def counted(**settings) -> tuple | None:
+    config, _ = RunConfig.from_mapping({"stage": "rm", "model_name_or_path": "m"} | settings)
+    found = counts.rows_of(config)
+    return found and (found.train, found.held_out, found.why)
+
+
+def test_rows_of_files_are_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    lines = "".join(f"{json.dumps(row)}\n\n" for _ in range(9))
+    Path("a.jsonl").write_text(lines)
+    Path("b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    Path("c.json").write_text(json.dumps([row] * 7, indent=1))
+    pd.DataFrame([row] * 5).to_parquet("d.parquet")
+    assert counted(dataset="a.jsonl", eval_dataset="c.json") == (9, 7, "rows of a.jsonl; held out: rows of c.json")
+    assert counted(dataset="b.jsonl.gz,d.parquet")[:2] == (14, 0)
+    assert counted(dataset="a.jsonl,d.parquet", max_samples=6, eval_dataset="c.json")[:2] == (11, 6)
+    assert counted(dataset="a.jsonl", val_size=2)[:2] == (7, 2)
+    assert counted(dataset="a.jsonl", val_size=0.5)[:2] == (5, 4)  # 4.5, rounded to even as Python does
+    with pytest.raises(UserError, match="no such file"):
+        counted(dataset="nowhere.jsonl")
+
+
+def test_rows_of_the_hub_are_those_of_its_cache_or_known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    assert counted(dataset="Some/MyData", eval_dataset="Some/MyData") is None
+    assert counted(dataset="Anthropic/hh-rlhf", eval_dataset="Anthropic/hh-rlhf")[:2] == (160_800, 8_552)
+    folder = tmp_path / "datasets" / "Some___my_data" / "default" / "0.0.0" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text(
+        '{"splits": {"train": {"num_examples": 50}, "test": {"num_examples": 6}}}'
+    )
+    assert counted(dataset="Some/MyData", eval_dataset="Some/MyData") == (
+        50,
+        6,
+        "rows of Some/MyData in the hub's cache",
+    )
+    (folder / "dataset_info.json").write_text("[")
+    assert counted(dataset="Some/MyData", eval_dataset="Some/MyData") is None
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "hh-rlhf"])
+def test_a_shipped_study_for_gpus_is_answered_without_a_network(name, tmp_path, monkeypatch, capsys):
+    """160,800 pairs in steps of 16 x 4 are 2,512.5."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert cli.main(["cost", "--configfile", f"config/{name}.yaml"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = {line[:12].strip(): line.split() for line in lines}
+    assert said["rm"][1:3] == ["4", "2,513"] and said["ppo"][-5:-4] != ["?"] and "GPU-hours" in lines[0]
+    kinds = ["reference", "answers", "rm", "rm, proof", "dpo", "dpo, proof", "ppo", "ppo, proof", "evaluate"]
+    assert all(said[kind][-1] == "estimate" for kind in kinds)
+    low, high = (float(hours) for hours in said["total"][-1].split("–"))
+    assert 0 < low < float(said["total"][2]) < high
+    text = "\n".join(lines)
+    assert "160,800 rows to train on, 8,552 held out: rows of Anthropic/hh-rlhf as published" in text
+    assert "measured nowhere" in text and "15% to 45%" in text and "upper bound" in text
+
+
+def test_operations_of_a_pass_are_those_that_torch_counts(base):
+    """torch counts all of the (T, T) attention, of which a causal one needs half."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    shape = shape_of(json.loads((base / "config.json").read_text()))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(3, 16, dtype=torch.long))
+    causal = shape.forward(3 * 16, 16, with_logits=3 * 16)
+    rotations = counter.get_total_flops() - causal - 2 * 3 * 16 * 16 * shape.attention
+    assert 0 <= rotations < 0.01 * causal
+
+
+def test_the_shape_of_qwen3_is_that_of_its_card():
+    """0.44 billion weights without embeddings; 0.6 with the one matrix that is embedding and head."""
+    shape = shape_of(SHAPES["Qwen/Qwen3-0.6B"])
+    assert round(shape.body / 1e9, 2) == 0.44 and round((shape.body + shape.head) / 1e9, 1) == 0.6
+
+
+def on_a_gpu(**changes) -> Study:
+    common = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "bf16": True, "cutoff_len": 100}
+    cutoff = {"cutoff_len": common.pop("cutoff_len")}
+    settings = SETTINGS | {"environment": "cuda", "common": common, "base": {"model_name_or_path": "Qwen/Qwen3-0.6B"}}
+    return Study(settings | {"data": SETTINGS["data"] | cutoff, "stages": ["rm"]} | changes)
+
+
+def test_the_estimate_is_operations_over_a_share_of_the_peak(monkeypatch):
+    """rm: 4 runs of 2 x 1000 pairs, each 150 tokens; with LoRA forward and backward cost the same."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    rows = Rows(1000, 50, "as --rows says", tokens=150)
+    study = on_a_gpu()
+    steps = {step.name: step for step in estimate(study, None, rows, Arithmetic(study, "A100", rows))}
+    body, attention = 440_401_920, 28 * 16 * 128
+    one = 2 * 150 * body + 2 * 150 * 100 * attention
+    assert steps["rm"].length == "500"
+    assert steps["rm"].low == pytest.approx(4 * 2000 * 2 * one / (312e12 * 0.45))
+    assert steps["rm"].high == pytest.approx(4 * 2000 * 2 * one / (312e12 * 0.15))
+    assert steps["evaluate"].high == pytest.approx(4 * 50 * one / (312e12 * 0.15))
+    full = on_a_gpu(rm={"finetuning_type": "full", "gradient_checkpointing": True})
+    more = {step.name: step for step in estimate(full, None, rows, Arithmetic(full, "A100", rows))}
+    assert more["rm"].low == pytest.approx(2 * steps["rm"].low)  # 1 + 2 + 1 passes instead of 1 + 1
+    plain = on_a_gpu(rm={"bf16": False})
+    unknown = {step.name: step for step in estimate(plain, None, rows, Arithmetic(plain, "A100", rows))}
+    assert unknown["rm"].seconds is None and unknown["rm"].rate == "not known"
+
+
+def test_bounds_are_the_fastest_and_the_slowest_run_that_was_measured(tmp_path):
+    runs = [("rm", "baseline", 10.0, 40, 0.0, 2.0, 5.0)]
+    folder = tables(tmp_path / "t", runs)
+    slow = pd.read_csv(folder / "metrics.csv").assign(seed=2)
+    slow.loc[slow.metric == "cost/seconds", "value"] = 30.0
+    pd.concat([pd.read_csv(folder / "metrics.csv"), slow]).to_csv(folder / "metrics.csv", index=False)
+    study = Study(SETTINGS | {"arms": ["baseline"], "stages": ["rm"], "seeds": [1]})
+    step = next(step for step in estimate(study, find(study, folder)) if step.name == "rm")
+    assert (step.low, step.seconds, step.high) == pytest.approx((400 * 0.25, 400 * 0.5, 400 * 0.75))
+    assert step.rate == "measured, 2 runs"
+
+
+@pytest.mark.parametrize("words", [["train=x"], ["eval=5"], ["trian=5"], ["train=0"], ["train=5", "tokens=0"], ["5"]])
+def test_rows_that_say_nothing_are_refused(words, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["cost", "--configfile", "config/qwen3-0.6b.yaml", "--rows", *words]) == 2
+    assert capsys.readouterr().err.startswith("discobeta: --rows: ")
+
+
+def test_rows_that_cannot_be_counted_are_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    words = ["cost", "--configfile", "config/hh-rlhf.yaml", "--set", "data={dataset: no/such, eval_dataset: no/such}"]
+    assert cli.main(words) == 2
+    assert "give --rows train=N eval=M" in capsys.readouterr().err
+    assert cli.main([*words, "--rows", "train=640", "eval=10", "prompts=8"]) == 0
+    said = {line[:12].strip(): line.split() for line in capsys.readouterr().out.splitlines()}
+    assert said["rm"][2] == "10"  # of 64

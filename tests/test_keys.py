@@ -64,12 +64,15 @@ def test_the_pages_hold_every_key():
     page = (ROOT / "docs" / "reference" / "run.md").read_text()
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(FIELDS)
     assert (
-        "| `lam` | a number between 0 and 1 | 0.95 | ppo | training | lambda of the generalised advantages |  |" in page
+        "| `lam` | a number between 0 and 1 | 0.95 | ppo | training | lambda of the generalised advantages | `lambda` "
+        "`gae_lambda` `lambd` |" in page
     )
     assert "| 0 (rm), 0 (dpo), 64 (ppo) | rm dpo ppo | measuring | prompts answered in evaluation (" in page
     assert "| `top_k` | a whole number, at least 0 | 0 | rm dpo ppo | measuring, training of ppo |" in page
-    assert "| LoRA rank; null: that of adapter_name_or_path | `lora_r` `r` |" in page
+    assert "| LoRA rank; null: that of adapter_name_or_path | `lora_r` `r` `rank` `lora_dim` |" in page
     assert "`max_length` `max_completion_length` `response_length`" in page
+    names = (ROOT / "docs" / "reference" / "names.md").read_text()
+    assert "| pref_loss | `loss_type` `dpo_loss` |" in names and "| finetuning_type: lora or full | `use_peft`" in names
     page = (ROOT / "docs" / "reference" / "study.md").read_text()
     assert '| `idle_arms` | run or prove | "run" |' in page and "| `study` | text | required |" in page
     assert '| `noise` | heteroscedastic or homoscedastic or topic or response | "heteroscedastic" |' in page
@@ -245,16 +248,71 @@ def test_the_schema_takes_of_every_key_what_a_run_takes():
     assert not wrong
 
 
-@pytest.mark.parametrize("of", ["", "rm", "ppo", "study"])
+@pytest.mark.parametrize("of", ["", "run", "rm", "ppo", "study"])
 def test_the_command_explains_keys(of: str, capsys: pytest.CaptureFixture):
     assert cli.main(["keys", *filter(None, [of])]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [re.split("  +", line)[0] for line in lines]
-    assert ("lam" in names) == (of in ("", "ppo")) and ("data: world: noise" in names) == (of == "study")
+    assert ("lam" in names) == (of in ("", "run", "ppo"))
+    assert ("data: world: noise" in names) == (of in ("", "study"))
     assert cli.main(["keys", *filter(None, [of]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found) == len(lines)
     assert all(key["meaning"] and key["type"] and "default" in key and "stages" in key for key in found)
+
+
+def test_one_command_lists_every_key_of_runs_and_studies(capsys: pytest.CaptureFixture):
+    """Those of a study counted from its models: sections, what stands in them, and the world's and the base's."""
+    assert cli.main(["keys", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {key["name"] for key in found if key["stages"]} == set(FIELDS)
+    of_study = {(key["group"], key["name"]) for key in found if not key["stages"]}
+    parts = {
+        "": study_file.StudyFile, "data": study_file.Data, "data: world": study_file.World, "base": study_file.Base,
+        "prompts": study_file.Prompts, "controls: <name>": study_file.Control, "sweep": study_file.Sweep,
+    }  # fmt: skip
+    assert of_study == {(place, name) for place, model in parts.items() for name in model.model_fields}
+
+
+def found(capsys: pytest.CaptureFixture, *words: str) -> str:
+    assert cli.main(["keys", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_one_key_is_found_by_its_name_its_meaning_or_its_name_elsewhere(capsys: pytest.CaptureFixture):
+    first, *lines = found(capsys, "pref_beta").splitlines()
+    assert first == "pref_beta (run): beta: weight of the prior against the feedback"
+    said = {line[:13].strip(): line[13:].strip() for line in lines[: lines.index("")]}
+    assert said["default"] == "0.1" and said["stages"] == "dpo ppo" and "kl_coef" in said["elsewhere"].split()
+    assert said["in a study"] == "`dpo:`, `ppo:`, `common:`"
+    assert found(capsys, "beta").startswith("beta (of another program): called pref_beta here\n\npref_beta (run): ")
+    both = found(capsys, "max_length")
+    assert "\ncutoff_len (run): " in both and "\nmax_new_tokens (run): " in both
+    assert found(capsys, "KL", "steer").startswith("ppo_target (run): KL per sequence to steer the coefficient to\n")
+    assert found(capsys, "data: world: noise").startswith("data: world: noise (study): of the labels")
+    assert found(capsys, "template") == (
+        "template (of another program): ignored: the tokenizer's own chat template is used, and without one the form "
+        "'\\n\\nHuman: … \\n\\nAssistant:'\n"
+    )
+    assert found(capsys, "dpo_ftx") == (
+        "dpo_ftx (of another program): not supported: an extra SFT loss would change what the study compares\n"
+    )
+    assert 'truncation_mode (of another program): not supported unless null or "keep_start": ' in found(
+        capsys, "truncation_mode"
+    )
+
+
+def test_what_is_found_is_of_the_stage_that_was_asked_for(capsys: pytest.CaptureFixture):
+    assert cli.main(["keys", "rm", "ppo_epochs"]) == 2
+    assert capsys.readouterr().err == "discobeta: rm does not read ppo_epochs (ppo does)\n"
+    assert cli.main(["keys", "rm", "frobnicate"]) == 2
+    assert capsys.readouterr().err == (
+        "discobeta: no key of rm has 'frobnicate' in its name or meaning; `discobeta keys` lists all, of runs and "
+        "studies\n"
+    )
+    assert cli.main(["keys", "temprature"]) == 2
+    assert "; did you mean 'temperature'?" in capsys.readouterr().err
+    assert json.loads(found(capsys, "ppo", "cliprange", "--json"))[0]["in_study"] == ["ppo", "common"]
 
 
 def test_the_command_needs_neither_torch_nor_pydantic():

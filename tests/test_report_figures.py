@@ -1,10 +1,15 @@
 """What the figures draw, read back from their axes."""
 
+import hashlib
+import math
+
 import numpy as np
 import pytest
+import yaml
 from report_study import finish, results, study, write_run
 
-from discobeta.report import curves, figures
+from discobeta.report import curves, figures, loss_curve, outputs
+from discobeta.report.style import INK, LOOKS
 
 FAST = {"stages": ["dpo"], "seeds": [1, 2]}
 
@@ -25,9 +30,23 @@ def log_of(seed: int, worse: float = 0.0):
     )
 
 
-def lines(axes):
-    """Lines with points, by colour and width."""
-    return [line for line in axes.lines if len(line.get_xdata()) == 2 and list(line.get_xdata()) == [1, 2]]
+GREY, ORANGE, BLUE = (look.colour for look in LOOKS[:3])  # baseline, LeDPO, Disco
+
+
+def means(axes) -> dict[str, list[float]]:
+    """Colour -> heights of the thick line of an arm."""
+    thick = [line for line in axes.lines if line.get_linewidth() > 1 and len(line.get_xdata()) > 1]
+    return {line.get_color(): list(line.get_ydata()) for line in thick}
+
+
+def names(axes) -> list[str]:
+    """Beside the ends of lines, from below."""
+    texts = sorted((text for text in axes.texts if text.arrow_patch), key=lambda text: text.get_position()[1])
+    return [text.get_text() for text in texts]
+
+
+def below(figure) -> str:
+    return " ".join(text.get_text() for text in figure.texts).replace("-\n", "-").replace("\n", " ")
 
 
 def labels(figure):
@@ -37,16 +56,38 @@ def labels(figure):
 def test_learning_curves_are_means_over_seeds_and_paired_differences_to_the_baseline():
     made = study(arms=["baseline", "disco-used_beta-absent"], **FAST)
     for run in made.runs():
-        finish(made, run, None, log=log_of(run.seed, worse=-0.02 * run.seed if run.arm.name != "baseline" else 0))
+        worse = -0.02 * run.seed if run.arm.name != "baseline" else 0
+        known = {"oracle_nll": 0.3, "bayes_accuracy": 0.875}
+        finish(made, run, known, log=log_of(run.seed, worse))
     figure = curves.loss_curves(results(made), "dpo")
-    top, middle, bottom = figure.axes
-    baseline = next(line for line in lines(top) if line.get_color() == "#4d4d4d" and line.get_linewidth() > 1)
-    assert baseline.get_ydata() == pytest.approx([0.65, 0.45])
-    (difference,) = lines(middle)
-    assert difference.get_color() == "#0072B2"
-    assert difference.get_ydata() == pytest.approx([-0.03, -0.03])  # mean of -0.02 and -0.04
-    assert lines(bottom)[0].get_ydata() == pytest.approx([0.6, 0.8])
-    assert labels(figure) == ["Baseline", "Disco", "training loss"]
+    loss, difference, training, accuracy = figure.axes
+    assert loss.get_ylabel().startswith("Held-out loss") and training.get_ylabel().startswith("Training loss")
+    assert means(loss)[GREY] == pytest.approx([math.log(2), 0.65, 0.45])  # a policy begins as its reference
+    assert means(difference) == {BLUE: pytest.approx([0, -0.03, -0.03])}  # mean of -0.02 and -0.04
+    assert means(training)[GREY] == pytest.approx([0.75, 0.55])
+    assert means(accuracy)[GREY] == pytest.approx([0.5, 0.6, 0.8])
+    assert names(loss) == ["oracle", "Disco", "Baseline"]
+    assert names(accuracy)[-1] == "Bayes limit"
+    flat = [[line.get_ydata()[0] for line in axes.lines if line.get_color() == INK] for axes in (loss, accuracy)]
+    assert flat == [[0.3], [0.875]]
+    marked = next(line for line in loss.lines if line.get_color() == GREY and line.get_linewidth() > 1)
+    assert (marked.get_marker(), marked.get_markevery()) == ("o", 1)  # every point is a measurement
+
+
+def test_two_seeds_are_lines_and_six_have_the_band_that_the_figure_names():
+    for seeds in ([1, 2], [1, 2, 3, 4, 5, 6]):
+        made = study(study=f"of-{len(seeds)}", arms=["baseline"], stages=["dpo"], seeds=seeds)
+        for run in made.runs():
+            finish(made, run, None, log=log_of(run.seed))
+        figure = curves.loss_curves(results(made), "dpo")
+        loss = figure.axes[0]
+        thin = [line for line in loss.lines if line.get_linewidth() < 1 and line.get_color() == GREY]
+        assert len(thin) == (2 if len(seeds) == 2 else 0)
+        assert len(loss.collections) == (0 if len(seeds) == 2 else 1)
+    # at step 2: .4 to .9, of mean .65 and standard deviation .18708; t(.975, 5) = 2.570582
+    heights = loss.collections[0].get_paths()[0].vertices
+    assert heights[heights[:, 0] == 2][:, 1].max() == pytest.approx(0.65 + 2.570582 * 0.1870829 / math.sqrt(6))
+    assert "Band: 95 % Student interval of the mean over 6 seeds." in below(figure)
 
 
 def test_a_missing_seed_is_marked_and_not_compared_with_another_seed():
@@ -55,10 +96,16 @@ def test_a_missing_seed_is_marked_and_not_compared_with_another_seed():
         if (run.arm.name, run.seed) != ("baseline", 2):
             finish(made, run, None, log=log_of(run.seed))
     figure = curves.loss_curves(results(made), "dpo")
-    assert "Baseline (1 of 2 seeds)" in labels(figure)
-    (difference,) = lines(figure.axes[1])
-    assert difference.get_ydata() == pytest.approx([0, 0])  # seed 1 only; over both it would be 0.05
-    assert "baseline: seed 2 (not trained)" in figure.texts[-1].get_text().replace("\n", " ")
+    assert "Baseline (1/2)" in names(figure.axes[0])
+    assert means(figure.axes[1]) == {BLUE: pytest.approx([0, 0, 0])}  # seed 1 only; over both it would be 0.05
+    assert "baseline: seed 2 (not trained)" in below(figure) and "(n/N): n of N seeds" in below(figure)
+
+
+def test_many_missing_runs_are_counted_and_not_listed():
+    made = study(stages=["dpo"], seeds=list(range(10, 40)))
+    figure = curves.loss_curves(results(made), "dpo")
+    assert "Missing: 270 of 270 runs (270 not trained)" in below(figure)
+    assert len(below(figure)) < 400
 
 
 def test_idle_arms_are_thin_dashes_on_their_twins():
@@ -66,30 +113,33 @@ def test_idle_arms_are_thin_dashes_on_their_twins():
     for run in made.runs():
         finish(made, run, None, log=log_of(run.seed))
     figure = curves.loss_curves(results(made), "dpo")
-    (dashes,) = [line for line in lines(figure.axes[0]) if line.get_color() == "black"]
+    (dashes,) = [line for line in figure.axes[0].lines if line.get_color() == curves.IDLE["color"]]
     assert dashes.get_linewidth() < 1
-    assert dashes.get_ydata() == pytest.approx([0.65, 0.45])
-    assert "with an idle head" in labels(figure)
+    assert dashes.get_ydata() == pytest.approx([math.log(2), 0.65, 0.45])
+    assert "with an idle head" in below(figure)
 
 
 @pytest.mark.parametrize(("stage", "draw"), [("dpo", curves.loss_curves), ("ppo", curves.rollout_curves)])
-def test_proved_idle_arms_have_no_curve_and_no_entry_in_the_legend(stage, draw):
+def test_proved_idle_arms_have_no_curve_and_no_word(stage, draw):
     made = study(arms=["baseline", "disco-idle_beta-absent"], stages=["rm", "dpo", "ppo"], idle_arms="prove")
     for run in made.runs():
-        finish(made, run, None, log=log_of(run.seed))
-    assert labels(draw(results(made), stage))[0] == "Baseline"
-    assert "with an idle head" not in labels(draw(results(made), stage))
+        finish(made, run, None, log=log_of(run.seed) if stage == "dpo" else rollouts_of(run.seed))
+    figure = draw(results(made), stage)
+    assert "Baseline" in names(figure.axes[0])
+    assert "idle" not in below(figure)
 
 
-def test_runs_without_held_out_rows_in_their_log_show_training():
-    made = study(arms=["baseline"], **FAST)
+def test_runs_without_held_out_rows_in_their_log_show_training_and_its_difference():
+    made = study(arms=["baseline", "disco-used_beta-absent"], **FAST)
     for run in made.runs():
-        finish(
-            made, run, None, log=({"step": 1, "loss": 0.7, "accuracy": 0.5}, {"step": 2, "loss": 0.5, "accuracy": 0.7})
-        )
-    figure = curves.loss_curves(results(made), "dpo")
-    assert figure.axes[0].get_ylabel().startswith("Training loss")
-    assert lines(figure.axes[0])[0].get_ydata() == pytest.approx([0.7, 0.5])
+        drop = 0.1 if run.arm.name != "baseline" else 0
+        rows = ({"step": 1, "loss": 0.7 - drop, "accuracy": 0.5}, {"step": 2, "loss": 0.5, "accuracy": 0.7})
+        finish(made, run, {"oracle_nll": 0.25}, log=rows)
+    loss, difference = curves.loss_curves(results(made), "dpo").axes
+    assert loss.get_ylabel().startswith("Training loss")
+    assert means(loss)[GREY] == pytest.approx([0.7, 0.5])
+    assert means(difference) == {BLUE: pytest.approx([-0.1, 0])}
+    assert names(loss)[0] == "oracle,\nheld-out"
 
 
 def test_reliability_pools_seeds_and_folds_probabilities_onto_the_predicted_winner():
@@ -130,32 +180,40 @@ def rollouts_of(seed: int, better: float = 0.0):
     reward = 0.2 * (seed - 1) + better
     return (
         {"step": 1, "reward": 0.5 + reward, "kl_per_sequence": 0.0, "response_length": 9.0, "loss": 3.0},
-        {"step": 2, "reward": 0.7 + reward, "kl_per_sequence": 1.5, "response_length": 8.0, "loss": 2.0},
+        {"step": 2, "reward": 0.7 + reward, "kl_per_sequence": 1.5, "response_length": 9.1, "loss": 2.0},
     )
 
 
-def test_learning_curves_of_ppo_are_reward_kl_and_length_over_updates():
-    made = study(arms=["baseline", "disco-idle_beta-absent", "disco-used_beta-absent"], stages=PPO)
+def test_learning_curves_of_ppo_are_score_and_kl_over_updates_and_their_differences():
+    made = study(arms=["baseline", "disco-absent_beta-used", "disco-used_beta-absent"], stages=PPO)
     for run in made.runs():
-        finish(made, run, None, log=rollouts_of(run.seed, better=1 if run.arm.name == "disco-used_beta-absent" else 0))
+        better = {"disco-used_beta-absent": 1, "disco-absent_beta-used": -0.1 * run.seed}.get(run.arm.name, 0)
+        rows = rollouts_of(run.seed)
+        rows[1]["reward"] += better
+        rows[1]["kl_per_sequence"] += better
+        finish(made, run, None, log=rows)
     figure = curves.rollout_curves(results(made), "ppo")
-    reward, disco_reward, kl, length = figure.axes  # the two reward models score in different units
-    assert [line.get_color() for line in lines(reward)] == ["#4d4d4d", "black"]
-    assert [line.get_color() for line in lines(kl)] == ["#4d4d4d", "#0072B2", "black"]
-    (baseline, idle), (disco,) = lines(reward), lines(disco_reward)
-    assert reward.get_ylabel() == "Score by reward\nmodel, baseline"
-    assert disco_reward.get_ylabel() == "Score by reward\nmodel, Disco"
-    assert baseline.get_ydata() == pytest.approx([0.6, 0.8])
-    assert disco.get_ydata() == pytest.approx([1.6, 1.8])
-    assert idle.get_ydata() == pytest.approx([0.6, 0.8])
-    assert idle.get_linewidth() < 1
-    assert lines(kl)[0].get_ydata() == pytest.approx([0, 1.5])
-    assert lines(length)[0].get_ydata() == pytest.approx([9, 8])
-    assert length.get_xlabel() == "Update"
-    assert labels(figure) == ["Baseline", "Disco", "with an idle head"]
-    (band,) = reward.collections  # from the least to the greatest seed, of the arm that is drawn in colour
-    heights = band.get_paths()[0].vertices[:, 1]
-    assert (heights.min(), heights.max()) == pytest.approx((0.5, 0.9))
+    score, less, of_disco, kl, kl_less = figure.axes  # the two reward models score in different units
+    assert means(score) == {GREY: pytest.approx([0, 0.2]), ORANGE: pytest.approx([0, 0.05])}  # since update 1
+    assert means(less) == {ORANGE: pytest.approx([0, -0.15])}  # mean of -.1 and -.2
+    assert means(of_disco) == {BLUE: pytest.approx([0, 1.2])}
+    assert of_disco.get_ylabel() == "Score by the reward\nmodel of Disco\n(since update 1) ↑"
+    assert means(kl)[GREY] == pytest.approx([0, 1.5])
+    assert means(kl_less) == {ORANGE: pytest.approx([0, -0.15]), BLUE: pytest.approx([0, 1])}
+    thin = [line.get_ydata()[-1] for line in less.lines if line.get_color() == ORANGE and line.get_linewidth() < 1]
+    assert thin == pytest.approx([-0.1, -0.2])  # a line for each seed
+    assert [axes.get_xticks()[0] for axes in figure.axes] == [1] * len(figure.axes)  # there is no update 0
+
+
+@pytest.mark.parametrize(("last", "there"), [(9.4, False), (8.0, True)])
+def test_the_length_of_responses_has_a_panel_only_where_it_moves(last, there):
+    made = study(arms=["baseline"], stages=PPO)
+    for run in made.runs():
+        rows = rollouts_of(run.seed)
+        rows[1]["response_length"] = last  # of 9.0
+        finish(made, run, None, log=rows)
+    figure = curves.rollout_curves(results(made), "ppo")
+    assert ["Tokens" in axes.get_ylabel() for axes in figure.axes] == [False, False, True][: 2 + there]
 
 
 @pytest.mark.parametrize(
@@ -164,8 +222,9 @@ def test_learning_curves_of_ppo_are_reward_kl_and_length_over_updates():
 def test_arms_of_one_kind_of_reward_model_share_one_panel(arms):
     made = study(arms=arms, stages=PPO)
     figure = curves.rollout_curves(results(made), "ppo")
-    assert [axes.get_ylabel().split()[0] for axes in figure.axes] == ["Score", "KL", "Tokens"]
-    assert figure.axes[0].texts[0].get_text() == "missing"
+    words = [axes.get_ylabel().split()[:2] for axes in figure.axes]
+    assert [first for first, second in words if second != "minus"] == ["Score", "KL"]
+    assert {axes.texts[0].get_text() for axes in figure.axes} == {"missing"}
 
 
 def gains(seed: int, better: float = 0.0) -> dict:
@@ -174,43 +233,57 @@ def gains(seed: int, better: float = 0.0) -> dict:
     return {"noise": [0.3, 0.3, 0.9, 0.9, 2.0, 2.0], "reference_true_reward": [1.0] * 6, "true_reward": 1 + gained}
 
 
-def test_reward_by_noise_is_paired_with_the_reference_and_spans_the_seeds():
+def test_reward_by_noise_is_paired_with_the_reference_and_with_the_baseline():
     made = study(arms=["baseline", "disco-idle_beta-absent", "disco-used_beta-absent"], stages=PPO, **WORLD)
     for run in made.runs():
         if run.stage != "ppo":
             finish(made, run, None)  # what a ppo run has read
-        elif (run.arm.name, run.seed) != ("disco-used_beta-absent", 2):
-            finish(made, run, {"reward": 1}, examples=gains(run.seed, better=1 if run.arm.name != "baseline" else 0))
+        else:
+            better = 0.4 * run.seed if run.arm.name == "disco-used_beta-absent" else 0
+            finish(made, run, {"reward": 1}, examples=gains(run.seed, better))
     figure = figures.reward_by_noise(results(made), "ppo")
-    (axes,) = figure.axes
-    baseline, disco = axes.containers  # the idle arm computes what its twin does
-    assert baseline.lines[0].get_ydata() == pytest.approx([2.25, 0.75, -0.75])  # 2, 0.5, -1 and half of 0.5
-    spans = [segment[:, 1].tolist() for segment in baseline.lines[2][0].get_segments()]
-    assert np.ravel(spans) == pytest.approx([2, 2.5, 0.5, 1, -1, -0.5])
-    assert disco.lines[0].get_ydata() == pytest.approx([3, 1.5, 0])  # seed 1 only
-    assert baseline.lines[0].get_xdata() == pytest.approx([-0.07, 0.93, 1.93])
-    assert disco.lines[0].get_xdata() == pytest.approx([0.07, 1.07, 2.07])
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.3", "0.9", "2"]
-    assert labels(figure) == ["Baseline", "Disco (1 of 2 seeds)"]
-    footer = figure.texts[-1].get_text().replace("-\n", "-").replace("\n", " ")
-    assert "disco-used_beta-absent: seed 2 (not trained)" in footer
+    gained, difference = figure.axes
+    baseline, disco = (line for line in gained.lines if len(line.get_ydata()) == 3)  # an idle arm is its twin
+    assert baseline.get_ydata() == pytest.approx([2.25, 0.75, -0.75])  # 2, 0.5, -1 and half of 0.5
+    assert disco.get_ydata() == pytest.approx([2.85, 1.35, -0.15])
+    dots = [line for line in difference.lines if line.get_color() == BLUE and line.get_markersize() < 3]
+    assert np.ravel([line.get_ydata() for line in dots]) == pytest.approx([0.4, 0.8] * 3)  # seed 1 and 2, each level
+    large = [line for line in difference.lines if line.get_color() == BLUE and line.get_markersize() > 3]
+    assert np.ravel([line.get_xydata() for line in large]) == pytest.approx([0, 0.6, 1, 0.6, 2, 0.6])
+    assert [label.get_text() for label in difference.get_xticklabels()] == ["0.3", "0.9", "2"]
+    assert labels(figure) == ["Baseline", "Disco"]
+    assert "single seeds" in below(figure)
+
+
+def test_a_missing_seed_is_in_no_difference_of_the_reward_by_noise():
+    made = study(arms=["baseline", "disco-used_beta-absent"], stages=PPO, **WORLD)
+    for run in made.runs():
+        if run.stage != "ppo":
+            finish(made, run, None)
+        elif (run.arm.name, run.seed) != ("baseline", 2):
+            finish(made, run, {"reward": 1}, examples=gains(run.seed))
+    figure = figures.reward_by_noise(results(made), "ppo")
+    heights = {float(y) for line in figure.axes[1].lines if line.get_color() == BLUE for y in line.get_ydata()}
+    assert heights == {0.0}
+    assert labels(figure) == ["Baseline (1 of 2 seeds)", "Disco"]
+    assert "baseline: seed 2 (not trained)" in below(figure)
 
 
 def test_reward_by_noise_without_sampled_responses_says_missing():
     made = study(arms=["baseline"], stages=PPO, **WORLD)
     for run in made.runs():
         finish(made, run, {"reward": 1})
-    (axes,) = figures.reward_by_noise(results(made), "ppo").axes
-    assert "missing" in [text.get_text() for text in axes.texts]
+    above, differences = figures.reward_by_noise(results(made), "ppo").axes
+    assert all("missing" in [text.get_text() for text in axes.texts] for axes in (above, differences))
 
 
 def test_figures_of_a_study_with_ppo():
     made = study(arms=["baseline"], **WORLD)
-    figures.write(results(made))
-    names = {path.stem for path in (made.directory / "figures").glob("[!.]*")}
+    names = {output.name for output in outputs.figures(made)}
     assert names == {f"{name}-{stage}" for stage in ("rm", "dpo") for name in ("learning-curves", "reliability")} | {
         "learning-curves-ppo",
         "reward-by-noise-ppo",
+        "reward-kl-ppo",
     }
 
 
@@ -231,34 +304,55 @@ def test_figures_are_files_that_do_not_change_when_they_are_drawn_again():
     assert first == {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
 
 
+def test_files_say_what_made_them():
+    from PIL import Image
+
+    made = study(arms=["baseline"], **FAST)
+    for run in made.runs():
+        finish(made, run, {"ece": 0.1}, log=log_of(run.seed))
+    figures.write(results(made))
+    folder = made.directory / "figures"
+    digest = hashlib.sha256((yaml.safe_dump(made.settings, sort_keys=True, allow_unicode=True)).encode()).hexdigest()
+    said = Image.open(folder / "learning-curves-dpo.png").text
+    facts = {"study": "fixture", "seeds": "1 2", "commit": "0123456789ab", "config": digest[:12], "version": "9.8.7"}
+    assert facts.items() <= said.items() and said["Title"] == "learning-curves-dpo"
+    line = f"fixture · seeds 1-2 · config {digest[:12]} · commit 0123456789ab"
+    svg = (folder / "learning-curves-dpo.svg").read_text()
+    assert line in svg and f"config={digest[:12]}" in svg
+    pdf = (folder / "learning-curves-dpo.pdf").read_bytes()
+    assert b"/Title (learning-curves-dpo)" in pdf and b"seeds=1 2" in pdf
+    assert b"CreationDate" not in pdf and "dc:date" not in svg
+    assert below(curves.loss_curves(results(made), "dpo")).endswith(line)
+
+
 def test_loss_curve_of_one_run(tmp_path):
     run = write_run(tmp_path / "run", log=log_of(1))
     with (run / "log.jsonl").open("a") as stream:
         stream.write('{"step": 3, "lo')  # killed while writing
-    curves.loss_curve(run / "log.jsonl", run / "loss.png")
+    loss_curve.loss_curve(run / "log.jsonl", run / "loss.png")
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     (run / "log.jsonl").write_text("")
-    curves.loss_curve(run / "log.jsonl", run / "loss.png")
+    loss_curve.loss_curve(run / "log.jsonl", run / "loss.png")
 
 
 @pytest.mark.parametrize(
     ("log", "panels"),
     [
-        (log_of(1), {"Loss (nats)": [[0.7, 0.5], [0.6, 0.4]]}),
+        (log_of(1), {"Loss (nats) ↓": [[0.7, 0.5], [0.6, 0.4]]}),
         (
             rollouts_of(1),
-            {"Score by the\nreward model": [[0.5, 0.7]], "KL to reference\n(nats per response)": [[0, 1.5]]},
+            {"Score by the\nreward model ↑": [[0.5, 0.7]], "KL to reference\n(nats per response)": [[0, 1.5]]},
         ),
     ],
     ids=["dpo", "ppo"],
 )
 def test_loss_curve_of_ppo_is_reward_and_kl(tmp_path, monkeypatch, log, panels):
     drawn = []
-    save = curves.Figure.savefig
+    save = loss_curve.Figure.savefig
     monkeypatch.setattr(
-        curves.Figure, "savefig", lambda *words, **options: drawn.append(words[0]) or save(*words, **options)
+        loss_curve.Figure, "savefig", lambda *words, **options: drawn.append(words[0]) or save(*words, **options)
     )
     run = write_run(tmp_path / "run", log=log)
-    curves.loss_curve(run / "log.jsonl", run / "loss.png")
+    loss_curve.loss_curve(run / "log.jsonl", run / "loss.png")
     (figure,) = drawn
     assert {axes.get_ylabel(): [line.get_ydata().tolist() for line in axes.lines] for axes in figure.axes} == panels

@@ -30,15 +30,16 @@ def names(of) -> list[str]:
 
 def test_figures_of_a_study_of_the_world():
     assert names(outputs.figures(study(**WORLD))) == [
-        "interaction-dpo", "interaction-ppo", "learning-curves-dpo", "learning-curves-ppo", "learning-curves-rm",
-        "reliability-dpo", "reliability-rm", "reward-by-noise-ppo",
+        "effects", "interaction-dpo", "interaction-ppo", "learning-curves-dpo", "learning-curves-ppo",
+        "learning-curves-rm", "reliability-dpo", "reliability-rm", "reward-by-noise-ppo", "reward-kl-ppo",
+        "scale-dpo", "scale-ppo", "sigma-dpo", "sigma-rm",
     ]  # fmt: skip
 
 
 def test_without_the_world_nobody_knows_noise_and_true_reward():
     assert names(outputs.figures(study())) == [
-        "interaction-dpo", "learning-curves-dpo", "learning-curves-ppo", "learning-curves-rm",
-        "reliability-dpo", "reliability-rm",
+        "effects", "interaction-dpo", "learning-curves-dpo", "learning-curves-ppo", "learning-curves-rm",
+        "reliability-dpo", "reliability-rm", "reward-kl-ppo",
     ]  # fmt: skip
 
 
@@ -63,8 +64,8 @@ def test_no_two_outputs_have_the_same_files(of):
 
 
 @pytest.mark.parametrize("row", [*outputs.TABLES, *outputs.FIGURES], ids=lambda row: row.maker)
-def test_a_row_says_which_stages_only_if_each_has_its_own_and_names_a_maker_of_the_package(row: Row):
-    assert "{stage}" in row.name or row.stages is outputs.always
+def test_a_row_names_a_maker_and_a_caption_that_are_there(row: Row):
+    assert (closure.ROOT.parents[1] / "workflow" / "report" / f"{row.caption}.rst").is_file()
     assert (closure.ROOT.parent / (row.maker.partition(":")[0].replace(".", "/") + ".py")).is_file()
 
 
@@ -72,7 +73,7 @@ def test_rows_are_read_without_what_computes_and_draws():
     code = (
         "import sys; from discobeta.report import outputs; from discobeta.design.study import Study\n"
         "study = Study({'study': 's', 'data': {'world': {}}, 'base': {'sft': {'model_type': 'qwen3'}}})\n"
-        "assert len(outputs.tables(study)) == 11 and len(outputs.figures(study)) == 8\n"
+        "assert len(outputs.tables(study)) == 11 and len(outputs.figures(study)) == 14\n"
         "print(sorted({'matplotlib', 'numpy', 'pandas', 'scipy', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,7 +11,7 @@ from published_study import BASELINE, BOTH, DISCO, LEDPO, cell, sweep, write_stu
 
 from discobeta import cli
 from discobeta.errors import UserError
-from discobeta.report import hypotheses, paper, paper_figures, published
+from discobeta.report import hypotheses, paper, paper_figures, published, reward_kl
 
 HYPOTHESES = {
     "hypotheses": [
@@ -164,8 +164,8 @@ def test_the_frontier_figure_shows_every_point_the_oracle_and_the_difference(mad
     for more in (0.0, 0.1, 0.3):
         for seed in SEEDS:
             assert {(1.0, round(1 + more + seed / 100, 6)), (2.0, round(2 + more + seed / 100, 6))} <= drawn
-    # the mean over arms (0, .1, 0, .3), the mean of .01 to .06, the regret
-    assert {(1.0, 1.385), (2.0, 2.385)} <= drawn
+            # the oracle at the run's KL: with the regret, which is .25
+            assert {(1.0, round(1.25 + more + seed / 100, 6)), (2.0, round(2.25 + more + seed / 100, 6))} <= drawn
     names = {text.get_text() for text in axes.texts}
     assert names == {"Baseline", "Disco", "LeDPO", "Disco + LeDPO", "oracle"}
     heights = {text.get_text(): text for text in below.texts}
@@ -179,7 +179,7 @@ def test_the_frontier_figure_shows_every_point_the_oracle_and_the_difference(mad
 def test_collapsed_runs_are_drawn_apart_and_in_no_mean():
     point = published_point
     by_seed = {1: [point(1.0, 1.0, 0.5), point(2.0, 9.0, 0.3, 0.2)], 2: [point(3.0, 2.0, 0.5)]}
-    assert paper_figures.mean_points(by_seed) == [(2.0, 1.5, 2)]
+    assert reward_kl.mean_points(by_seed) == [(2.0, 1.5, 2)]
 
 
 def published_point(kl, value, setting, well_formed=1.0):

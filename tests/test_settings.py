@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from discobeta.cli import main
 from discobeta.design import config_names
 from discobeta.design.config import RunConfig
 from discobeta.design.yaml_text import parse_overrides
-from discobeta.errors import UserError
+from discobeta.errors import UserError, did_you_mean, edits
 
 DOCS = Path(__file__).parents[1] / "docs" / "llama-factory.md"
 KEYS = {entry.name for entry in dataclasses.fields(RunConfig)}
@@ -424,7 +425,163 @@ def test_an_unknown_name_is_answered_by_the_right_one(name, says):
 
 @pytest.mark.parametrize("name", ["data_size", "x", "", "frobnicate", "score", "beta_size"])
 def test_no_suggestion_where_nothing_is_near(name):
-    assert refusal(**{name: 1}) == f"run config: unknown key {name!r}"
+    assert refusal(**{name: 1}) == f"run config: unknown key {name!r}; `discobeta keys dpo` lists them all"
+
+
+NEAR = """
+pref_btea:pref_beta learning_rat:learning_rate cutof_len:cutoff_len valsize:val_size prefbeta:pref_beta
+LearningRate:learning_rate max-steps:max_steps steps_max:max_steps lamb:lam gama:gamma seeds:seed ppo_epoch:ppo_epochs
+temprature:temperature max_sample:max_samples eval_size:val_size val_steps:eval_steps lora_rnak:lora_rank
+dynamic_beta:use_dynamic_beta use_disco_pref:disco_pref train_epochs:num_train_epochs score_norm:ppo_score_norm
+per_device_train_bacth_szie:per_device_train_batch_size
+"""
+FAR = """
+batch_size use_swanlab data_size beta_size rate model head output sample_size eval_data top_b lan use_dpo max_token
+batch_rule train_size lora_size val_data ref_size lora_steps use_trl x adam_rate save_size
+"""
+
+
+@pytest.mark.parametrize("pair", NEAR.split())
+def test_a_slip_is_near(pair):
+    name, meant = pair.split(":")
+    assert did_you_mean(name, KEYS) == f"; did you mean {meant!r}?"
+
+
+@pytest.mark.parametrize("name", FAR.split())
+def test_another_word_is_another_name(name):
+    """However many letters two names have in common: `batch_size` is no slip of `val_size`."""
+    assert did_you_mean(name, KEYS) == ""
+
+
+def test_no_key_is_a_slip_of_another():
+    """But for those that differ in one letter themselves, or by a word that one of them has more."""
+    for key in KEYS:
+        for other in re.findall("'(.*?)'", did_you_mean(key, KEYS - {key})):
+            words, others = set(key.split("_")), set(other.split("_"))
+            assert words < others or others < words or edits(key, other) == 1, (key, other)
+
+
+def test_edits_are_counted_as_by_trying_them_all():
+    """Every word of one edit of `abcd`, and every one of two, made one edit after the other."""
+
+    def after_one(word: str) -> set[str]:
+        places = range(len(word) + 1)
+        made = {word[:i] + word[i + 1 :] for i in places[:-1]}
+        made |= {word[:i] + letter + word[i:] for i in places for letter in "abcdx"}
+        made |= {word[:i] + letter + word[i + 1 :] for i in places[:-1] for letter in "abcdx"}
+        return made | {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in places[:-2]}
+
+    once = after_one("abcd") - {"abcd"}
+    assert {edits("abcd", word) for word in once} == {1} and edits("abcd", "abcd") == 0
+    twice = set().union(*map(after_one, once)) - once - {"abcd"}
+    assert len(twice) > 700 and {edits("abcd", word) for word in twice} <= {2, 3}
+    swapped = {word for word in twice if edits("abcd", word) == 3}  # letters that were swapped are not edited again
+    assert all(any(pair[0] in word and pair[1] in word for pair in ("ba", "cb", "dc")) for word in swapped)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("kl_coef", "it is pref_beta here"),
+        ("num_mini_batches", "it is ppo_buffer_size here"),
+        ("per_device_batch_size", "it is per_device_train_batch_size here"),
+        ("gae_lambda", "it is lam here"),
+        ("precompute_ref_log_probs", "it is reference_path here"),
+        ("use_disco", "it is add_disco_head (whether there is a head) and disco_pref (whether the loss reads it) here"),
+        ("torch_dtype", "it is bf16: true or false here"),
+        ("dpo.pref_beta", "a run has one stage and flat keys: write pref_beta"),
+    ],
+)
+def test_a_name_of_another_program_is_answered_by_the_key(name, says):
+    assert refusal(**{name: 1}) == f"run config: unknown key {name!r}: {says}"
+
+
+def test_names_that_are_no_keys_say_what_becomes_of_them():
+    assert parsed(template="llama3")[1] == [
+        "template is ignored: the tokenizer's own chat template is used, and without one the form "
+        "'\\n\\nHuman: … \\n\\nAssistant:'"
+    ]
+    assert refusal(dpo_ftx=0.1).endswith("0.1 is not supported: an extra SFT loss would change what the study compares")
+    assert "labels of pairs are smoothed by dpo_label_smoothing" in refusal(label_smoothing=0.1)
+    assert "the reference is the base model that the policy starts from" in refusal(ref_model="m2")
+    assert parsed(kl_estimator="k1")[1] == [] and "(k1)" in refusal(kl_estimator="k3")
+
+
+# --- the wrong place, file or option
+
+
+STUDY = {"study": "s", "data": {"dataset": "a.jsonl", "val_size": 2}, "base": {"model_name_or_path": "m"}}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("plan --config study.yaml", "plan: unknown option --config; did you mean --configfile study.yaml?"),
+        ("plan --config seeds=[1]", "plan: unknown option --config; did you mean --set seeds=[1]?"),
+        ("plan --configf study.yaml", "plan: unknown option --configf; did you mean '--configfile'?"),
+        ("plan study.yaml", "required: --configfile; did you mean --configfile study.yaml?"),
+        ("plan --configfile study.yaml seeds=[1]", "there is no file seeds=[1]; --set seeds=[1] sets a key"),
+        ("plan --configfile run.yaml", "run.yaml: this is a run (it has `stage:`) and no study"),
+        (
+            "train study.yaml",
+            "study.yaml is a study and no run: `snakemake --cores all --configfile study.yaml` t",
+        ),
+        ("train --configfile study.yaml", "unknown option --configfile: this command takes a run"),
+        ("train run.yaml pref_beta=1", "unrecognized arguments: pref_beta=1; did you mean --set pref_beta=1?"),
+        ("train --set pref_beta=1 run.yaml", "required: RUN.yaml; --set takes all words after it"),
+        ("train run.yaml --no-eval", "unknown option --no-eval; did you mean '--no-evaluate'?"),
+        ("train run.yaml --procesess 2", "unknown option --procesess; did you mean '--processes'?"),
+        (
+            "train run.yaml --set dpo.pref_beta=1",
+            "unknown key 'dpo.pref_beta': a run has one stage and flat keys: ",
+        ),
+        ("train run.yaml --set seeds=[1]", "unknown key 'seeds'; did you mean 'seed'?"),
+        ("trian run.yaml", "'trian' is none; did you mean 'train'?"),
+        ("frobnicate", "'frobnicate' is none; it may be grid, keys, "),
+    ],
+)
+def test_a_wrong_word_on_the_command_line_gets_the_right_one_in_a_line(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("study.yaml").write_text(yaml.safe_dump(STUDY))
+    Path("run.yaml").write_text(yaml.safe_dump({"stage": "dpo", "model_name_or_path": "m", "dataset": "d"}))
+    with pytest.raises(SystemExit) as caught:
+        sys.exit(main(words.split()))
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and says in message
+    assert message.startswith("discobeta") and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        (
+            "pref_beta=1",
+            "'pref_beta': it is `dpo: {pref_beta: 1}` (or in `ppo:`, `common:`); on the command line ",
+        ),
+        ("ppo.pref_beta=1", "'ppo.pref_beta': it is `ppo: {pref_beta: 1}`; on the command line `--set 'ppo={pref"),
+        ("kl_coef=1", "'kl_coef': it is `dpo: {pref_beta: 1}` (or in `ppo:`, `common:`); on"),
+        ("lora_rank=1", "'lora_rank': it is `common: {lora_rank: 1}` (or in `rm:`, `dpo:`, `ppo:`); on"),
+        ("cutoff_len=9", "'cutoff_len': it is `data: {cutoff_len: 9}` (or in `prompts:`); on"),
+        (
+            "vocab_size=9",
+            "'vocab_size': it is `base: {sft: {vocab_size: 9}}`; on the command line `--set 'base=",
+        ),
+        ("disco_pref=true", "'disco_pref': its arm says it: `arms: [baseline, …]` (`discobeta grid`)"),
+        ("output_dir=x", "'output_dir': the study sets it"),
+        ("seed=1", "'seed'; did you mean 'seeds'?"),
+        ("use_swanlab=true", "'use_swanlab': nothing depends on it (trackers are "),
+        ("configfile=x.yaml", "'configfile': it is an option of snakemake, and no key: --configfile"),
+        ("frobnicate=1", "'frobnicate'; the keys are study, environment, "),
+    ],
+)
+def test_a_key_of_a_run_at_the_top_of_a_study_is_told_its_place(word, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("study.yaml").write_text(yaml.safe_dump(STUDY))
+    assert main(["plan", "--configfile", "study.yaml", "--set", word]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"discobeta: study.yaml: unknown key {says}") and message.count("\n") == 1
+    if (match := re.search(r"--set '(.*)'`$", message.strip())) and "base=" not in match[1]:  # this study has a model
+        assert main(["plan", "--configfile", "study.yaml", "--set", match[1]]) == 0
 
 
 # --- --set

@@ -418,7 +418,7 @@ def test_no_variant_is_counted_as_the_grids_run():
     for folder, changes in (("without", {}), ("with", {"controls": STRANGE, "sweep": SWEEP})):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
-            patch.setattr("discobeta.report.style.provenance_line", lambda results: "")  # it has the config's digest
+            patch.setattr("discobeta.report.style.provenance", lambda results: {})  # it has the config's digest
             of = results(finished(Study(settings(**changes))))
             frames = [cells.stage_table(of, stage).frame for stage in of.study.stages]
             frames += [made(of).frame for made in (effects.effects_table, effects.comparisons_table)]

@@ -272,6 +272,7 @@ def test_the_figures_that_are_expected_are_those_that_are_drawn(tmp_path: Path):
     (files,) = re.findall(r"^(?:local)?rule figures:\n    input: .*\n    output: (.*)$", done.stdout, re.MULTILINE)
     names = {f"{name}-{stage}" for stage in ("rm", "dpo") for name in ("learning-curves", "reliability")}
     names |= {"learning-curves-ppo", "reward-by-noise-ppo", "interaction-dpo", "interaction-ppo"}
+    names |= {"effects", "reward-kl-dpo", "reward-kl-ppo", "sigma-rm", "sigma-dpo", "scale-dpo", "scale-ppo"}
     expected = {f"results/smoke/figures/{name}.{ending}" for name in names for ending in ("svg", "pdf", "png")}
     assert set(files.split(", ")) == expected
 
@@ -327,6 +328,42 @@ def test_a_plan_does_not_ask_each_job_anew_what_its_functions_take(tmp_path: Pat
     assert done.returncode == 0, done.stdout + done.stderr
     jobs = sum(job_counts(done.stdout + done.stderr).values())
     assert int(re.search(r"signatures: (\d+)", done.stdout)[1]) < 5 * jobs
+
+
+LOOKS = """
+from snakemake.cli import main
+from snakemake.scheduling.job_scheduler import JobScheduler
+looks, select = [], JobScheduler.job_selector
+JobScheduler.job_selector = lambda self, jobs: looks.append(len(jobs)) or select(self, jobs)
+try:
+    main()
+finally:
+    print(f"looks: {len(looks)}")
+"""
+
+MANY_JOBS = """
+include: {pace!r}
+rule all:
+    input: expand("quick-{{n}}", n=range(16)), expand("slow-{{n}}", n=range(2))
+rule quick:
+    output: "quick-{{n}}"
+    priority: 1
+    shell: "touch {{output}}"
+rule slow:
+    output: "slow-{{n}}"
+    shell: "sleep 3; touch {{output}}"
+"""
+
+
+def test_jobs_that_have_ended_do_not_make_the_scheduler_look_more_often(tmp_path: Path):
+    """One look for each end of 19 jobs, and one a second: 6. By itself Snakemake looks 16 times a second at the end."""
+    pace = ROOT / "workflow" / "rules" / "pace.smk"
+    (tmp_path / "Snakefile").write_text(MANY_JOBS.format(pace=str(pace)))
+    command = [sys.executable, "-c", LOOKS, "--cores", "1", "--directory", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(tmp_path.glob("quick-*"))) == 16
+    assert int(re.search(r"looks: (\d+)", done.stdout)[1]) < 40  # a look may take two ends, and a busy machine longer
 
 
 def test_with_the_slurm_profile_every_job_asks_for_its_memory_and_time(tmp_path: Path):

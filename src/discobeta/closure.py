@@ -45,6 +45,7 @@ BOOKKEEPING = {
     "design/config": "reads and checks the settings; what they are when resolved is compared itself",
     "design/config_names": "other programs' names of them",
     "design/__init__": "a docstring",
+    "design/described": "an arm in words",
     "design/stages": "which stages there are; what it says of a run is among its settings, which are compared",
     "design/study": "makes the settings of every run, which are compared themselves",
     "design/study_file": "reads and checks what a study says, of which its runs' settings are made",
@@ -62,7 +63,10 @@ BOOKKEEPING = {
     "processes": "ends what was started here",
     "record": "what stands in a run's directory",
     "report/outputs": "which tables and figures there are; what makes each is compared itself",
+    "run/card": "describes a run in words; nothing reads it",
+    "run/elsewhere": "other rows and another folder than the run's own, whose measurement does not ask for either",
     "run/load": "gives a finished run back; how is said by its stage, and a judge is of the stage that reads it",
+    "run/places": "where what a run names is now; what it is, is compared by its hash",
 }
 """Module -> why no result depends on it. Nothing is followed through it."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import re
@@ -97,10 +96,65 @@ def shorten(text: str, longest: int = LONGEST) -> str:
 def did_you_mean(name: str, names: Iterable[str], what: str = "", likeness: float = 0.8) -> str:
     """A question after the one of `names` that `name` may be a slip of; "" if it merely has some letters in common.
 
-    what: a name for them, before the one that is meant; likeness: from 0 to 1 (difflib's ratio), the least.
+    what: a name for them, before the one that is meant; likeness: from 0 to 1, the share of letters that must be right.
     """
-    near = difflib.get_close_matches(name[:100], list(names), n=1, cutoff=likeness)
-    return f"; did you mean {what}{near[0]!r}?" if near else ""
+    near: dict[float, list[str]] = {}
+    for other in dict.fromkeys(names):
+        if (slips := _slips_between(name[:100], other, 1 - likeness)) is not None:
+            near.setdefault(slips, []).append(other)
+    best = near[min(near)] if near else []
+    if not best or len(best) > 2:  # of three that are alike none is near
+        return ""
+    return f"; did you mean {what}{' or '.join(map(repr, best))}?"
+
+
+def _slips_between(name: str, other: str, share: float) -> float | None:
+    """How many slips make one name of the other; None if they are two names.
+
+    Names are words. A slip is a wrong, missing, additional or swapped letter *within* a word, of which `share` of the
+    letters may have one, and of a word, or a name of four letters, one; another word is another name (`batch_size` is
+    no `val_size`). Words in another order, or joined otherwise, are the same name, and one word more or less is a slip
+    beyond all others, if the rest is long enough to be meant (`dynamic_beta` is `use_dynamic_beta`).
+    """
+    words, others = (re.sub(r"[\s.-]", "_", text.lower()).split("_") for text in (name, other))
+    joined, theirs = "".join(words), "".join(others)
+    if joined == theirs or sorted(words) == sorted(others):
+        return 0
+
+    def most(length: int, least: int) -> int:
+        return max(length >= least, int(share * length + 1e-9))
+
+    if len(words) == len(others):
+        slips = [edits(*pair) for pair in zip(words, others, strict=True)]
+        lengths = [max(map(len, pair)) for pair in zip(words, others, strict=True)]
+        if any(count > most(length, 3) for count, length in zip(slips, lengths, strict=True)):
+            return None
+        total = sum(slips)
+    else:
+        total = edits(joined, theirs)
+    if total <= most(max(len(joined), len(theirs)), 4):
+        return total
+    shorter, longer = sorted((words, others), key=len)
+    rest = iter(longer)
+    if len(longer) - len(shorter) == 1 and len("".join(shorter)) >= 8 and all(word in rest for word in shorter):
+        return len(name) + len(other)
+    return None
+
+
+def edits(one: str, other: str) -> int:
+    """The fewest letters to change, leave out, put in or swap with their neighbour, each once, that make `other` of
+    `one` (Damerau 1964, in the restricted form)."""
+    before: list[int] = []
+    last = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        row = [i]
+        for j, wanted in enumerate(other, 1):
+            best = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != wanted))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == wanted:
+                best = min(best, before[j - 2] + 1)
+            row.append(best)
+        before, last = last, row
+    return last[-1]
 
 
 def say(line: str) -> None:

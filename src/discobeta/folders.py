@@ -5,6 +5,7 @@ A folder is ours if it carries our mark, and only then is anything in it removed
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,12 @@ from discobeta.record import EVALUATION, difference_in
 
 MARK = ".discobeta.json"
 """In every directory that this package fills: by whom it was made and what in it is ours. Written first."""
+
+CARD = "README.md"
+"""A run's model card. It is ours as long as it is what we wrote, which its last line says; a user may make it his, and
+it is then left alone (`is_our_card`)."""
+
+_CARD_END = "\n<!-- discobeta; sha256 of all above: {} -->\n"
 
 UNFINISHED = ("checkpoints", "log.jsonl", "speed.jsonl", "tracker", "config.yaml")
 """What a run that was killed goes on from."""
@@ -189,6 +196,29 @@ def _inputs(config: RunConfig) -> list[tuple[str, Path]]:
     return inputs
 
 
+def write_card(directory: Path, text: str) -> bool:
+    """Write a model card; False, and nothing is written, where one stands that somebody has written or edited."""
+    path = directory / CARD
+    text += _CARD_END.format(hashlib.sha256(text.encode()).hexdigest())
+    if os.path.lexists(path):
+        if not is_our_card(path):
+            return False
+        if path.read_text(encoding="utf-8") == text:
+            return True
+    files.write_text(path, text)
+    return True
+
+
+def is_our_card(path: Path) -> bool:
+    """Whether a file is a card as `write_card` left it."""
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() and not path.is_symlink() else ""
+    except (OSError, ValueError):
+        return False
+    own, begins, _ = text.rpartition(_CARD_END.partition("{")[0])
+    return bool(begins) and text == own + _CARD_END.format(hashlib.sha256(own.encode()).hexdigest())
+
+
 def begin(config: RunConfig) -> None:
     """The directory with our mark and the resolved settings in it, and nothing left of a run that this one replaces.
 
@@ -199,6 +229,8 @@ def begin(config: RunConfig) -> None:
     for name in _there(directory):
         if not (goes_on and name in UNFINISHED):
             files.remove(directory / name)
+    if is_our_card(directory / CARD):
+        files.remove(directory / CARD)  # of a run that this one replaces; it gets one when it ends
     left_out = {"adapter" if config.finetuning_type == "full" else "model"}
     left_out |= set() if config.report_to != "none" or "tracker" in _there(directory) else {"tracker"}
     write_mark(directory, f"discobeta train, stage {config.stage}", [name for name in PARTS if name not in left_out])

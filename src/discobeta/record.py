@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
@@ -100,6 +101,7 @@ def write_provenance(
     directory: Path, config: RunConfig, facts: dict[str, Any], parts: Iterable[str] = READ_LATER
 ) -> None:
     """provenance.json, the last file of a run: what made it, and the sha256 of what it left in `parts`."""
+    _name_base(directory / "adapter" / "adapter_config.json", config)
     commit, dirty = source_state()
     record = {
         "stage": config.stage,
@@ -117,6 +119,22 @@ def write_provenance(
         **facts,
     }
     files.write_sealed(directory / "provenance.json", record)
+
+
+def _name_base(description: Path, config: RunConfig) -> None:
+    """Have an adapter name its base so that plain PEFT finds it from any working directory: a local one by its whole
+    path, one of the hub by its id and revision.
+
+    Done here, before the adapter is sealed, as no weight and no result depends on it.
+    """
+    if not description.is_file():
+        return
+    if Path(config.model_name_or_path).is_dir():
+        named = {"base_model_name_or_path": os.path.abspath(config.model_name_or_path)}
+    else:
+        named = {"base_model_name_or_path": config.model_name_or_path}
+        named |= {"revision": config.model_revision} if config.model_revision != "main" else {}
+    files.write_json(description, files.read_mapping(description) | named)
 
 
 def manifest(directory: Path, parts: Iterable[str] = READ_LATER) -> dict[str, str]:
@@ -143,6 +161,7 @@ class Record:
     directory: Path
     config: RunConfig  # with output_dir where the run is now, and the reader's trust_remote_code and cache_dir
     facts: dict[str, Any]  # of provenance.json
+    written_to: str = ""  # `output_dir` when it was trained
 
     def check_base(self) -> None:
         """Refuse a run whose base, tokenizer or start adapter is not the one that it was trained on."""
@@ -179,7 +198,7 @@ def read(
     settings = read_yaml(directory / "config.yaml")
     settings |= {"trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
     config, _ = RunConfig.from_mapping(settings, str(directory / "config.yaml"))
-    return Record(directory, config.replace(output_dir=str(directory)), facts)
+    return Record(directory, config.replace(output_dir=str(directory)), facts, config.output_dir)
 
 
 def read_facts(directory: Path, *, weights: bool) -> dict[str, Any]:
@@ -223,18 +242,20 @@ def cost(seconds: float, startup_seconds: float, counts: dict[str, int], device:
     }
 
 
-def write_evaluation(directory: Path, config: RunConfig, measured: dict[str, Any], facts: dict[str, str]) -> None:
+def write_evaluation(
+    directory: Path, config: RunConfig, measured: dict[str, Any], facts: dict[str, Any], run: Path | None = None
+) -> None:
     """evaluation.json, which says what of which run was measured and how, and then metrics.json, whose presence says
     that it was measured whole.
 
-    config: with the settings of this evaluation.
+    config: with the settings of this evaluation; run: the directory of the run, where it is not `directory`.
     """
     text = files.json_text(measured)
     written = {name: files.sha256(directory / name) for name in EVALUATION[2:] if (directory / name).is_file()}
     written["metrics.json"] = hashlib.sha256(text.encode()).hexdigest()
-    run = files.sha256(directory / "provenance.json")
+    measured_run = files.sha256((run or directory) / "provenance.json")
     settings = config.settings_of("evaluation")
-    record = {"run": run, "settings": settings, "files": written, "kernels": _kernels(), **facts}
+    record = {"run": measured_run, "settings": settings, "files": written, "kernels": _kernels(), **facts}
     files.write_sealed(directory / "evaluation.json", record)
     files.write_text(directory / "metrics.json", text)
 

@@ -33,6 +33,8 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "reference": (["reference", "full.yaml"], ["shared/reference"]),
     "answers": (["answers", "dpo.yaml"], ["shared/answers"]),
     "evaluate": (["evaluate", "runs/dpo"], []),
+    "evaluate other rows": (["evaluate", "runs/rm", "--set", "eval_dataset=data/eval.jsonl"], []),
+    "merge": (["merge", "runs/rm", "merged"], []),
     "tables": (["tables", *STUDY], []),
     "figures": (["figures", *STUDY], []),
     "corpus": (["world", "corpus", "--output", "world", "--sft-examples", "64"], ["world"]),

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from discobeta import __version__
 from discobeta.cli import lookup, published, run, study, world
-from discobeta.cli.words import is_main_process
+from discobeta.cli.words import Parser, is_main_process
 from discobeta.errors import UserError, first_line, lack_of_memory, shorten
 
 
@@ -90,7 +90,12 @@ def mend_streams() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="discobeta", description="Ablation of Gaussian rewards and dynamic beta.")
+    top = Parser(
+        prog="discobeta",
+        description="Ablation of Gaussian rewards and dynamic beta.",
+        epilog="`discobeta keys WORD` finds a key by its name, its meaning or another program's name of it; "
+        "`discobeta show RUN.yaml` says what a run would be. Documents: docs/README.md.",
+    )
     top.add_argument("--version", action="version", version=f"discobeta {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for part in (lookup, run, world, study, published):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,53 @@ def add_to(commands) -> None:
 
     sub = command(commands, "evaluate", evaluate, "measure a finished run on its held-out rows")
     sub.add_argument("directory", type=Path, metavar="RUN_DIR")
-    overridable(sub, "other settings of the evaluation")
-    sub.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the run's base")
-    sub.add_argument("--cache-dir", metavar="DIR", help="the hub's cache, if it is not the usual one")
+    overridable(sub, "other settings of the evaluation; eval_dataset=NAME: of other rows, in a folder of its own")
+    sub.add_argument(
+        "--output", type=Path, metavar="DIR",
+        help="where the measurements go; default RUN_DIR, and of other rows RUN_DIR/evaluations/NAME",
+    )  # fmt: skip
+    _readable(sub)
+
+    sub = command(
+        commands, "merge", merge, "write a finished run as a plain model: LoRA merged, read by transformers alone"
+    )
+    sub.add_argument("directory", type=Path, metavar="RUN_DIR")
+    sub.add_argument("output", type=Path, metavar="OUT", help="a folder that is not there yet")
+    sub.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; default: that of the base's files")
+    _readable(sub)
+
+    sub = command(
+        commands, "samples", samples, "show a policy's responses beside the reference's, or a reward model's scores"
+    )
+    sub.add_argument("directory", type=Path, metavar="RUN_DIR")
+    sub.add_argument("--prompt", nargs="+", default=[], action="extend", metavar="TEXT", help="what is to be answered")
+    sub.add_argument(
+        "--response", nargs="+", default=[], action="extend", metavar="TEXT",
+        help="of a reward model: what is to be scored, each as a response to the one --prompt, or one to each",
+    )  # fmt: skip
+    sub.add_argument("--file", type=Path, metavar="FILE", help="prompts: lines of a text, or rows of a .jsonl")
+    sub.add_argument("--chat", action="store_true", help="a --prompt, or line, is a user's turn for the chat template")
+    sub.add_argument("--count", type=int, metavar="N", help="how many prompts; default 5, or all that are given")
+    sub.add_argument("--reward-model", metavar="DIR", help="score the responses by this one")
+    sub.add_argument("--json", action="store_true", help="as JSON")
+    overridable(sub, "how is sampled: temperature, top_p, top_k, max_new_tokens, seed, generations_per_prompt")
+    _readable(sub)
 
     sub = command(
         commands, "compare", compare, "compare two run directories byte for byte; exit status 1 if they differ"
     )
     sub.add_argument("directories", type=Path, nargs=2, metavar="RUN_DIR")
+
+
+def _readable(sub: argparse.ArgumentParser) -> None:
+    """Whose word counts when a finished run is read."""
+    sub.add_argument("--base", metavar="DIR", help="the run's base, where it is not found; compared by its hash")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the run's base")
+    sub.add_argument("--cache-dir", metavar="DIR", help="the hub's cache, if it is not the usual one")
+
+
+def _reader(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("base", "trust_remote_code", "cache_dir")}
 
 
 def train(arguments: argparse.Namespace) -> int | None:
@@ -44,13 +84,20 @@ def train(arguments: argparse.Namespace) -> int | None:
     from discobeta import record
 
     _train(config)
-    if not is_main_process() or arguments.no_evaluate:
+    if not is_main_process():
+        return
+    if config.stage != BASE_STAGE:
+        from discobeta.run import card
+
+        card.write(config.output_dir)
+    if arguments.no_evaluate:
         return
     directory = Path(config.output_dir)
     if config.plot_loss and not (directory / "loss.png").exists():
         _draw_loss(directory)
     if _is_measurable(config) and record.measurement_fault(directory, config):
-        _measure(directory, config.settings_of("evaluation"), config.trust_remote_code, config.cache_dir)
+        reader = {"trust_remote_code": config.trust_remote_code, "cache_dir": config.cache_dir}
+        _measure(directory, config.settings_of("evaluation"), **reader)
 
 
 def _train(config: RunConfig) -> None:
@@ -62,7 +109,7 @@ def _train(config: RunConfig) -> None:
 
 
 def _draw_loss(directory: Path) -> None:
-    from discobeta.report.curves import loss_curve
+    from discobeta.report.loss_curve import loss_curve
 
     loss_curve(directory / "log.jsonl", directory / "loss.png")
 
@@ -118,16 +165,42 @@ def answers(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    settings = parse_overrides(arguments.set)
-    _measure(arguments.directory, settings, arguments.trust_remote_code, arguments.cache_dir)
+    _measure(arguments.directory, parse_overrides(arguments.set), output=arguments.output, **_reader(arguments))
 
 
-def _measure(directory: Path, settings: dict[str, Any], trust_remote_code: bool, cache_dir: str | None) -> None:
+def _measure(directory: Path, settings: dict[str, Any], *, output: Path | None = None, **reader: Any) -> None:
+    from discobeta.run import elsewhere
     from discobeta.run.evaluate import evaluate as evaluate_run
 
-    measured = evaluate_run(directory, settings, trust_remote_code=trust_remote_code, cache_dir=cache_dir)
+    measured = evaluate_run(directory, settings, output=output, **reader)
     shown = {name: value for name, value in measured.items() if not isinstance(value, dict)}
     print("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+    if (where := elsewhere.output_of(directory, output, elsewhere.rows_of(settings))) != directory:
+        print(f"written to {where}; no table reads it")
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    from discobeta.run.merge import merge as merge_run
+
+    made = merge_run(arguments.directory, arguments.output, dtype=arguments.dtype, **_reader(arguments))
+    print(f"{arguments.output}: {'written' if made else 'holds this model already'}")
+
+
+def samples(arguments: argparse.Namespace) -> None:
+    from discobeta.run import samples as run_samples
+
+    told = run_samples.samples(
+        arguments.directory,
+        run_samples.asked_for(arguments.prompt, arguments.response, arguments.file, chat=arguments.chat),
+        count=arguments.count,
+        settings=parse_overrides(arguments.set),
+        reward_model=arguments.reward_model,
+        **_reader(arguments),
+    )
+    if arguments.json:
+        print(json.dumps(told, ensure_ascii=False, indent=1))
+    else:
+        print(run_samples.as_text(told))
 
 
 def compare(arguments: argparse.Namespace) -> int:

@@ -283,11 +283,8 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
                 neutral, why = REFUSED[name]
                 if not is_neutral(value, neutral):
                     raise UserError(f"{where}: {name}: {shown(value)} is not supported: {why}")
-            elif name in RENAMED:
-                raise UserError(f"{where}: unknown key {shown(name)}: it is {RENAMED[name]} here")
             else:
-                hint = did_you_mean(name, FIELDS) or did_you_mean(name, (*IGNORED, *REFUSED))
-                raise UserError(f"{where}: unknown key {shown(name)}{hint}")
+                raise UserError(f"{where}: {unknown(name, settings.get('stage'))}")
         if "stage" not in values:
             raise UserError(f"{where}: stage is missing ({BASE_STAGE}, {', '.join(STAGES)})")
         stage = values["stage"]
@@ -505,6 +502,23 @@ def who_reads(name: str) -> str:
     """E.g. "ppo does", "rm, dpo and ppo do"."""
     *others, last = read_by(name)
     return f"{', '.join(others)} and {last} do" if others else f"{last} does"
+
+
+def unknown(name: str, stage: Any = None) -> str:
+    """What is to be said of a name that is no key of a run: what it is called here, or what it may be a slip of."""
+    what = f"unknown key {shown(name)}"
+    if name in RENAMED:
+        return f"{what}: it is {RENAMED[name]} here"
+    if name in IGNORED:
+        return f"{what}: nothing depends on it ({IGNORED[name]})"
+    if name in REFUSED:
+        return f"{what}: it is not supported: {REFUSED[name][1]}"
+    section, dot, key = name.rpartition(".")
+    if dot and section in ("common", BASE_STAGE, *STAGES) and key in FIELDS:
+        return f"{what}: a run has one stage and flat keys: write {key}"
+    near = did_you_mean(name, FIELDS) or did_you_mean(name, (*IGNORED, *REFUSED))
+    listed = f" {stage}" if isinstance(stage, str) and stage in STAGE_DEFAULTS else ""
+    return f"{what}{near or f'; `discobeta keys{listed}` lists them all'}"
 
 
 def default_of(name: str, stage: str) -> Any:

@@ -3,7 +3,7 @@
 Each is either *ignored*, because nothing of the result depends on it, or *refused* where it would change the
 result, that is with any value but those that leave things as they are; or it is another program's name of a key.
 Read from LLaMA-Factory 0.9.5, transformers 5.23 and TRL 1.16's DPOConfig and RewardConfig, with names that earlier
-versions had.
+versions had, and those that PPO and PEFT are known by elsewhere.
 docs/reference/names.md shows them.
 """
 
@@ -98,7 +98,8 @@ _REFUSED_BECAUSE = {
     "quantised bases are not supported": """
         quantization_bit ref_model_quantization_bit reward_model_quantization_bit load_in_8bit load_in_4bit""",
     "only plain LoRA is supported": """
-        use_dora use_rslora pissa_init loraplus_lr_ratio use_llama_pro additional_target freeze_language_model""",
+        use_dora use_rslora pissa_init loraplus_lr_ratio use_llama_pro additional_target freeze_language_model
+        modules_to_save lora_modules_to_save""",
     "the adapter that adapter_name_or_path names is trained on": "create_new_adapter",
     "name the whole path in adapter_name_or_path": "adapter_folder",
     "an extra SFT loss would change what the study compares": "pref_ftx dpo_ftx kto_ftx rpo_alpha",
@@ -108,7 +109,9 @@ _REFUSED_BECAUSE = {
     "labels of pairs are smoothed by dpo_label_smoothing, and targets of tokens never": """
         label_smoothing label_smoothing_factor""",
     "noise on the embeddings would change what the study compares": "neftune_noise_alpha noise_alpha",
-    "the reference is the base model that the policy starts from": "ref_model ref_model_adapters",
+    "the reference is the base model that the policy starts from": """
+        ref_model ref_model_adapters reference_model ref_model_path ref_model_name_or_path""",
+    "the value head has an optimiser of its own, so its loss needs no factor: set value_learning_rate": "vf_coef",
     "name the directory of the reward model in reward_model": "reward_model_adapters",
     "pairs are not packed": "packing neat_packing sft_packing",
     "every response is trained on, and no prompt": "train_on_prompt mask_history",
@@ -143,6 +146,7 @@ _REFUSED_UNLESS: dict[str, tuple[tuple, str]] = {
     "mix_strategy": ((None, "concat"), "datasets named together are concatenated"),
     "interleave_probs": ((None,), "datasets named together are concatenated"),
     "reward_model_type": ((None, "lora", "full"), "a reward model is a directory, which says what it holds"),
+    "kl_estimator": ((None, "k1"), "the KL to the reference is the drawn tokens' own log-ratio (k1)"),
     "ld_alpha": ((None, 1), "another loss would change what the study compares"),
     "data_seed": ((None,), "all rows of an epoch are drawn in an order made of seed"),
     "f_divergence_type": ((None, "reverse_kl"), "another loss would change what the study compares"),
@@ -154,73 +158,80 @@ _REFUSED_UNLESS: dict[str, tuple[tuple, str]] = {
     "repetition_penalty": ((None, 1), "responses are sampled from the policy itself"),
 }
 
-RENAMED = {
-    "beta": "pref_beta",
-    "dpo_beta": "pref_beta",
-    "kto_beta": "pref_beta",
-    "orpo_beta": "pref_beta",
-    "kl_coef": "pref_beta",
-    "init_kl_coef": "pref_beta",
-    "loss_type": "pref_loss",
-    "dpo_loss": "pref_loss",
-    "max_length": "cutoff_len (prompt + response), or max_new_tokens of a sampled response",
-    "max_seq_length": "cutoff_len",
-    "max_seq_len": "cutoff_len",
-    "model_max_length": "cutoff_len",
-    "max_prompt_length": "cutoff_len (prompt + response; a prompt is never cut)",
-    "max_completion_length": "max_new_tokens",
-    "response_length": "max_new_tokens",
-    "lr": "learning_rate",
-    "learning_rate_scheduler": "lr_scheduler_type",
-    "lr_scheduler": "lr_scheduler_type",
-    "scheduler": "lr_scheduler_type",
-    "optimizer": "optim",
-    "warmup": "warmup_ratio (a share of the steps) or warmup_steps",
-    "epochs": "num_train_epochs",
-    "num_epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "train_batch_size": "per_device_train_batch_size",
-    "micro_batch_size": "per_device_train_batch_size",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "evaluation_strategy": "eval_strategy",
-    "model": "model_name_or_path",
-    "model_name": "model_name_or_path",
-    "model_path": "model_name_or_path",
-    "base_model": "model_name_or_path",
-    "sft_model_path": "model_name_or_path",
-    "adapter": "adapter_name_or_path",
-    "checkpoint_dir": "adapter_name_or_path",
-    "reward_model_path": "reward_model",
-    "reward_model_name_or_path": "reward_model",
-    "use_peft": "finetuning_type: lora or full",
-    "lora_r": "lora_rank",
-    "r": "lora_rank",
-    "lora_target_modules": "lora_target",
-    "target_modules": "lora_target",
-    "attn_implementation": "flash_attn",
-    "attn": "flash_attn",
-    "use_flash_attention_2": "flash_attn: fa2",
-    "torch_dtype": "bf16: true or false",
-    "dtype": "bf16: true or false",
-    "dataset_name": "dataset",
-    "dataset_path": "dataset",
-    "train_dataset": "dataset",
-    "train_file": "dataset",
-    "data_path": "dataset",
-    "validation_file": "eval_dataset",
-    "test_size": "val_size",
-    "dataset_train_split": "split",
-    "dataset_test_split": "eval_split",
-    "precompute_ref_log_probs": "reference_path",
-    "num_ppo_epochs": "ppo_epochs",
-    "whiten_rewards": "ppo_whiten_rewards",
-    "target_kl": "ppo_target",
-    "output": "output_dir",
-    "save_path": "output_dir",
-    "random_seed": "seed",
+_RENAMED = {
+    "pref_beta": "beta dpo_beta kto_beta orpo_beta kl_coef init_kl_coef kl_coefficient kl_beta",
+    "pref_loss": "loss_type dpo_loss",
+    "add_disco_head (whether there is a head) and disco_pref (whether the loss reads it)": """
+        disco use_disco use_disco_head disco_head""",
+    "add_beta_head (whether there is a head) and use_dynamic_beta (whether it scales beta)": """
+        use_beta_head learned_beta ledpo use_ledpo""",
+    "cutoff_len (prompt + response), or max_new_tokens of a sampled response": "max_length",
+    "cutoff_len": "max_seq_length max_seq_len model_max_length max_len seq_length block_size",
+    "cutoff_len (prompt + response; a prompt is never cut)": """
+        max_prompt_length max_prompt_len prompt_max_len max_source_length""",
+    "max_new_tokens": """
+        max_completion_length response_length max_gen_length max_response_length generate_max_len max_tokens""",
+    "learning_rate": "lr",
+    "lr_scheduler_type": "learning_rate_scheduler lr_scheduler scheduler lr_schedule",
+    "optim": "optimizer",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "adam_eps eps",
+    "max_grad_norm": "gradient_clipping grad_clip clip_grad_norm max_norm",
+    "warmup_ratio (a share of the steps) or warmup_steps": "warmup",
+    "num_train_epochs": "epochs num_epochs max_epochs",
+    "max_steps": "max_train_steps num_train_steps total_steps",
+    "max_steps (of ppo: updates)": "total_episodes num_total_batches",
+    "per_device_train_batch_size": """
+        batch_size train_batch_size micro_batch_size per_gpu_train_batch_size per_device_batch_size
+        micro_train_batch_size mini_batch_size per_device_train_batchsize""",
+    "per_device_train_batch_size x gradient_accumulation_steps x ppo_buffer_size": "rollout_batch_size",
+    "per_device_eval_batch_size": """
+        per_gpu_eval_batch_size eval_batch_size local_rollout_forward_batch_size micro_rollout_batch_size""",
+    "gradient_accumulation_steps": "grad_accum_steps grad_accumulation_steps gradient_accumulation accumulation_steps",
+    "eval_strategy": "evaluation_strategy",
+    "eval_steps": "eval_every eval_interval",
+    "save_steps": "save_every save_interval checkpoint_steps",
+    "logging_steps": "log_every log_interval logging_interval",
+    "model_name_or_path": """
+        model model_name model_path base_model sft_model_path sft_model base_model_name_or_path
+        pretrained_model_name_or_path policy_model""",
+    "model_revision": "revision",
+    "tokenizer_name": "tokenizer tokenizer_name_or_path",
+    "adapter_name_or_path": "adapter checkpoint_dir lora_path adapter_path peft_model_id",
+    "reward_model": "reward_model_path reward_model_name_or_path rm_path reward_pretrain",
+    "finetuning_type: lora or full": "use_peft use_lora",
+    "lora_rank": "lora_r r rank lora_dim",
+    "lora_target": "lora_target_modules target_modules lora_modules",
+    "flash_attn": "attn_implementation attn",
+    "flash_attn: fa2": "use_flash_attention_2 use_flash_attn",
+    "bf16: true or false": "torch_dtype dtype mixed_precision precision",
+    "dataset": "dataset_name dataset_path train_dataset train_file data_path",
+    "dataset: an entry of dataset_info.json or datasets.yaml, with `subset:`": "dataset_config dataset_config_name",
+    "dataset_dir": "data_dir",
+    "eval_dataset": "validation_file validation_dataset val_dataset test_dataset test_file eval_file",
+    "val_size": "test_size validation_split val_split val_ratio eval_ratio",
+    "split": "dataset_train_split train_split dataset_split",
+    "eval_split": "dataset_test_split test_split",
+    "max_samples": "max_train_samples",
+    "reference_path": "precompute_ref_log_probs",
+    "num_eval_generations": "num_sample_generations",
+    "generations_per_prompt": "num_generations num_return_sequences",
+    "ppo_epochs": "num_ppo_epochs",
+    "ppo_buffer_size": "num_mini_batches",
+    "ppo_whiten_rewards": "whiten_rewards",
+    "ppo_target": "target_kl kl_target adap_kl_ctrl",
+    "missing_eos_penalty": "non_eos_penalty",
+    "cliprange": "clip_range eps_clip cliprange_policy",
+    "cliprange_value": "cliprange_vf value_clip clip_range_vf",
+    "gamma": "discount",
+    "lam": "lambda gae_lambda lambd",
+    "output_dir": "output save_path save_dir",
+    "run_name": "exp_name experiment_name",
+    "seed": "random_seed",
 }
+
+RENAMED = {name: key for key, names in _RENAMED.items() for name in names.split()}
 """Other programs' names -> the key that says it here."""
 
 IGNORED = {name: why for why, names in _IGNORED_BECAUSE.items() for name in names.split()}

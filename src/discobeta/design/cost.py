@@ -1,8 +1,9 @@
 """What a study will take, before it is submitted: its runs, times rates that were measured.
 
 A rate is device-seconds per row (pair, or ppo response) of training, per stage and arm, from the tables of
-a study that has run: its `metrics.csv`, with the `config.yaml` that says what it ran. Nothing is
-guessed: without a measurement of a stage its line says so.
+a study that has run: its `metrics.csv`, with the `config.yaml` that says what it ran. Each line says where its rate
+comes from, and between which bounds it lies: the fastest and the slowest run that was measured. What was not measured
+may be guessed (`Guess`), which is said; without a guess its line says that it is not known.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -57,9 +59,35 @@ class Measured:
         return next((found for found in by_arm if len(found)), of_stage)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a study before they are tokenised. why: how they are known."""
+
+    train: int
+    held_out: int
+    why: str
+    prompts: int | None = None  # of ppo, if not those of the pairs
+    tokens: float | None = None  # of a row, on average; of a pair with both responses
+
+
+class Guess:
+    """Seconds of one job at best and at worst, where nothing was measured; None where that cannot be said either."""
+
+    said = ""
+
+    def training(self, run: Run, rows: int, steps: int) -> tuple[float, float] | None:
+        return None
+
+    def shared(self, work: str, runs: list[Run]) -> tuple[float, float] | None:
+        return None
+
+    def evaluation(self, run: Run) -> tuple[float, float] | None:
+        return None
+
+
 @dataclass
 class Step:
-    """Jobs of one kind. seconds: of all their devices together; None if not measured."""
+    """Jobs of one kind. seconds: of all their devices together; None if not known. low, high: its bounds."""
 
     name: str
     jobs: int
@@ -67,32 +95,68 @@ class Step:
     seconds: float | None = None
     memory: float = math.nan
     devices: int = 1  # of a job
+    low: float | None = None
+    high: float | None = None
+    rate: str = "not known"  # where it comes from
+
+    def take(self, seconds: float, low: float, high: float, rate: str) -> None:
+        self.seconds, self.low, self.high, self.rate = seconds, low, high, rate
+
+    def guess(self, bounds: list[tuple[float, float] | None]) -> None:
+        """One (low, high) for each job."""
+        if bounds and None not in bounds:
+            low, high = (sum(each[end] for each in bounds) for end in (0, 1))
+            self.take((low + high) / 2, low, high, "estimate")
 
     def __str__(self) -> str:
         cells = ("?", "?")
         if self.seconds is not None:
             cells = (f"{self.seconds / self.jobs / self.devices / 60:.1f}", _hours(self.seconds))
-        return _line(self.name, self.jobs, self.length, *cells, _gib(self.memory))
+        span = "?" if self.low is None else f"{_hours(self.low)}–{_hours(self.high)}"
+        return _line(self.name, self.jobs, self.length, *cells, _gib(self.memory), span, self.rate)
 
 
-def report(study: Study, folder: Path | None = None) -> str:
-    """The estimate as text. folder: tables to take rates from; default the study's own, then published ones."""
+def report(
+    study: Study,
+    folder: Path | None = None,
+    rows: Rows | None = None,
+    guess: Guess | None = None,
+) -> str:
+    """The estimate as text.
+
+    folder: tables to take rates from; default the study's own, then published ones. rows: those of the study, where
+    they are not tokenised yet; guess: what is said of a step that was not measured.
+    """
     measured = find(study, folder)
-    steps = estimate(study, measured)
-    unit = "GPU-hours" if measured and measured.on_gpu else "CPU-hours"
+    steps = estimate(study, measured, rows, guess)
+    on_gpu = measured.on_gpu if measured else guess is not None
+    unit = "GPU-hours" if on_gpu else "CPU-hours"
     known, unknown = ([step for step in steps if (step.seconds is None) == missing] for missing in (False, True))
     jobs, memory = sum(step.jobs for step in steps), pd.Series([step.memory for step in steps]).max()
     hours = _hours(sum(step.seconds for step in known))
-    lines = [_line("step", "jobs", "steps per job", "minutes per job", unit, "memory, GiB")]
+    span = f"{_hours(sum(step.low for step in known))}–{_hours(sum(step.high for step in known))}" if known else "?"
+    lines = [_line("step", "jobs", "steps per job", "minutes per job", unit, "memory, GiB", "between", "rate")]
     lines += map(str, steps)
-    lines.append(_line("total", jobs, "", "", hours, _gib(memory)))
+    lines.append(_line("total", jobs, "", "", hours, _gib(memory), span, ""))
     lines.append("Not counted: start-up of jobs, queueing, tokenising and the world, tables and figures.")
     if measured:
         lines.append(f"Rates measured in {measured.folder} ({len(measured.runs)} runs).")
+        lines.append(
+            "Between: as if every run were as fast as the fastest of them that was measured, or as slow as the slowest."
+        )
         if measured.differs:
             lines.append(f"That study has another {', '.join(measured.differs)}: the rates may not carry over.")
-    if unknown:
-        lines.append(f"Not measured, and in no sum: {', '.join(step.name for step in unknown)}. A pilot measures them:")
+    if rows:
+        lines.append(
+            f"{rows.train:,} rows to train on, {rows.held_out:,} held out: {rows.why}; unusable ones are left out."
+        )
+    if guess and any(step.rate == "estimate" for step in steps):
+        lines.append(f"Estimate: {guess.said}")
+    if unknown or any(step.rate == "estimate" for step in steps):
+        names = ", ".join(step.name for step in unknown)
+        lines.append(
+            f"Not measured, and in no sum: {names}. A pilot measures them:" if unknown else "A pilot measures it:"
+        )
         lines.append(
             f"  snakemake … --config study=pilot 'seeds=[{study.seeds[0]}]' "
             "'common={max_steps: 20, eval_strategy: no}' 'ppo={max_steps: 2}'"
@@ -101,30 +165,66 @@ def report(study: Study, folder: Path | None = None) -> str:
     return "\n".join(lines)
 
 
-def estimate(study: Study, measured: Measured | None) -> list[Step]:
+def estimate(
+    study: Study, measured: Measured | None, rows: Rows | None = None, guess: Guess | None = None
+) -> list[Step]:
     """One step for each kind of job, in the order of the workflow."""
-    shared = [label.partition(",")[0] for label, _ in study.shared()]
+    labels = [label.split(",") for label, _ in study.shared()]
+    shared = [words[0] for words in labels]
     steps = [Step(work, shared.count(work)) for work in dict.fromkeys(shared)]
     for step in steps:
         known = measured.shared.seconds[measured.shared.work == step.name] if measured else []
-        step.seconds = step.jobs * known.iloc[0] if len(known) else None
-    evaluate = Step("evaluate", 0, seconds=0.0)
+        if len(known):
+            step.take(*(step.jobs * one for one in (known.iloc[0], known.min(), known.max())), "measured, whole")
+        elif guess:
+            stages = [words[1].strip() if len(words) > 2 else None for words in labels if words[0] == step.name]
+            runs = [[run for run in study.runs() if stage in (None, run.stage)] for stage in stages]
+            step.guess([guess.shared(step.name, of_stage) for of_stage in runs])
+    evaluate = Step("evaluate", 0)
+    evaluate.take(0.0, 0.0, 0.0, "")
     for stage in study.stages:
         for name, runs in _kinds(study, stage).items():
-            lengths = [length(study, run) for run in runs]
+            lengths = [length(study, run, rows) for run in runs]
             step = Step(name, len(runs), _span([n for n, _ in lengths]), devices=study.gpus_per_run)
             known = [measured.of(stage, run.arm) for run in runs] if measured else []
             if known and not any(found.empty for found in known):
                 rates = [(found.seconds * found.processes).sum() / found.rows.sum() for found in known]
-                step.seconds = sum(rate * rows for rate, (_, rows) in zip(rates, lengths, strict=True))
+                each = [found.seconds * found.processes / found.rows for found in known]
+                counts = [count for _, count in lengths]
+                step.take(
+                    *(
+                        sum(rate * count for rate, count in zip(of_runs, counts, strict=True))
+                        for of_runs in (rates, [one.min() for one in each], [one.max() for one in each])
+                    ),
+                    f"measured, {len(pd.concat(each).index.unique())} runs",
+                )
                 step.memory = max(found.memory.max() for found in known)
+            elif guess:
+                step.guess([guess.training(run, count, n) for run, (n, count) in zip(runs, lengths, strict=True)])
             steps.append(step)
             if not runs[0].proof:
                 evaluate.jobs += len(runs)
-                more = sum(found.evaluation.mean() for found in known)
-                is_known = evaluate.seconds is not None and step.seconds is not None and not math.isnan(more)
-                evaluate.seconds = evaluate.seconds + more if is_known else None
+                _add_evaluation(evaluate, step, runs, known, guess)
     return [*steps, evaluate]
+
+
+def _add_evaluation(total: Step, trained: Step, runs: list[Run], known: list[Any], guess: Guess | None) -> None:
+    """The evaluations of these runs on top of those before; one that is not known makes the sum unknown."""
+    one = Step("evaluate", len(runs))
+    means = [found.evaluation for found in known]
+    if trained.rate.startswith("measured") and not any(math.isnan(found.mean()) for found in means):
+        one.take(
+            *(sum(of(found) for found in means) for of in (pd.Series.mean, pd.Series.min, pd.Series.max)), "measured"
+        )
+    elif guess:
+        one.guess([guess.evaluation(run) for run in runs])
+    if total.seconds is None or one.seconds is None:
+        total.seconds = total.low = total.high = None
+        total.rate = "not known"
+    else:
+        rates = dict.fromkeys(filter(None, [*total.rate.split(" and "), one.rate]))
+        sums = (total.seconds + one.seconds, total.low + one.low, total.high + one.high)
+        total.take(*sums, " and ".join(rates))
 
 
 def _kinds(study: Study, stage: str) -> dict[str, list[Run]]:
@@ -179,33 +279,56 @@ def _read(study: Study, folder: Path) -> Measured:
     return Measured(runs, shared, folder, differs)
 
 
-def length(study: Study, run: Run) -> tuple[int, int]:
-    """(steps, rows) of a run: steps of the loop, and rows that it trains on, each as often as it comes."""
+def length(study: Study, run: Run, rows: Rows | None = None) -> tuple[int, int]:
+    """(steps, rows) of a run: steps of the loop, and rows that it trains on, each as often as it comes.
+
+    rows: of the study, where they are not tokenised.
+    """
     config = study.config(run)
-    schedule = schedule_of(config, _rows(study, run, is_needed=config.max_steps < 0), study.gpus_per_run)
+    schedule = schedule_of(config, _rows(study, run, rows, is_needed=config.max_steps < 0), study.gpus_per_run)
     steps = total_steps(config, schedule)
     steps = min(steps, config.stop_after_steps or steps)
     return steps, schedule.rows_of(steps)
 
 
-def _rows(study: Study, run: Run, is_needed: bool) -> int:
+def _rows(study: Study, run: Run, rows: Rows | None, is_needed: bool) -> int:
     """Training rows of the run's data, as tokenised; if that is not known and not needed, more than any run sees."""
     if study.world:
         return study.world["train"]
     record = study.rows_of(run) / "tokens.json"
     if not record.exists():
+        if rows is not None and STAGES[run.stage].has_pairs:
+            return rows.train
+        if rows is not None:
+            return rows.train if rows.prompts is None else rows.prompts
         if not is_needed:
             return sys.maxsize
         rule = "prepare" if STAGES[run.stage].has_pairs else "prepare_prompts"
         raise UserError(
-            f"how many steps num_train_epochs makes is known when the rows are: run `snakemake … --until {rule}` first "
-            "(on a login node), or set max_steps"
+            "how many steps num_train_epochs makes is known when the rows are, and they are not here: give --rows "
+            f"train=N eval=M, run `discobeta fetch` or `snakemake … --until {rule}` first (on a login node), or set "
+            "max_steps"
         )
     with telling(f"{record} does not say how many rows there are"):
         rows = operator.index(read_json(record)["counts"]["train"])
         if rows < 1:
             raise ValueError(rows)
         return rows
+
+
+def rows_given(words: list[str]) -> Rows | None:
+    """What `--rows train=160800 eval=8552 tokens=300` says; None if nothing. Raises UserError."""
+    given: dict[str, int] = {}
+    for word in words:
+        name, sign, number = word.partition("=")
+        if name not in ("train", "eval", "prompts", "tokens") or not re.fullmatch(r"[0-9][0-9_,]{0,15}", number):
+            raise UserError(f"--rows: {word!r} should be train=N, eval=N, prompts=N or tokens=N (of a row, on average)")
+        given[name] = int(re.sub("[_,]", "", number))
+    if not given:
+        return None
+    if not given.get("train") or 0 in (given.get("prompts", 1), given.get("tokens", 1)):
+        raise UserError("--rows: say how many rows are trained on: train=N, at least 1")
+    return Rows(given["train"], given.get("eval", 0), "as --rows says", given.get("prompts"), given.get("tokens"))
 
 
 UNITS = {"MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}
@@ -220,8 +343,9 @@ def bytes_of(text: str) -> float:
     return size
 
 
-def _line(step: str, jobs: int | str, length: str, minutes: str, hours: str, memory: str) -> str:
-    return f"{step:12} {jobs:>5} {length:>14} {minutes:>16} {hours:>10} {memory:>12}"
+def _line(step: str, jobs: int | str, length: str, minutes: str, hours: str, memory: str, span: str, rate: str) -> str:
+    cells = f"{step:12} {jobs:>5} {length:>14} {minutes:>16} {hours:>10} {memory:>12} {span:>14}  {rate}"
+    return cells.rstrip()
 
 
 def _gib(memory: float) -> str:

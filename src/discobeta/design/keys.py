@@ -17,8 +17,9 @@ from typing import Any
 from discobeta.design import config, variants
 from discobeta.design.config_names import IGNORED, NEUTRAL, REFUSED, RENAMED, SAME_ADAMW
 from discobeta.design.stages import BASE_STAGE, STAGES
-from discobeta.design.study_sections import BELONGS, SET_OF_BASE, may_stand_in
+from discobeta.design.study_sections import BELONGS, SET_OF_BASE, may_stand_in, places_of
 from discobeta.design.values import NUMBER, in_words
+from discobeta.errors import UserError, did_you_mean, shown
 
 STEPS = {
     "data": "the rows",
@@ -43,6 +44,12 @@ class Key:
     stages: tuple[str, ...] = ()  # that read it; this and what follows are of keys of a run
     decides: str = ""
     elsewhere: tuple[str, ...] = ()  # its names in other programs
+    in_study: tuple[str, ...] = ()  # the sections of a study that it may stand in
+
+    @property
+    def title(self) -> str:
+        """E.g. `pref_beta` of a run, `data: world: noise` of a study."""
+        return self.name if self.stages else ": ".join(filter(None, [self.group, self.name]))
 
     @property
     def default_text(self) -> str:
@@ -69,6 +76,7 @@ def run_keys(stage: str | None = None) -> list[Key]:
             tuple(readers),
             _decides(entry.metadata),
             elsewhere[name],
+            tuple(places_of(name)),
         )
         for name, entry in config.FIELDS.items()
         if (readers := [reader for reader in config.read_by(name) if stage in (None, reader)])
@@ -218,6 +226,57 @@ def _without_titles(schema: Any) -> Any:
     return [_without_titles(part) for part in schema] if isinstance(schema, list) else schema
 
 
+# --- looking one up
+
+
+def listed(of: str | None) -> list[Key]:
+    """The keys of a run (`run`), those that a stage reads, those of a study (`study`), or all."""
+    of_run = [] if of == "study" else run_keys(None if of == "run" else of)
+    return of_run + (study_keys() if of in (None, "study") else [])
+
+
+def other_names() -> list[Key]:
+    """Names of other programs that are no keys: what they are called here, or what becomes of them."""
+    found = [Key(name, "elsewhere", "", {}, f"called {key} here") for name, key in RENAMED.items()]
+    found += [Key(name, "elsewhere", "", {}, f"ignored: {why}") for name, why in IGNORED.items()]
+    return found + [
+        Key(name, "elsewhere", "", {}, f"not supported{_unless(neutral)}: {why}")
+        for name, (neutral, why) in REFUSED.items()
+    ]
+
+
+def find(words: list[str], of: str | None = None) -> tuple[list[Key], list[Key]]:
+    """(those that are called so, here or elsewhere; the others that have all the words in what is said of them).
+
+    Raises UserError where there are neither.
+    """
+    keys, others = listed(of), other_names()
+    named = [key for key in [*others, *keys] if [key.name] == words or key.title == " ".join(words)]
+    called = {RENAMED[word] for word in words if word in RENAMED}
+    named += [key for key in keys if key not in named and any(key.name in re.findall(r"\w+", text) for text in called)]
+
+    def said(key: Key) -> str:
+        return " ".join([key.title, key.meaning, *key.elsewhere]).lower()
+
+    rest = [key for key in keys if key not in named and all(word.lower() in said(key) for word in words)]
+    if not named and not rest and of in config.STAGE_DEFAULTS and " ".join(words) in config.FIELDS:
+        raise UserError(f"{of} does not read {words[0]} ({config.who_reads(words[0])})")
+    if not named and not rest:
+        rest = [key for key in others if all(word.lower() in key.name for word in words)]
+    if not named and not rest:
+        near = did_you_mean(" ".join(words), [key.name for key in [*keys, *others]])
+        of_stage = f" of {of}" if of else ""
+        every = "" if near else "; `discobeta keys` lists all, of runs and studies"
+        raise UserError(f"no key{of_stage} has {shown(' '.join(words))} in its name or meaning{near or every}")
+    return named, rest
+
+
+def _unless(neutral: tuple) -> str:
+    if neutral is NEUTRAL:
+        return ""
+    return f" unless {' or '.join(json.dumps(value) for value in neutral)}"
+
+
 # --- pages
 
 
@@ -271,9 +330,9 @@ NAMES_PAGE = f"""{MADE}
 # Names that are no keys
 
 Files of LLaMA-Factory and of transformers' Trainer hold names on which nothing of a result depends here: they are
-ignored, with a line. Others would change the result: they are refused, unless their value asks for nothing. What is
-used, and how it differs, is in [llama-factory.md](../llama-factory.md); keys that are called otherwise there are in
-[run.md](run.md).
+ignored, with a line. Others would change the result: they are refused, unless their value asks for nothing. Others
+again are keys that have another name here, which is said. What is used, and how it differs, is in
+[llama-factory.md](../llama-factory.md). The same in a terminal: `discobeta keys NAME`.
 """
 
 
@@ -304,10 +363,19 @@ def _names_page() -> str:
     ignored = [[why, _code(names)] for why, names in _alike(IGNORED)]
     refused = []
     for (neutral, why), names in _alike(REFUSED):
-        unless = "" if neutral is NEUTRAL else f" unless {' or '.join(_code([json.dumps(value)]) for value in neutral)}"
+        values = [] if neutral is NEUTRAL else neutral
+        unless = f" unless {' or '.join(_code([json.dumps(value)]) for value in values)}" if values else ""
         refused.append([why, f"{_code(names)}{unless}"])
     heads = ["because", "names"]
-    return NAMES_PAGE + _titled("Ignored", heads, ignored) + _titled("Refused", heads, refused)
+    renamed = [
+        [key, _code(name for name, of in RENAMED.items() if of == key)] for key in dict.fromkeys(RENAMED.values())
+    ]
+    return (
+        NAMES_PAGE
+        + _titled("Called otherwise here", ["here", "names elsewhere"], renamed)
+        + _titled("Ignored", heads, ignored)
+        + _titled("Refused", heads, refused)
+    )
 
 
 def _titled(title: str, heads: list[str], rows: Iterable[list[str]]) -> str:
@@ -335,12 +403,28 @@ def _json_text(schema: dict[str, Any]) -> str:
 def as_lines(keys: list[Key]) -> str:
     """One line a key, for a terminal: name, type, default, stages, meaning."""
     rows = [
-        [key.name if key.stages else ": ".join(filter(None, [key.group, key.name])), key.type, key.default_text]
-        + [" ".join(key.stages), key.meaning]
+        [key.title, key.type, key.default_text if key.type else "", " ".join(key.stages) or "study", key.meaning]
         for key in keys
     ]
     widths = [min(40, max(len(row[column]) for row in rows)) for column in range(4)]
     return "\n".join("  ".join([*map(str.ljust, row[:4], widths), row[4]]) for row in rows)
+
+
+def in_full(key: Key) -> str:
+    """All that is known of a key, a line for each part."""
+    if not key.type:
+        return f"{key.name} (of another program): {key.meaning}"
+    place = ", ".join(f"`{place}:`" for place in key.in_study) or "no section: the study, or its arms, say it"
+    parts = {
+        "type": key.type,
+        "default": key.default_text,
+        "stages": " ".join(key.stages),
+        "decides": key.decides,
+        "in a study": place if key.stages else "",
+        "elsewhere": " ".join(key.elsewhere),
+    }
+    lines = [f"  {name:11} {text}" for name, text in parts.items() if text]
+    return "\n".join([f"{key.title} ({'run' if key.stages else 'study'}): {key.meaning}", *lines])
 
 
 if __name__ == "__main__":

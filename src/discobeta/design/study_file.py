@@ -30,12 +30,15 @@ from pydantic_core import PydanticCustomError
 from discobeta.design import config, variants
 from discobeta.design.arms import ARMS, Arm
 from discobeta.design.stages import BASE_STAGE, STAGES
-from discobeta.design.study_sections import DATA_KEYS, MODEL_KEYS, path_fault, place_of
+from discobeta.design.study_sections import DATA_KEYS, MODEL_KEYS, goes_to, path_fault, place_of
 from discobeta.design.values import LARGEST, in_words
 from discobeta.errors import UserError, did_you_mean, shown
 
 LONGEST_NAME = 100
 """Characters of a study's name, which becomes a folder, and of a key."""
+
+SNAKEMAKE = ("configfile", "configfiles", "profile", "cores", "jobs")
+"""Options that are taken for keys, as in `--config configfile=x.yaml`."""
 
 MOST_SEEDS = 1000
 
@@ -105,11 +108,26 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _keys_are_known(cls, settings: Any) -> Any:
-        for key in _texts(settings):
+        names = _texts(settings)
+        if "study" in cls.model_fields and "stage" in names and "study" not in names:
+            raise ValueError("this is a run (it has `stage:`) and no study: `discobeta train` and `show` take it")
+        for key in names:
             if key not in cls.model_fields:
-                near = did_you_mean(key, cls.model_fields) or f"; the keys are {', '.join(cls.model_fields)}"
-                raise ValueError(f"unknown key {shown(key)}{near if len(key) <= LONGEST_NAME else ''}")
+                raise ValueError(f"unknown key {shown(key)}{cls._instead_of(key, settings[key])}")
         return settings
+
+    @classmethod
+    def _instead_of(cls, key: str, value: Any) -> str:
+        """What is right in place of an unknown key."""
+        if len(key) > LONGEST_NAME:
+            return ""
+        if near := did_you_mean(key, cls.model_fields):
+            return near
+        if key in SNAKEMAKE:
+            return f": it is an option of snakemake, and no key: --{key}"
+        if place := goes_to(key, value if len(shown(value)) < LONGEST_NAME else "…"):
+            return f": {place}"
+        return f"; the keys are {', '.join(cls.model_fields)}"
 
     def given(self) -> dict[str, Any]:
         """The run keys that are there, and not null."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 from discobeta.design.arms import FLAGS
 from discobeta.design.config import FIELDS, read_by, who_reads
-from discobeta.design.config_names import REFUSED
+from discobeta.design.config_names import IGNORED, REFUSED, RENAMED
 from discobeta.design.stages import BASE_STAGE, READ_KEYS, STAGES
 from discobeta.errors import shown
 
@@ -67,3 +69,50 @@ def path_fault(key: str, value: Any) -> str | None:
     if key in PATHS and isinstance(value, str) and (set("{}") & set(value) or not value.isprintable()):
         return f"{shown(value)}: Snakemake takes braces for wildcards: rename it"
     return None
+
+
+def places_of(key: str) -> list[str]:
+    """The sections of a study in which a key of a run may stand, the most natural one first; none for one that the
+    study sets, or that its arms say."""
+    if key in FLAGS or key in PATH_KEYS:
+        return []
+    if key in DATA_KEYS:
+        return ["data", "prompts"]
+    if key in MODEL_KEYS:
+        return ["base"]
+    readers = [stage for stage in STAGES if stage in read_by(key)]
+    if not readers:
+        return ["base: sft"]
+    return ["common", *readers] if len(readers) == len(STAGES) else [*readers, "common"]
+
+
+def goes_to(key: str, value: Any) -> str | None:
+    """Where in a study a key of a run stands that was written somewhere else, e.g. `dpo: {pref_beta: 0.2}`.
+
+    key: also with the name of a section before it (`dpo.pref_beta`), or as another program calls it. None where nobody
+    knows it.
+    """
+    section, _, name = key.rpartition(".")
+    if name in IGNORED:
+        return f"nothing depends on it ({IGNORED[name]})"
+    if name in REFUSED:
+        return f"it is not supported: {REFUSED[name][1]}"
+    name = re.match(r"\w*", RENAMED.get(name, name))[0]
+    if name not in FIELDS:
+        return None
+    if name in FLAGS:
+        return "its arm says it: `arms: [baseline, …]` (`discobeta grid`)"
+    if name == "seed":
+        return "it is `seeds: [1, 2]`"
+    if name in PATH_KEYS:
+        return "the study sets it"
+    places = places_of(name)
+    if section in ("common", "data", "base", "prompts", *STAGES):
+        places = [section]
+    first, *others = places
+    text = f"{first}: {{{name}: {json.dumps(value, ensure_ascii=False)}}}"
+    if first == "base: sft":
+        first, text = "base", f"base: {{sft: {{{name}: {json.dumps(value, ensure_ascii=False)}}}}}"
+    more = f" (or in {', '.join(f'`{place}:`' for place in others)})" if others else ""
+    word = text.replace(f"{first}: ", f"{first}=", 1)
+    return f"""it is `{text}`{more}; on the command line `--set '{word}'`"""

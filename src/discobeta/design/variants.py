@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from discobeta.design.arms import Arm
-from discobeta.design.config import FIELDS, default_of, value_of
+from discobeta.design.config import FIELDS, default_of, unknown, value_of
 from discobeta.design.stages import STAGES
 from discobeta.design.study_sections import place_of
-from discobeta.errors import UserError, did_you_mean, shown
+from discobeta.errors import UserError, shown
 
 if TYPE_CHECKING:
     from discobeta.design.study_file import Control, StudyFile
@@ -41,7 +41,7 @@ class Variant:
 def fault_of(key: str, stage: str) -> str | None:
     """Why a run key may not differ between the runs of an arm in a stage; None if it may."""
     if key not in FIELDS:
-        return f"unknown key {shown(key)}{did_you_mean(key, FIELDS)}"
+        return unknown(key, stage)
     if place := place_of(key, stage):
         return f"{key} may not stand here: {place}"
     of = FIELDS[key].metadata["of"]

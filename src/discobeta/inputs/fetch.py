@@ -35,7 +35,7 @@ def fetch(study: Study) -> None:
             for names, split in named(config).values():
                 rows |= {(source.name, source.split): (source, config) for source in resolve(names, config, split)}
     for model, key in models.items():
-        print(f"{model[0]}: {_model(*model, key)}")
+        print(f"{model[0]}: {download(*model, key)}")
     for source, config in rows.values():
         print(f"{source.name}{f' ({source.split})' if source.hub else ''}: {len(source.rows(config)):,} rows")
 
@@ -47,7 +47,7 @@ def configs(study: Study) -> Iterator[RunConfig]:
     return (RunConfig.from_mapping(each)[0] for each in settings)
 
 
-def _model(name: str, revision: str, cache_dir: str | None, key: str) -> str:
+def download(name: str, revision: str, cache_dir: str | None, key: str) -> str:
     """The folder of a model, downloaded if need be; run key `key` names it.
 
     What there is is seen in the folder, as a cache without a network can list nothing else.

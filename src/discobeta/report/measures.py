@@ -119,7 +119,10 @@ LANDMARKS = {
 
 PREDICTED = ("probability", "mean_margin")
 GAINED = ("true_reward", "reference_true_reward", "noise")
-"""What figures draw of examples.parquet: of pairs, and of the world's prompts."""
+SIGMAS = ("sigma_chosen", "sigma_rejected", "chosen_sigma", "rejected_sigma")
+SCALES = ("log_s", "noise", "familiarity")
+"""What figures draw of examples.parquet: of pairs, of the world's prompts, of a used Disco Head (what it says, and what
+is true), and of a used Beta Head."""
 
 DRAWN = ("loss", "accuracy", "eval_loss", "eval_accuracy", "reward", "kl_per_sequence", "response_length")
 """What figures draw of log.jsonl."""

@@ -37,7 +37,7 @@ class Row:
     caption: str  # workflow/report/<caption>.rst stands beside it in the HTML report
     title: str  # what it is called there
     endings: tuple[str, ...]
-    stages: Callable[[Study, str], bool] = always  # whether a stage has it
+    stages: Callable[[Study, str], bool] = always  # whether a stage has it, of the whole study: whether any has
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def _of(study: Study, rows: tuple[Row, ...]) -> list[Output]:
     found = []
     for row in rows:
         of_each = "{stage}" in row.name
-        stages = [stage for stage in study.stages if row.stages(study, stage)] if of_each else [None]
-        found += [Output(row, stage) for stage in stages]
+        stages = [stage for stage in study.stages if row.stages(study, stage)]
+        found += [Output(row, stage) for stage in (stages if of_each else [None] * bool(stages))]
     return found
 
 
@@ -112,6 +112,33 @@ def shows_an_interaction(study: Study, stage: str) -> bool:
     return set(CORNERS) <= set(study.arms_of(stage)) and bool(measured & set(STAGES[stage].compared))
 
 
+def has_effects(study: Study, stage: str) -> bool:
+    """Whether one of its arms uses more than another does."""
+    arms = study.arms_of(stage)
+    return any(other.used < arm.used for arm in arms for other in arms)
+
+
+def samples(study: Study, stage: str) -> bool:
+    """Whether its policies answer prompts and the answers are judged: by the truth, or by a reward model."""
+    judged = study.world or STAGES[stage].judge
+    run = study.run(stage, next(arm.twin for arm in study.arms_of(stage)), study.seeds[0]) if judged else None
+    return STAGES[stage].is_policy and run is not None and study.config(run).num_eval_generations > 0
+
+
+def knows_sigma(study: Study, stage: str) -> bool:
+    """Whether arms that use Disco are measured on pairs whose true σ is known, and is not the same everywhere."""
+    return bool(study.world) and study.world["noise"] != "homoscedastic" and _has_head(study, stage, "disco")
+
+
+def knows_noise(study: Study, stage: str) -> bool:
+    """Whether arms that use dynamic beta are measured on prompts whose noise and familiarity are known."""
+    return bool(study.world) and _has_head(study, stage, "beta")
+
+
+def _has_head(study: Study, stage: str, idea: str) -> bool:
+    return any(idea in arm.used and idea in arm.heads_in(stage) for arm in study.arms_of(stage))
+
+
 # --- what there is
 
 TABLES = (
@@ -129,6 +156,7 @@ TABLES = (
 )  # fmt: skip
 
 FIGURES = (
+    Row("effects", "discobeta.report.forest:effects_forest", "effects-forest", "effects", FIGURE, has_effects),
     Row(
         "learning-curves-{stage}", "discobeta.report.curves:loss_curves",
         "learning-curves", "learning curves", FIGURE, predicts,
@@ -148,5 +176,14 @@ FIGURES = (
     Row(
         "interaction-{stage}", "discobeta.report.figures:interaction",
         "interaction", "interaction", FIGURE, shows_an_interaction,
+    ),
+    Row(
+        "reward-kl-{stage}", "discobeta.report.reward_kl:reward_kl",
+        "reward-kl", "reward against KL", FIGURE, samples,
+    ),
+    Row("sigma-{stage}", "discobeta.report.head_figures:sigma_figure", "sigma", "σ against σ", FIGURE, knows_sigma),
+    Row(
+        "scale-{stage}", "discobeta.report.head_figures:scale_figure",
+        "scale", "s by noise and familiarity", FIGURE, knows_noise,
     ),
 )  # fmt: skip

@@ -70,7 +70,7 @@ def make(folder: Path, registered: Registered, digest: str) -> Paper:
             tables[f"{_file(study)}-effects"] = effects_there
     from discobeta.report import paper_figures
 
-    figures = {"hypotheses": paper_figures.forest(verdicts)}
+    figures = {"hypotheses": paper_figures.forest(verdicts, studies, digest)}
     for study in studies:
         for stage in study.stages:
             if has_frontier(study, stage):

@@ -22,9 +22,11 @@ from discobeta.data.sources import contents_hash
 from discobeta.design.config import RunConfig
 from discobeta.design.study import Run, Study
 from discobeta.errors import UserError, shorten, shown, telling
-from discobeta.report.measures import DRAWN, GAINED, LANDMARKS, METRICS, PREDICTED
+from discobeta.report.measures import DRAWN, GAINED, LANDMARKS, METRICS, PREDICTED, SCALES, SIGMAS
 
 LONGEST_REASON = 200
+TRUTHS = {"chosen_sigma", "rejected_sigma", "familiarity"}
+"""Columns of examples.parquet that came with the data."""
 
 
 @dataclass
@@ -336,7 +338,10 @@ def _examples(path: Path) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    examples = table.select([name for name in (*PREDICTED, *GAINED) if name in table.column_names]).to_pandas()
+    wanted = dict.fromkeys([*PREDICTED, *GAINED, *SIGMAS, *SCALES])
+    examples = table.select([name for name in wanted if name in table.column_names]).to_pandas()
+    for name in TRUTHS & set(examples):
+        examples[name] = pd.to_numeric(examples[name], errors="coerce")  # of somebody's data it may be anything
     for name in examples:
         if not pd.api.types.is_numeric_dtype(examples[name]) or pd.api.types.is_bool_dtype(examples[name]):
             raise UserError(f"{path}: {name} should be numbers")

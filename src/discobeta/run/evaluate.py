@@ -19,9 +19,9 @@ import torch
 from discobeta import lock, metrics, record
 from discobeta.data.batches import Pairs
 from discobeta.data.tokens import load_or_tokenise
-from discobeta.design.config import RunConfig, keys_of
+from discobeta.design.config import RunConfig
 from discobeta.design.stages import STAGES
-from discobeta.errors import UserError, did_you_mean, say, shown
+from discobeta.errors import UserError, say
 from discobeta.files import check_regular, remove, replacing, sha256, write_json, write_text
 from discobeta.method.heads import SIGMA0
 from discobeta.method.stage import Stage, stage_class
@@ -30,8 +30,8 @@ from discobeta.model.forward import pooled
 from discobeta.model.inference import in_batches
 from discobeta.model.layout import pairs_for
 from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels
+from discobeta.run import card, elsewhere, posthoc
 from discobeta.run import load as runs
-from discobeta.run import posthoc
 from discobeta.run.responses import measure_responses
 from discobeta.run.truth import is_probability, known, scale_metrics, topic_name, truth_numbers, without_gaps
 from discobeta.run.votes import vote_metrics
@@ -41,45 +41,56 @@ def evaluate(
     directory: str | Path,
     settings: dict[str, Any] | None = None,
     *,
+    output: str | Path | None = None,
+    base: str | Path | None = None,
     trust_remote_code: bool = False,
     cache_dir: str | None = None,
 ) -> dict[str, Any]:
     """Measure the run in `directory` on its held-out rows. Writes the files and returns the metrics.
 
     settings: of the evaluation (num_eval_generations, temperature, ...), where they are not those in the run's config.
-    A ppo run without held-out rows answers prompts that it was trained on. Nothing is written outside of `directory`,
-    which is held meanwhile; trust_remote_code and cache_dir are the caller's word, and what the run's config says of
-    them counts for nothing. Raises UserError for a run that is unfinished or damaged, and if its base, its data or its
-    reward model is not what it was trained with.
+    Those of other held-out rows (`elsewhere.OTHER_ROWS`: eval_dataset, ...) measure the run on these; what is measured
+    of them stands in `output`, by default RUN_DIR/evaluations/<name of the data>, and never in the place of the run's
+    own metrics. A ppo run without held-out rows answers prompts that it was trained on. Nothing is written outside of
+    `directory`, which is held meanwhile, and `output`; base, trust_remote_code and cache_dir are the caller's word
+    (`load_policy`), and what the run's config says of the last two counts for nothing. Raises UserError for a run that
+    is unfinished or damaged, and if its base, its data or its reward model is not what it was trained with.
     """
-    directory = Path(directory)
-    record.read(directory, weights=False)  # before anything is made there
+    directory, settings = Path(directory), settings or {}
+    asked = record.read(directory, weights=False).config  # before anything is made there
+    asked, other_rows = elsewhere.with_settings(asked, settings)
+    output = elsewhere.output_of(directory, output, other_rows)
     with lock.holding(directory):
-        reader = {"trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
+        reader = {"base": base, "trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
         run = runs.read_run(directory, *STAGES, **reader)
-        return _evaluate(replace(run, config=_with_settings(run.config, settings or {})))
+        run = replace(run, config=elsewhere.with_settings(run.config, settings)[0])
+        if output == directory:
+            measured = _evaluate(run, asked, directory)
+            card.write(directory)
+        else:
+            with elsewhere.holding(output):
+                measured = _evaluate(run, asked, output, other_rows)
+        return measured
 
 
-def _with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
-    """The run's config with other settings of its evaluation."""
-    keys = keys_of("evaluation", config.stage)
-    for name in settings:
-        if name not in keys:
-            hint = did_you_mean(name, keys) or f"; of a run of {config.stage} it may be {', '.join(keys)}"
-            raise UserError(f"--set {shown(name)}: this is no setting of an evaluation{hint}")
-    return RunConfig.from_mapping(config.resolved() | settings, "--set")[0]
-
-
-def _evaluate(run: record.Record) -> dict[str, Any]:
+def _evaluate(
+    run: record.Record, asked: RunConfig, output: Path, other_rows: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """asked: the config as it names its files where it was trained; output: the folder for what is measured;
+    other_rows: what was said of the rows, if they are not the run's own."""
     directory, config = run.directory, run.config
     row = STAGES[config.stage]
     started = time.monotonic()
     use_deterministic_kernels(config)
     tokenizer = load_tokenizer(config)
     data = load_or_tokenise(config, tokenizer, write=False)
-    facts = data.keys()
-    for key, now in facts.items():
-        run.check_fact(key, now, config.dataset or config.tokenized_path)
+    facts: dict[str, Any] = data.keys()
+    if other_rows:
+        data = replace(data, held_out=data.train)
+        facts = {"rows": other_rows, "held_out": facts["data"]}
+    else:
+        for key, now in facts.items():
+            run.check_fact(key, now, config.dataset or config.tokenized_path)
     for key, now in stage_class(config.stage).hashes_of_inputs(config).items():
         run.check_fact(key, now, getattr(config, key))
     if config.reference_samples and config.ground_truth not in ("none", "world"):
@@ -113,17 +124,19 @@ def _evaluate(run: record.Record) -> dict[str, Any]:
     if config.reference_samples:
         answers, of_responses, facts["reference_answers"] = measure_responses(stage, data, run, tokenizer)
         measured |= of_responses
+    if output != directory:
+        elsewhere.claim(output)
     if answers is not None:
         lines = (json.dumps(row, ensure_ascii=False) for row in answers.to_dict("records"))
-        write_text(directory / "generations.jsonl", "".join(f"{line}\n" for line in lines))
+        write_text(output / "generations.jsonl", "".join(f"{line}\n" for line in lines))
     else:
-        remove(directory / "generations.jsonl")  # of an evaluation with other settings
-    with replacing(directory / "examples.parquet") as temporary:
+        remove(output / "generations.jsonl")  # of an evaluation with other settings
+    with replacing(output / "examples.parquet") as temporary:
         (answers if examples is None else examples).to_parquet(temporary, index=False)
     seconds = time.monotonic() - started
     on_gpu = device.type == "cuda"
-    write_json(directory / "evaluation_cost.json", {"seconds": seconds, "gpu_seconds": seconds if on_gpu else 0.0})
-    record.write_evaluation(directory, config, measured, facts)
+    write_json(output / "evaluation_cost.json", {"seconds": seconds, "gpu_seconds": seconds if on_gpu else 0.0})
+    record.write_evaluation(output, asked, measured, facts, directory)
     return measured
 
 

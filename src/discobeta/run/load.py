@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from discobeta import identity, record
+from discobeta.data.examples import Message, Prompt
 from discobeta.design.config import RunConfig
 from discobeta.design.stages import REWARD_STAGE, STAGES
 from discobeta.errors import UserError
+from discobeta.method import reward
+from discobeta.run import places
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from discobeta.method.heads import Heads
-    from discobeta.method.reward import RewardModel
     from discobeta.method.stage import Stage
     from discobeta.record import Record
 
@@ -30,27 +33,87 @@ class Policy:
     config: RunConfig
 
 
-def load_policy(directory: str | Path, *, trust_remote_code: bool = False, cache_dir: str | None = None) -> Policy:
-    """The policy of a dpo or ppo run directory.
+Prompts = Prompt | list[Prompt]
 
-    trust_remote_code: whether code that comes with the run's base may be run; cache_dir: the hub's cache. What the
-    run's own config says of these counts for nothing. Raises UserError for a run that is unfinished or damaged, or
-    whose base has changed.
+
+class RewardModel(reward.RewardModel):
+    """A trained reward model: `model`, `tokenizer`, `heads`, `config`, and `score`."""
+
+    def score(
+        self, prompts: Prompts, responses: str | Message | list[str | Message], batch_size: int = 64
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mean reward(s) and variance(s) of a response, or of N, each to its prompt.
+
+        prompts: a text, as it stands in the data, or a conversation, a list of {"role", "content"} that ends before the
+        response, which goes through the tokenizer's chat template (without one: hh-rlhf's "Human: … Assistant:").
+        responses: a text, or the assistant's message. For one of each the results are () float32, for lists of N they
+        are (N,); the variance is None where a reward is a number. Raises UserError for what cannot be scored.
+        """
+        is_one = isinstance(responses, str | dict)
+        if is_one:
+            prompts, responses = [prompts], [responses]
+        elif isinstance(prompts, str):
+            raise UserError(f"score: one prompt and {len(responses)} responses: give a list of as many prompts")
+        prompts, responses = list(prompts), list(responses)
+        if len(prompts) != len(responses):
+            raise UserError(
+                f"score: {len(prompts)} prompts and {len(responses)} responses: one of each, or lists alike"
+            )
+        for place, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            check_prompt(prompt, f"score: prompt {place}")
+            if not _is_message(response) and not isinstance(response, str):
+                raise UserError(f"score: response {place} should be a text or a message, not {type(response).__name__}")
+        mean, variance = super().score(prompts, responses, batch_size)
+        if is_one:
+            mean, variance = mean[0], None if variance is None else variance[0]
+        return mean, variance
+
+
+def check_prompt(prompt: Any, what: str) -> None:
+    """Refuse what is neither a text nor a conversation that somebody is to answer."""
+    if isinstance(prompt, str):
+        return
+    if not isinstance(prompt, list) or not prompt or not all(map(_is_message, prompt)):
+        raise UserError(f'{what} should be a text, or a conversation: a list of {{"role": "user", "content": "…"}}, …')
+    if prompt[-1]["role"] == "assistant":
+        raise UserError(f"{what} ends with the assistant's turn, and the response is one: leave it to the response")
+
+
+def _is_message(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+
+
+def load_policy(
+    directory: str | Path,
+    *,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: str | None = None,
+) -> Policy:
+    """The policy of a dpo or ppo run directory, wherever it lies now.
+
+    base: a folder or hub id to take for its base, where that is not found (`run.places`); it must be the one that the
+    run was trained on, by its hash. trust_remote_code: whether code that comes with the base may be run; cache_dir: the
+    hub's cache. What the run's own config says of these counts for nothing. Raises UserError for a run that is
+    unfinished or damaged, or whose base is not here or has changed.
     """
     from discobeta.model.pretrained import load_tokenizer
 
     policies = [row.name for row in STAGES.values() if row.is_policy]
-    stage = load_stage(read_run(directory, *policies, trust_remote_code=trust_remote_code, cache_dir=cache_dir))
+    reader = {"base": base, "trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
+    stage = load_stage(read_run(directory, *policies, **reader))
     return Policy(stage.model, load_tokenizer(stage.config), stage.heads, stage.config)
 
 
-def read_run(directory: str | Path, *stages: str, **reader: Any) -> Record:
-    """`record.read` of a run that must be of one of these stages, on the base that it was trained on."""
+def read_run(
+    directory: str | Path, *stages: str, base: str | Path | None = None, also: tuple[str, ...] = (), **reader: Any
+) -> Record:
+    """`record.read` of a run that must be of one of these stages, on the base that it was trained on, with all that its
+    config names by the names that they have here (`places.here`)."""
     run = record.read(directory, **reader)
     if run.config.stage not in stages:
         raise UserError(f"{directory} is a run of stage {run.config.stage}, not {' or '.join(stages)}")
-    run.check_base()
-    return run
+    return places.here(run, None if base is None else str(base), also)
 
 
 def load_stage(run: Record) -> Stage:
@@ -60,7 +123,7 @@ def load_stage(run: Record) -> Stage:
     return stage_class(run.config.stage).trained(run.config, run.directory)
 
 
-def load_reward_model(source: str | Path, **settings) -> RewardModel:
+def load_reward_model(source: str | Path, *, base: str | Path | None = None, **settings) -> RewardModel:
     """A reward model, frozen, on the CPU, from any of
 
     - the directory of an rm run of this project (its base, its adapter, its heads),
@@ -70,20 +133,29 @@ def load_reward_model(source: str | Path, **settings) -> RewardModel:
 
     settings: run keys that say how the others than ours are loaded (bf16, flash_attn, cutoff_len, ...), and
     trust_remote_code and cache_dir, which hold for all; what a run's own config says of these counts for nothing.
+    base: of a run, as for `load_policy`.
     Raises UserError for anything else, for one that has no score of its own, and for a run that is unfinished or
-    damaged, or whose base has changed.
+    damaged, or whose base is not here or has changed.
     """
+    return _load_reward_model(source, settings, base)
+
+
+def _load_reward_model(
+    source: str | Path, settings: dict[str, Any], base: str | Path | None = None, also: tuple[str, ...] = ()
+) -> RewardModel:
+    """also: folders that may be the base of a run, if it is not where it was."""
     from discobeta.method import judges
     from discobeta.method.heads import Heads
-    from discobeta.method.reward import RewardModel
     from discobeta.method.stage import stage_class
     from discobeta.model.pretrained import load_tokenizer
 
     folder = Path(source)
     if (folder / "config.yaml").exists():
         reader = {key: settings[key] for key in ("trust_remote_code", "cache_dir") if key in settings}
-        stage = load_stage(read_run(folder, REWARD_STAGE, **reader))
+        stage = load_stage(read_run(folder, REWARD_STAGE, base=base, also=also, **reader))
         weights = [part for part in (folder / "adapter", folder / "model") if part.exists()]
+    elif base is not None:
+        raise UserError(f"base: {source} is no run of discobeta, and names its base itself")
     else:
         config, model, weights = judges.load(str(source), settings)
         stage = stage_class(REWARD_STAGE)(config, model, Heads()).eval()
@@ -94,7 +166,8 @@ def load_reward_model(source: str | Path, **settings) -> RewardModel:
 
 def load_reward_models(config: RunConfig) -> list[RewardModel]:
     """Those that `reward_model` of a run names, in its order."""
-    return [load_reward_model(name, **judge_settings(config)) for name in config.reward_models]
+    also = (config.model_name_or_path,)
+    return [_load_reward_model(name, judge_settings(config), also=also) for name in config.reward_models]
 
 
 def judge_settings(config: RunConfig) -> dict:
