@@ -31,11 +31,6 @@ def add_to(commands) -> None:
     sub.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the run's base")
     sub.add_argument("--cache-dir", metavar="DIR", help="the hub's cache, if it is not the usual one")
 
-    sub = command(
-        commands, "compare", compare, "compare two run directories byte for byte; exit status 1 if they differ"
-    )
-    sub.add_argument("directories", type=Path, nargs=2, metavar="RUN_DIR")
-
 
 def train(arguments: argparse.Namespace) -> int | None:
     config = run_config(arguments)
@@ -128,9 +123,3 @@ def _measure(directory: Path, settings: dict[str, Any], trust_remote_code: bool,
     measured = evaluate_run(directory, settings, trust_remote_code=trust_remote_code, cache_dir=cache_dir)
     shown = {name: value for name, value in measured.items() if not isinstance(value, dict)}
     print("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
-
-
-def compare(arguments: argparse.Namespace) -> int:
-    from discobeta.report.compare import main
-
-    return main(*arguments.directories)
