@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,9 +14,19 @@ from pathlib import Path
 
 import pretended
 import pytest
+import report_study
 import torch
 from conftest import preference_rows, write_rows
 from pretended import planned, snakemake, trained
+
+from discobeta.cli import main
+from discobeta.data.sources import check_apart
+from discobeta.data.tokens import load_or_tokenise
+from discobeta.design.config import RunConfig
+from discobeta.errors import UserError
+from discobeta.model.pretrained import load_tokenizer
+from discobeta.report.cells import stage_table
+from discobeta.report.results import overlap_note
 
 # --- a run whose job was killed between its seal and the workflow's note that it is done
 
@@ -95,6 +106,180 @@ def test_the_same_files_under_other_code_are_trained(run, no_step, monkeypatch):
         run("rm", overwrite_output_dir=True)
 
 
+# --- rows in two roles
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """config(**data): of a run that may name a.jsonl, its copy, entries of both, b.jsonl, a link to it, and the hub."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a.jsonl", 1), ("b.jsonl", 2)):
+        write_rows(tmp_path / name, preference_rows(8, seed))
+    shutil.copy("a.jsonl", "copy.jsonl")
+    (tmp_path / "link.jsonl").symlink_to("b.jsonl")
+    listed = {"mine": {"file_name": "a.jsonl"}, "other": {"file_name": "copy.jsonl", "num_samples": 3}}
+    listed |= {
+        "hh": {"hf_hub_url": "Anthropic/hh-rlhf"},
+        "tested": {"hf_hub_url": "Anthropic/hh-rlhf", "split": "test"},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(listed))
+
+    def make(**data) -> RunConfig:
+        return RunConfig.from_mapping({"stage": "rm", "model_name_or_path": "m", "dataset_dir": "."} | data)[0]
+
+    return make
+
+
+SAME = [
+    {"dataset": "a.jsonl", "eval_dataset": "a.jsonl"},
+    {"dataset": "b.jsonl,a.jsonl", "eval_dataset": "copy.jsonl"},
+    {"dataset": "mine", "eval_dataset": "./a.jsonl"},
+    {"dataset": "mine", "eval_dataset": "other", "max_samples": 2},
+    {"dataset": "b.jsonl", "eval_dataset": "link.jsonl", "stage": "dpo"},
+    {"dataset": "a.jsonl", "eval_dataset": "a.jsonl", "stage": "ppo"},
+    {"dataset": "tested", "eval_dataset": "hh"},
+    {"dataset": "Anthropic/hh-rlhf", "eval_dataset": "hh", "eval_split": "train"},
+    {"dataset": "a.jsonl", "eval_dataset": "b.jsonl", "calibration_dataset": "link.jsonl"},
+    {"dataset": "a.jsonl", "val_size": 2, "calibration_dataset": "mine"},
+    {"dataset": "a.jsonl", "eval_dataset": "hh", "calibration_dataset": "tested"},
+]
+APART = [
+    {"dataset": "a.jsonl", "eval_dataset": "b.jsonl"},
+    {"dataset": "hh", "eval_dataset": "hh"},  # the README's: its splits are train and test
+    {"dataset": "Anthropic/hh-rlhf", "eval_dataset": "tested"},
+    {"dataset": "a.jsonl", "val_size": 0.5},
+    {"dataset": "a.jsonl,a.jsonl", "eval_dataset": "b.jsonl"},  # trained on twice
+    {"dataset": "hh", "eval_dataset": "hh", "split": "train[:90%]", "eval_split": "train[90%:]"},
+]
+
+
+@pytest.mark.parametrize("data", SAME, ids=str)
+def test_the_same_rows_in_two_roles_are_refused(config, data):
+    with pytest.raises(UserError, match="are the same rows .*: give (eval|calibration)_dataset another"):
+        check_apart(config(**data))
+
+
+@pytest.mark.parametrize("data", APART, ids=str)
+def test_rows_of_two_sources_and_splits_are_not(config, data):
+    check_apart(config(**data))
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["tokenised", "read"])
+def test_neither_tokenised_nor_read_is_what_has_two_roles(config, written, monkeypatch, base):
+    """Also where the tokens were written by a version that did not look."""
+    data = config(dataset="a.jsonl", eval_dataset="copy.jsonl", tokenized_path="tokens", model_name_or_path=str(base))
+    tokenizer = load_tokenizer(data)
+    if written:
+        with monkeypatch.context() as before:
+            before.setattr("discobeta.data.tokens.check_apart", lambda config: None)
+            load_or_tokenise(data, tokenizer)
+    with pytest.raises(UserError, match="eval_dataset and dataset are the same rows"):
+        load_or_tokenise(data, tokenizer)
+    assert Path("tokens").exists() is written
+
+
+COUNTED = [
+    ({"shared_prompts": 0}, {"shared_prompts": 0}, "No held-out prompt is a prompt of the training rows."),
+    (
+        {"shared_prompts": 3, "shared_calibration": 2}, {"shared_prompts": 3, "shared_calibration": 0},
+        "3 held-out prompts also are prompts of the training rows, so what is measured was partly seen; "
+        "0 to 2 calibration rows also are training or held-out rows.",
+    ),
+    ({"shared_prompts": 0}, {"shared_prompts": 12}, "0 to 12 held-out prompts also are prompts of the training rows"),
+    ({}, "nonsense", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("one, two, said", COUNTED, ids=lambda case: "")
+def test_overlaps_are_said_in_the_table(tmp_path, monkeypatch, one, two, said):
+    monkeypatch.chdir(tmp_path)
+    made = report_study.study(stages=["rm"], arms=["baseline"])
+    for run, rows in zip(made.runs(), (one, two), strict=True):
+        report_study.finish(made, run, {"nll": 0.5}, rows=rows)
+    results = report_study.results(made)
+    notes = stage_table(results, "rm").notes
+    assert [note for note in notes if "of the training rows" in note] == ([overlap_note(results, "rm")] if said else [])
+    assert said is None or overlap_note(results, "rm").startswith(said)
+
+
+# --- a plan looks for what is needed
+
+
+def plan(tmp_path, monkeypatch, capsys, **changes) -> tuple[int, str, str]:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        if not Path(f"{name}.jsonl").exists():
+            Path(f"{name}.jsonl").write_text(f'{{"prompt": "{name}"}}')
+    Path("model").mkdir(exist_ok=True)
+    Path("model/config.json").write_text("{}")
+    settings = {"study": "s", "seeds": [1], "data": {"dataset": "a.jsonl", "eval_dataset": "b.jsonl"}}
+    settings |= {"stages": ["rm"], "base": {"model_name_or_path": "./model"}} | changes
+    Path("study.yaml").write_text(json.dumps(settings))
+    status = main(["plan", "--configfile", "study.yaml"])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_a_plan_says_that_what_is_local_is_there(tmp_path, monkeypatch, capsys):
+    status, out, err = plan(tmp_path, monkeypatch, capsys)
+    assert status == 0 and err == ""
+    lines = out.splitlines()
+    for line in ("model_name_or_path: ./model, a local folder", "dataset: a.jsonl", "eval_dataset: b.jsonl"):
+        assert f"here     {line}" in lines
+    assert lines[-1].startswith("tables: results/s/tables")
+    assert not [line for line in lines if line.startswith(("missing", "fetch", "note"))]
+
+
+MISSING = [
+    ({"data": {"dataset": "a.jsonl", "eval_dataset": "c.jsonl"}}, "eval_dataset: no such file: c.jsonl"),
+    ({"data": {"dataset": "a.jsonl", "eval_dataset": "a.jsonl"}}, "eval_dataset and dataset are the same rows"),
+    ({"base": {"model_name_or_path": "./nowhere"}}, "model_name_or_path: there is no directory ./nowhere"),
+    ({"base": {"model_name_or_path": "."}}, "model_name_or_path: . is a folder without config.json"),
+    (
+        {"base": {"model_name_or_path": "./model", "adapter_name_or_path": "./gone"}},
+        "adapter_name_or_path: there is no directory ./gone",
+    ),
+    (
+        {"stages": ["rm", "dpo"], "common": {"ground_truth": "gone/world.json"}},
+        "ground_truth: gone/world.json",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, said", MISSING, ids=[said for _, said in MISSING])
+def test_a_plan_misses_what_is_local_and_not_there(tmp_path, monkeypatch, capsys, changes, said):
+    status, out, err = plan(tmp_path, monkeypatch, capsys, **changes)
+    assert status == 2 and f"missing  {said}" in out
+    assert err.startswith(f"discobeta: the study needs what is not here: {said}") and len(err.splitlines()) == 1
+
+
+def test_a_plan_names_what_comes_from_the_hub_and_the_gpu_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("discobeta.inputs.ready.GPUS", tmp_path / "gpus")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    changes = {"data": {"dataset": "owner/rows", "val_size": 4}, "base": {"model_name_or_path": "owner/model"}}
+    changes |= {"common": {"bf16": True}, "gpus_per_run": 2}
+    status, out, _ = plan(tmp_path, monkeypatch, capsys, **changes)
+    assert status == 0
+    assert "fetch    model_name_or_path: owner/model, of the hub: discobeta fetch" in out
+    assert "fetch    dataset: owner/rows, split train, of the hub: discobeta fetch" in out
+    assert "note     device: 2 GPUs for each run, gpus_per_run; this machine has none" in out
+    (tmp_path / "hub" / "models--owner--model" / "snapshots").mkdir(parents=True)
+    for number in range(2):
+        (tmp_path / "gpus" / str(number)).mkdir(parents=True)
+    _, out, _ = plan(tmp_path, monkeypatch, capsys, **changes)
+    assert "here     model_name_or_path: owner/model, of the hub, in its cache" in out
+    assert "here     device: 2 GPUs for each run, gpus_per_run; this machine has 2" in out
+
+
+def test_a_plan_misses_packages_by_name_and_version(tmp_path, monkeypatch, capsys):
+    wanted = ["pyyaml>=900", "no-such-package-at-all>=1", "pytest>=1", 'absent-extra; extra == "dev"']
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: wanted)
+    status, out, err = plan(tmp_path, monkeypatch, capsys)
+    assert status == 2 and "pyyaml " in err and ">=900 is required; no-such-package-at-all is not installed" in err
+    assert "absent-extra" not in out + err and "pytest" not in out + err
+
+
 # --- a study
 
 
@@ -110,15 +295,16 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def study(first: Path) -> Iterator[Path]:
-    """The same for each test: what it changes is put back."""
-    shutil.copytree(first / "results", first / "before")
-    yield first
-    for name in ("results", "started"):
-        shutil.rmtree(first / name, ignore_errors=True)
-    (first / "before").rename(first / "results")
-    shutil.rmtree(first / ".snakemake" / "incomplete", ignore_errors=True)
+def study(first: Path, tmp_path: Path) -> Iterator[Path]:
+    """The same for each test: what it changes, also of what Snakemake has written down, is put back."""
+    names = ("results", ".snakemake", "started")
+    for name in names:
+        shutil.copytree(first / name, tmp_path / name)
     (first / "trained").unlink(missing_ok=True)
+    yield first
+    for name in names:
+        shutil.rmtree(first / name, ignore_errors=True)
+        shutil.copytree(tmp_path / name, first / name)
 
 
 def plan_of(folder: Path, **settings: str) -> str:
@@ -131,7 +317,7 @@ def plan_of(folder: Path, **settings: str) -> str:
 LOST = "finished runs with other settings than this study's"
 OTHERS = {
     "a setting of a stage": ({"rm": "{learning_rate: 0.5}"}, "rm, baseline, seed 1: learning_rate: 0.003 there, 0.5"),
-    "a setting of all": ({"common": "{warmup_ratio: 0.5}"}, "warmup_ratio: 0.1 there, 0.5 here"),
+    "a setting of all": ({"common": "{warmup_ratio: 0.5}"}, "warmup_ratio: 0.0 there, 0.5 here"),
     "the world": ({"data": "{world: {train: 700}}"}, "data: world: train: 640 there, 700 here"),
     "the base": ({"base": "{sft: {learning_rate: 0.5}}"}, "base: sft: learning_rate: "),
 }
@@ -245,7 +431,6 @@ def test_a_workflow_that_is_told_to_end_loses_no_finished_run(study, how):
     for part in ("runs/rm", "tables", "figures"):
         shutil.rmtree(study / "results" / "smoke" / part)
     shutil.rmtree(study / "started")
-    (study / "trained").unlink(missing_ok=True)
     process = start(study, warm=how == "its warm process")
     try:
         deadline = time.monotonic() + 60

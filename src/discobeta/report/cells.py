@@ -20,7 +20,7 @@ from discobeta.report.compare import EQUAL
 from discobeta.report.measures import LANDMARKS, METRICS, PANELS, Metric
 from discobeta.report.neutrality import neutrality_frame
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number, yes_no
-from discobeta.report.results import Results
+from discobeta.report.results import Results, overlap_note
 from discobeta.report.statistics import mean_ci
 
 CAPTIONS = {
@@ -58,6 +58,8 @@ def stage_table(results: Results, stage: str) -> Table:
     ]
     panels = panels_of(stage, which, frame, measured, f"{STAGES[stage].title} ({stage})")
     notes = [SHARED_SEEDS]
+    if overlap := overlap_note(results, stage):
+        notes.append(overlap)
     if "reward_gain" in measured:
         notes.append(JUDGES)
     if landmarks := _landmarks(metrics):
