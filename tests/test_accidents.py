@@ -210,7 +210,8 @@ def plan(tmp_path, monkeypatch, capsys, **changes) -> tuple[int, str, str]:
     for name in ("a", "b"):
         if not Path(f"{name}.jsonl").exists():
             Path(f"{name}.jsonl").write_text(f'{{"prompt": "{name}"}}')
-    Path("model").mkdir(exist_ok=True)
+    for name in ("model", "bare"):
+        Path(name).mkdir(exist_ok=True)
     Path("model/config.json").write_text("{}")
     settings = {"study": "s", "seeds": [1], "data": {"dataset": "a.jsonl", "eval_dataset": "b.jsonl"}}
     settings |= {"stages": ["rm"], "base": {"model_name_or_path": "./model"}} | changes
@@ -234,7 +235,7 @@ MISSING = [
     ({"data": {"dataset": "a.jsonl", "eval_dataset": "c.jsonl"}}, "eval_dataset: no such file: c.jsonl"),
     ({"data": {"dataset": "a.jsonl", "eval_dataset": "a.jsonl"}}, "eval_dataset and dataset are the same rows"),
     ({"base": {"model_name_or_path": "./nowhere"}}, "model_name_or_path: there is no directory ./nowhere"),
-    ({"base": {"model_name_or_path": "."}}, "model_name_or_path: . is a folder without config.json"),
+    ({"base": {"model_name_or_path": "./bare"}}, "model_name_or_path: ./bare is a folder without config.json"),
     (
         {"base": {"model_name_or_path": "./model", "adapter_name_or_path": "./gone"}},
         "adapter_name_or_path: there is no directory ./gone",

@@ -164,7 +164,7 @@ def two_studies(tmp_path):
 
 def test_equal_cells_and_seeds_of_two_studies_are_paired(two_studies, capsys, tmp_path):
     assert discobeta(["compare", "--studies", *map(str, two_studies), "--output", str(tmp_path / "out")]) == 0
-    text = capsys.readouterr().out
+    text = capsys.readouterr().out.replace("\u00a0", " ")
     rows = [[word.strip() for word in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| dpo")]
     # of four differences of one sign 2 of the 16 ways to choose signs are as far from zero; of 1 and -1 all are
     four = ("0.2500", "0.5000", "0.7500", "1.0000")

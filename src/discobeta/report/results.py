@@ -262,7 +262,8 @@ def overlap_note(results: Results, stage: str) -> str | None:
     if max(shared) == 0:
         text = "No held-out prompt is a prompt of the training rows"
     else:
-        text = f"{_count(shared)} held-out prompts also are prompts of the training rows, so what is measured was partly seen"
+        seen = "also are prompts of the training rows, so what is measured was partly seen"
+        text = f"{_count(shared)} held-out prompts {seen}"
     if calibration and max(calibration):
         text += f"; {_count(calibration)} calibration rows also are training or held-out rows"
     return f"{text}."
