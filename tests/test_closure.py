@@ -62,6 +62,7 @@ MADE_OF = {
     **dict.fromkeys(
         [
             "cli/__init__",
+            "cli/results",
             "cli/run",
             "cli/study",
             "closure",
@@ -74,11 +75,15 @@ MADE_OF = {
             "design/yaml_text",
             "errors",
             "inputs/fetch",
+            "inputs/ready",
             "files",
             "folders",
             "launch",
             "lock",
             "processes",
+            "report/retrained",
+            "report/side_by_side",
+            "report/studies",
             "report/outputs",  # what it names is given to the rules
         ],
         set(),
