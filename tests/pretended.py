@@ -54,8 +54,7 @@ else:
         if command == "tables":
             leave(study.tables_directory, "config.yaml")
     elif command == "train":
-        from discobeta.closure import code_hash
-        from discobeta.record import settings_hash
+        from discobeta.record import package_hash, settings_hash
         config, _ = RunConfig.from_mapping(given)
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +65,7 @@ else:
         with open("trained", "a") as stream:
             stream.write(f"{folder}\\n")
         write_yaml(config.resolved(), folder / "config.yaml")
-        record = {"settings": settings_hash(config), "code": code_hash(config.stage)}
+        record = {"settings": settings_hash(config), "package": package_hash()}
         files.write_sealed(folder / "provenance.json", record)
     else:
         names = {"prepare": ("tokenized_path", "tokens.json", "train.parquet", "eval.parquet"),

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from discobeta import files
-from discobeta.closure import code_hash
 from discobeta.design.config import RunConfig
 from discobeta.design.study import Run, Study
 from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, shown
-from discobeta.record import settings_hash
+from discobeta.record import package_hash, settings_hash
 
 MEANT = "retrain"
 """The word of `--config` by which it is meant."""
@@ -27,9 +26,9 @@ def retrained(study: Study) -> dict[Run, str]:
     """The study's whole runs that are finished there with other settings, and the first one that differs.
 
     Settings of the base and of the world count for all runs on them. No other settings are those that a run does not
-    have in its record (it is of an older version), and, where the code of its stage is another one, those that the
-    study leaves to their defaults: code may change what it will. Runs that are unfinished, unreadable or only proofs
-    lose nothing. Of a cell one seed is read as a whole, so that thousands of runs take a second.
+    have in its record (it is of an older version), and, where the package is another one, those that the study leaves
+    to their defaults: code may change what it will. Runs that are unfinished, unreadable or only proofs lose nothing.
+    Of a cell one seed is read as a whole, so that thousands of runs take a second.
     """
     found: dict[Run, str] = {}
     of_cell: dict[tuple, str] = {}
@@ -82,7 +81,7 @@ def _difference(directory: Path, config: RunConfig, facts: dict[str, Any], said:
         there = read_yaml(directory / "config.yaml")
     except UserError:
         return ""
-    is_same_code = facts.get("code") == code_hash(config.stage)
+    is_same_code = facts.get("package") == package_hash()  # which has the defaults, as the code of a stage has not
     wanted = config.settings_of("training")
     wanted.pop("trust_remote_code", None)
     return _first({key: value for key, value in wanted.items() if is_same_code or key in said}, there)
