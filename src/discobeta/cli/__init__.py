@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 from discobeta import __version__
-from discobeta.cli import lookup, published, run, study, world
+from discobeta.cli import lookup, published, results, run, study, world
 from discobeta.cli.words import Parser, is_main_process
 from discobeta.errors import UserError, first_line, lack_of_memory, shorten
 
@@ -103,6 +103,6 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"discobeta {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for part in (lookup, run, world, study, published):
+    for part in (lookup, run, world, study, results, published):
         part.add_to(commands)
     return top
