@@ -54,7 +54,7 @@ CAPTIONS = Path(__file__).parents[3] / "workflow" / "report"
 LARGEST_SVG = 400_000
 """Bytes of a figure: one that is larger is put into the page as PNG."""
 
-WIDE = 4.5
+WIDE = 5.5
 """Inches: what is wider has a row of its own."""
 
 PROMPTS = 4
