@@ -9,6 +9,7 @@
 # make keys         the pages and JSON schemas of all keys, from the source
 # make report       tables, figures and results/<study>/report.html of a study, from the runs that are there
 # make provenance   provenance.html: which job made what, with which settings (Snakemake's own report)
+# make docs         the documents as a site, site/index.html, which needs no network and no torch
 # make paper        tables, figures and numbers.tex of a paper, from the committed numbers of studies; trains nothing
 #
 # Every target first sets up what it needs in $(VENV). Variables:
@@ -24,13 +25,15 @@ TORCH_INDEX ?=
 OVERLAYS := config/hh-rlhf-tiny.yaml config/neutrality.yaml config/quick-exp.yaml
 STUDIES := $(filter-out config/datasets.yaml config/hypotheses.yaml $(OVERLAYS),$(wildcard config/*.yaml))
 READY := $(VENV)/.ready
+DOCS := $(VENV)-docs
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 SNAKEMAKE := $(RUN) snakemake
 # Jobs are forks of one process that has imported what they need (docs/decisions/0024-warm-starts.md).
 WARM := $(RUN) python -m discobeta.warm snakemake
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: ablation smoke test test-kernels slurm-test test-faults lint dry-run bench keys report provenance paper documents-test clean
+.PHONY: ablation smoke test test-kernels slurm-test documents-test test-faults lint dry-run bench keys report provenance \
+	paper docs clean
 .NOTPARALLEL:
 
 # One line that says how far it is, and the end of what fails; Snakemake's own words are in .snakemake/log.
@@ -98,6 +101,11 @@ dry-run: $(READY)
 	$(call dry_run,config/config.yaml config/quick-exp.yaml)
 	$(foreach world,$(wildcard config/worlds/*.yaml),$(call dry_run,config/world.yaml $(world)))
 
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+	@! grep -rlE '<(script|link|img)[^>]+(src|href)="?https?:' site --include='*.html' # nothing from elsewhere
+	@echo "site/index.html, or with its search: python3 -m http.server --directory site"
+
 # Nothing else should run on the machine meanwhile.
 bench: $(READY)
 	$(RUN) python benchmarks/bench.py $(BENCH)
@@ -107,10 +115,18 @@ keys: $(READY)
 
 # What a study computed is not removed here: it may have taken days.
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build src/*.egg-info
+	rm -rf $(VENV) $(DOCS) site .pytest_cache .ruff_cache build src/*.egg-info
+
+# Before anything is downloaded.
+IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+define check_python
+@$(PYTHON) -c '$(IS_NEW_ENOUGH)' 2>/dev/null || \
+	{ echo "discobeta needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1): make PYTHON=python3.11 ..." >&2; exit 2; }
+endef
 
 # torch comes first and on its own, so that its index serves nothing else.
 $(READY): pyproject.toml constraints.txt
+	$(check_python)
 	@echo "Installing into $(VENV), once; this takes minutes, most of them for downloads."
 	@echo "1 of 3: a virtual environment, by $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
@@ -118,6 +134,14 @@ $(READY): pyproject.toml constraints.txt
 		"without a GPU TORCH_INDEX=https://download.pytorch.org/whl/cpu takes 0.2 GB)"
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 	@echo "3 of 3: discobeta with transformers, Snakemake and what else it needs: some 0.3 GB"
-	@$(PIP) --constraint constraints.txt --editable '.[workflow,dev]'
+	@$(PIP) --constraint constraints.txt --editable '.[dev]'
 	@echo "Installed; the next command does not do it again."
+	@touch $@
+
+EXTRA_DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+$(DOCS)/.ready: pyproject.toml constraints.txt
+	$(check_python)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		$$($(PYTHON) -c '$(EXTRA_DOCS)')
 	@touch $@

@@ -170,7 +170,7 @@ def test_a_third_idea_is_a_row_a_head_and_a_signal(study_with):
     tables, plan = study_with(IDEA, stages=["dpo"])
     assert plan.count(" whole run ") == 8 and plan.count(" first step ") == 19 + 7
     assert "disco-idle_beta-used_length-absent" in plan
-    cells = pd.read_csv(tables / "dpo.csv")
+    cells = pd.read_csv(tables / "dpo-grid.csv")
     assert len(cells) == 64 and {"add_length_head", "use_length_scale"} <= set(cells)
     assert cells.status.str.startswith("refused").sum() == 64 - 27
     assert cells.status.str.startswith("proved = ").sum() == 19
@@ -193,7 +193,7 @@ def test_a_fourth_stage_is_a_row_and_a_file(study_with):
         STAGE, stages=["dpo", "kto"], arms=["baseline", "disco-used_beta-absent"], idle_arms="run"
     )
     assert plan.count("\ndpo ") == 2 and plan.count("\nkto ") == 1  # neither idea acts in it
-    kto, dpo = (pd.read_csv(tables / f"{stage}.csv") for stage in ("kto", "dpo"))
+    kto, dpo = (pd.read_csv(tables / f"{stage}-grid.csv") for stage in ("kto", "dpo"))
     assert len(kto) == 16 and "accuracy" in kto and "nll" not in kto and "nll" in dpo
     log = pd.read_json(tables.parents[0] / "runs" / "kto" / "baseline" / "seed-1" / "log.jsonl", lines=True)
     assert log.loss[0] == pytest.approx(1, abs=1e-6)  # 2 - 1/2 - 1/2 where policy and reference are one

@@ -51,10 +51,19 @@ def test_effects_are_paired_over_seeds():
     assert frame.p.tolist() == [0.5, 0.5, 1.0]  # of 4 ways to choose the signs: 2, 2, all
     assert frame.p_holm.tolist() == [1.0, 1.0, 1.0]
     assert lines(made, "effects") == [
-        ["dpo", "NLL\u00a0↓", "Disco", "2", "−0.0850 ± 0.0635", "–", "0.500", "1.000"],
-        ["dpo", "NLL\u00a0↓", "LeDPO", "2", "−0.0250 ± 0.0635", "–", "0.500", "1.000"],
-        ["dpo", "NLL\u00a0↓", "Disco × LeDPO", "2", "0.0100 ± 0.3812", "–", "1.000", "1.000"],
+        ["dpo", "NLL (nats)\u00a0↓", "Disco", "2", "−0.0850 (−0.0800, −0.0900)", "0.500", "1.000"],
+        ["dpo", "NLL (nats)\u00a0↓", "LeDPO", "2", "−0.0250 (−0.0200, −0.0300)", "0.500", "1.000"],
+        ["dpo", "NLL (nats)\u00a0↓", "Disco × LeDPO", "2", "0.0100 (0.0400, −0.0200)", "1.000", "1.000"],
     ]
+
+
+def test_every_seed_has_a_column_of_the_file():
+    made = finished(but=[("disco-absent_beta-used", 2)])
+    frame = csv(made, "effects").set_index("contrast")
+    assert frame["seed-1"].to_dict() == pytest.approx({"Disco": -0.08, "LeDPO": -0.02, "Disco × LeDPO": 0.04})
+    assert frame["seed-2"].isna().all()
+    pairs = csv(made, "comparisons").set_index("contrast")
+    assert pairs.loc["both − baseline", ["seed-1", "seed-2"]].tolist() == pytest.approx([-0.10, -0.12])
 
 
 def test_comparisons_are_paired_over_seeds():
@@ -68,7 +77,9 @@ def test_comparisons_are_paired_over_seeds():
         "both − LeDPO": -0.08,  # -0.06 and -0.10
     })  # fmt: skip
     assert not {"p", "p_holm"} & set(frame)
-    assert lines(made, "comparisons")[3] == ["dpo", "NLL\u00a0↓", "both − Disco", "2", "−0.0200 ± 0.2541", "–"]
+    assert lines(made, "comparisons")[3] == [
+        "dpo", "NLL (nats)\u00a0↓", "both − Disco", "2", "−0.0200 (0.0000, −0.0400)",
+    ]  # fmt: skip
 
 
 def test_a_reward_model_has_one_effect():
@@ -102,7 +113,7 @@ def test_a_seed_counts_where_all_arms_of_a_difference_are_there():
     assert frame.n_seeds.tolist() == [1, 1, 1]
     assert frame.difference["Disco"] == pytest.approx(-0.08)  # of seed 1
     assert math.isnan(frame.ci95["Disco"])
-    assert lines(made, "effects")[0][3:5] == ["1 of 2", "−0.0800"]
+    assert lines(made, "effects")[0][3:5] == ["1 of 2", "−0.0800 (−0.0800, –)"]
     assert "Missing: dpo: seeds 2." in (made.directory / "tables" / "effects.md").read_text()
     pairs = csv(made, "comparisons").set_index("contrast")
     assert pairs.n_seeds[["Disco − baseline", "LeDPO − baseline"]].tolist() == [2, 1]

@@ -52,8 +52,9 @@ def test_an_interaction_needs_all_four_arms_and_a_metric_of_the_hypotheses(monke
 
 def test_tables_are_of_the_stages_that_the_study_has():
     general = ["comparisons", "cost", "effects", "metrics", "neutrality"]
-    assert names(outputs.tables(study(stages=["dpo"]))) == sorted([*general, "dpo"])
-    assert names(outputs.tables(study())) == sorted([*general, "dpo", "ppo", "rm"])
+    assert names(outputs.tables(study(stages=["dpo"]))) == sorted([*general, "dpo", "dpo-grid"])
+    stages = ["dpo", "dpo-grid", "ppo", "ppo-grid", "rm", "rm-grid"]
+    assert names(outputs.tables(study())) == sorted([*general, *stages])
 
 
 @pytest.mark.parametrize("of", [outputs.tables, outputs.figures])
@@ -72,7 +73,7 @@ def test_rows_are_read_without_what_computes_and_draws():
     code = (
         "import sys; from discobeta.report import outputs; from discobeta.design.study import Study\n"
         "study = Study({'study': 's', 'data': {'world': {}}, 'base': {'sft': {'model_type': 'qwen3'}}})\n"
-        "assert len(outputs.tables(study)) == 8 and len(outputs.figures(study)) == 14\n"
+        "assert len(outputs.tables(study)) == 11 and len(outputs.figures(study)) == 14\n"
         "print(sorted({'matplotlib', 'numpy', 'pandas', 'scipy', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

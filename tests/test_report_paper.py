@@ -77,11 +77,11 @@ def test_controls_and_fits_stand_under_their_arm(made):
     """t(.975, 5) = 2.5706, and .04 and .06 three times each have an sd of .010954."""
     _, folder = made
     rows = lines(folder / "world" / "paper" / "both-rm.md")
-    assert [row[0] for row in rows] == [
-        "Baseline",
-        "Baseline, post-hoc topic scale",
-        "Baseline, one learned s",
-        "Disco",
+    assert [row[:2] for row in rows] == [
+        ["baseline", "as in the grid"],
+        ["baseline", "post-hoc scale per topic"],
+        ["baseline", "one learned s"],
+        ["Disco", "as in the grid"],
     ]
     assert [row[2] for row in rows] == ["0.0500 ± 0.0000", "0.0200 ± 0.0000", "0.0500 ± 0.0115", "0.0300 ± 0.0000"]
     assert pytest.approx(0.0115, abs=5e-5) == 2.5706 * 0.010954 / 6**0.5

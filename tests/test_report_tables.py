@@ -1,14 +1,13 @@
 """Tables from run directories written by hand; expected text in tests/golden, checked by hand.
 
-The golden study has two seeds, so s / sqrt(2) is half the difference of its two values and the
-half-width is 12.706 (t of one degree of freedom) times that: values 0.02 apart give 0.127.
+The golden study has two seeds, so its tables show both values beside their mean. In the CSV s / sqrt(2) is half the
+difference of the two and the half-width is 12.706 (t of one degree of freedom) times that: 0.127 of values 0.02 apart.
 """
 
 import csv
 import io
 import math
-import shutil
-import subprocess
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +19,8 @@ from discobeta.design.arms import FLAGS
 from discobeta.files import write_sealed
 from discobeta.report import neutrality, tables
 from discobeta.report.collect import collect, provenance
-from discobeta.report.measures import METRICS
+from discobeta.report.estimates import estimate
+from discobeta.report.measures import MEASURES
 from discobeta.report.render import Column, Panel, Table, escape, number
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -55,18 +55,18 @@ def golden_study():
     return made
 
 
-@pytest.mark.parametrize("ending", ["md", "tex"])
-def test_golden_stage_table(ending):
+@pytest.mark.parametrize("name", ["rm.md", "rm.tex", "rm-grid.md"])
+def test_golden_stage_table(name):
     made = golden_study()
     tables.write(results(made))
-    assert (made.directory / "tables" / f"rm.{ending}").read_text() == (GOLDEN / f"rm.{ending}").read_text()
+    assert (made.directory / "tables" / name).read_text() == (GOLDEN / name).read_text()
 
 
 def golden_ppo_study():
     """PPO in a study that proves: whole runs of the arms without idle heads, one proof missing, one that differs.
 
-    The two values of a metric are 0.02 apart in seeds 1 and 2, so half-widths are 0.127; gains are
-    0.5 and 0.9 (mean 0.7, half-width 12.706 * 0.4 / 2 = 2.541) by one reward model, 40 and 44 by the other.
+    The two values of a metric are 0.02 apart in seeds 1 and 2; gains are 0.5 and 0.9 (mean 0.7) by one reward model,
+    40 and 44 by the other.
     """
     made = study(stages=["rm", "dpo", "ppo"], idle_arms="prove", prove_steps=9, ppo={"ppo_epochs": 2})
     for run in made.runs():
@@ -99,11 +99,11 @@ def golden_ppo_study():
     return made
 
 
-@pytest.mark.parametrize("ending", ["md", "tex"])
-def test_golden_table_of_ppo(ending):
+@pytest.mark.parametrize("name", ["ppo.md", "ppo.tex", "ppo-grid.md"])
+def test_golden_table_of_ppo(name):
     made = golden_ppo_study()
     tables.write(results(made))
-    assert (made.directory / "tables" / f"ppo.{ending}").read_text() == (GOLDEN / f"ppo.{ending}").read_text()
+    assert (made.directory / "tables" / name).read_text() == (GOLDEN / name).read_text()
 
 
 def test_golden_stage_table_as_csv_with_all_digits():
@@ -114,14 +114,32 @@ def test_golden_stage_table_as_csv_with_all_digits():
     assert actual.accuracy_ci95[0] == pytest.approx(0.1270620473617, abs=1e-12)
 
 
-def rows_of(made, stage="dpo"):
-    """Markdown rows of the first panel of a stage table, as lists of cells, by their four flags."""
+def panels(text):
+    """Of the Markdown of a table, each panel's rows: header -> cell."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines())
+        found.append([dict(zip(header, row, strict=True)) for row in rows])
+    return found
+
+
+def written(made, name):
     tables.write(results(made))
-    text = (made.directory / "tables" / f"{stage}.md").read_text()
-    lines = text.split("\n\n")[1].splitlines()
-    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
-    header = cells[0]
-    return {tuple(row[:4]): dict(zip(header, row, strict=True)) for row in cells[2:]}
+    return panels((made.directory / "tables" / f"{name}.md").read_text())
+
+
+def arms_of(made, stage="dpo"):
+    """Rows of the first panel of the stage's table, by the arm's label."""
+    return {row["Arm"]: row for row in written(made, stage)[0]}
+
+
+def rows_of(made, stage="dpo"):
+    """Rows of the table of the whole grid by their four flags: what became of each, and the numbers of its arm."""
+    cells, *numbers = written(made, f"{stage}-grid")
+    by_arm = {row["Arm"]: row for row in (numbers[0] if numbers else [])}
+    return {
+        tuple(row[flag] for flag in FLAGS): {"Accuracy\u00a0↑": "–"} | by_arm.get(row["Arm"], {}) | row for row in cells
+    }
 
 
 NO, YES = "no", "yes"
@@ -131,7 +149,7 @@ BETA_IDLE = (NO, NO, YES, NO)
 DISCO = (YES, YES, NO, NO)
 
 
-def test_every_stage_table_shows_all_16_cells_with_their_status():
+def test_the_table_of_the_grid_shows_all_16_cells_with_their_status():
     made = study()
     finish_all(made)
     for stage, trained, same, refused in (("rm", 3, 6, 7), ("dpo", 9, 0, 7), ("ppo", 9, 0, 7)):
@@ -139,16 +157,15 @@ def test_every_stage_table_shows_all_16_cells_with_their_status():
         status = [row["Status"] for row in rows.values()]
         assert len(rows) == 16
         assert [status.count(word) for word in ("run", "same as", "refused")] == [trained, same, refused]
-        assert list(next(iter(rows.values())))[:4] == list(FLAGS)
     assert rows_of(made, "rm")[BETA_IDLE]["Arm"] == "baseline"
-    assert rows_of(made, "rm")[(NO, YES, NO, NO)]["Accuracy ↑"] == "–"
+    assert rows_of(made, "rm")[(NO, YES, NO, NO)]["Accuracy\u00a0↑"] == "–"
 
 
 def test_csv_has_true_and_false_and_its_provenance_in_columns():
     made = study()
     finish_all(made)
     tables.write(results(made))
-    rows = list(csv.DictReader((made.directory / "tables" / "dpo.csv").open()))
+    rows = list(csv.DictReader((made.directory / "tables" / "dpo-grid.csv").open()))
     assert len(rows) == 16
     assert [rows[0][flag] for flag in FLAGS] == ["False"] * 4
     assert [rows[15][flag] for flag in FLAGS] == ["True"] * 4
@@ -165,14 +182,14 @@ def test_a_missing_run_is_named_and_its_cell_says_how_many_seeds_it_has():
     finish_all(made, but={("disco-used_beta-absent", 2), ("baseline", 1), ("baseline", 2), ("baseline", 3)})
     rows = rows_of(made)
     assert rows[DISCO]["Seeds"] == "2 of 3"
-    assert rows[DISCO]["Accuracy ↑"] == "0.700 ± 0.000 (2 of 3)"
+    assert rows[DISCO]["Accuracy\u00a0↑"] == "0.700 (0.700, –, 0.700)"
     assert rows[BASELINE]["Status"] == "missing"
     assert rows[BASELINE]["Seeds"] == "0 of 3"
-    assert rows[BASELINE]["Accuracy ↑"] == "–"
+    assert rows[BASELINE]["Accuracy\u00a0↑"] == "–"
     text = (made.directory / "tables" / "dpo.md").read_text()
     assert "baseline: seeds 1, 2, 3 (not trained)" in text
     assert "disco-used_beta-absent: seed 2 (not trained)" in text
-    frame = pd.read_csv(made.directory / "tables" / "dpo.csv").set_index(list(FLAGS))
+    frame = pd.read_csv(made.directory / "tables" / "dpo-grid.csv").set_index(list(FLAGS))
     assert str(frame.missing_seeds[(True, True, False, False)]).rstrip(".0") == "2"
 
 
@@ -188,23 +205,82 @@ def test_a_metric_that_one_seed_lacks_is_marked_in_its_cell_only():
     made = study(stages=["dpo"])
     for run in made.runs():
         finish(made, run, {"accuracy": 0.7} | ({"ece": 0.01} if run.seed == 1 else {}))
-    row = rows_of(made)[BASELINE]
-    assert (row["Seeds"], row["Accuracy ↑"], row["ECE ↓"]) == ("2", "0.700 ± 0.000", "0.010 (1 of 2)")
+    row = arms_of(made)["baseline"]
+    assert (row["Accuracy\u00a0↑"], row["ECE\u00a0↓"]) == ("0.700 (0.700, 0.700)", "0.010 (0.010, –)")
+    assert "Seeds" not in row  # every arm has all of them
 
 
 def test_one_seed_shows_no_interval_and_says_so():
     made = study(seeds=[7])
     finish_all(made)
-    assert rows_of(made)[BASELINE]["Accuracy ↑"] == "0.700"
-    assert "No cell has more than one seed: there is no interval" in (made.directory / "tables" / "dpo.md").read_text()
+    assert rows_of(made)[BASELINE]["Accuracy\u00a0↑"] == "0.700"
+    assert "One seed: there is no interval" in (made.directory / "tables" / "dpo.md").read_text()
+
+
+def test_from_six_seeds_on_there_is_an_interval_and_below_there_are_the_seeds():
+    """.1 and .3, three times each: mean .2, sd .1 * sqrt(6/5), t of five degrees 2.5706: half-width .115."""
+    for seeds, text in ((6, "0.200 ± 0.115"), (5, "0.180 (0.100, 0.300, 0.100, 0.300, 0.100)")):
+        made = study(study=f"of-{seeds}", stages=["rm"], arms=["baseline"], seeds=list(range(seeds)))
+        for run in made.runs():
+            finish(made, run, {"accuracy": 0.3 if run.seed % 2 else 0.1})
+        assert arms_of(made, "rm")["baseline"]["Accuracy\u00a0↑"] == text
+    caption = (made.directory / "tables" / "rm.md").read_text().splitlines()[0]
+    assert "the value of each (seeds 0, 1, 2, 3, 4)" in caption and "±" not in caption
+
+
+@pytest.mark.parametrize(
+    ("values", "seeds", "said", "text"),
+    [
+        ({}, [1, 2], None, "–"),
+        ({7: 0.5}, [7], None, "0.500"),
+        ({2: 0.5}, [1, 2], None, "0.500 (–, 0.500)"),
+        ({3: 0.5}, list(range(8)), None, "0.500 (1 of 8)"),
+        ({3: 0.5, 5: 0.25}, list(range(8)), None, "0.375 (0.500, 0.250; 2 of 8)"),
+        ({3: 0.5, 5: 0.25}, list(range(8)), 2, "0.375 (0.500, 0.250)"),
+        (dict.fromkeys(range(7), 0.5), list(range(8)), None, "0.500 ± 0.000 (7 of 8)"),
+        (dict.fromkeys(range(7), 0.5), list(range(8)), 7, "0.500 ± 0.000"),
+    ],
+)
+def test_an_estimate_says_which_seeds_it_has(values, seeds, said, text):
+    assert estimate(values, seeds, 3, said) == text
+
+
+def test_no_column_and_no_row_of_a_later_panel_is_all_dashes():
+    rows = [{"of": "a", "x": "1", "y": "–", "z": "–"}, {"of": "b", "x": "–", "y": "–", "z": "2"}]
+    of, x, y, z = (Column(name, lambda row, name=name: row[name]) for name in ("of", "x", "y", "z"))
+    made = Table(pd.DataFrame(rows), [Panel("1", [of, x, y]), Panel("2", [of, y, z]), Panel("3", [of, y])], [], {})
+    assert [(panel.caption, panel.cells()) for panel in made.panels] == [
+        ("1", (["of", "x"], [["a", "1"], ["b", "–"]])),
+        ("2", (["of", "z"], [["b", "2"]])),
+    ]
+
+
+def test_the_table_of_a_stage_has_the_arms_that_are_used_by_name_and_says_which_are_one_run():
+    made = study(idle_arms="prove")
+    finish_all(made)
+    assert list(arms_of(made)) == ["baseline", "LeDPO", "Disco", "Disco + LeDPO"]
+    assert list(arms_of(made, "rm")) == ["baseline", "Disco"]
+    assert (
+        "Arms with LeDPO are the runs of those without it: a reward model has no reference"
+        in (made.directory / "tables" / "rm.md").read_text()
+    )
+    assert pd.read_csv(made.directory / "tables" / "dpo.csv").arm.tolist() == [
+        "baseline", "disco-absent_beta-used", "disco-used_beta-absent", "disco-used_beta-used",
+    ]  # fmt: skip
+
+
+def test_a_study_of_idle_arms_alone_has_an_empty_table_that_says_where_they_are():
+    made = study(stages=["dpo"], arms=["disco-idle_beta-absent"])
+    finish_all(made)
+    assert written(made, "dpo") == [[]]
+    assert "see the table dpo-grid" in (made.directory / "tables" / "dpo.md").read_text()
+    assert rows_of(made)[DISCO_IDLE]["Accuracy\u00a0↑"] == "0.700 (0.700, 0.700)"
 
 
 def test_metrics_that_no_run_has_are_left_out():
     made = study()
     finish_all(made, {"accuracy": 0.7, "kl_per_sequence": 1.5})
-    row = rows_of(made)[BASELINE]
-    assert "Accuracy ↑" in row
-    assert "NLL ↓" not in row
+    assert list(arms_of(made)["baseline"]) == ["Arm", "Accuracy\u00a0↑"]
     text = (made.directory / "tables" / "dpo.md").read_text()
     assert "KL to reference" in text
     assert "what the heads" not in text
@@ -235,6 +311,12 @@ def test_a_study_of_which_nothing_is_there_has_all_its_outputs():
 # --- proved arms
 
 
+def status(made, stage, flags):
+    """What the CSV of the grid, as it was written, says of a cell."""
+    frame = pd.read_csv(made.directory / "tables" / f"{stage}-grid.csv").set_index(list(FLAGS))
+    return frame.status[tuple(flag == YES for flag in flags)]
+
+
 def proving_study(**settings):
     return study(stages=["dpo"], idle_arms="prove", prove_steps=5, **settings)
 
@@ -243,22 +325,25 @@ def test_a_proved_arm_shows_its_twins_numbers():
     made = proving_study()
     finish_all(made)
     row = rows_of(made)[DISCO_IDLE]
-    assert row["Status"] == "proved = baseline (first 5 steps)"
-    assert row["Accuracy ↑"] == "0.700 ± 0.000"
+    assert (row["Status"], row["Arm"]) == ("proved", "baseline, idle Disco Head")
+    assert row["Accuracy\u00a0↑"] == "0.700 (0.700, 0.700)"
     assert rows_of(made)[DISCO]["Status"] == "run"
+    assert status(made, "dpo", DISCO_IDLE) == "proved = baseline (first 5 steps)"
+    assert "first 5 steps only and equalled" in (made.directory / "tables" / "dpo-grid.md").read_text()
 
 
 def test_a_proof_of_some_seeds_says_of_how_many():
     made = proving_study()
     finish_all(made, but={("disco-idle_beta-absent", 2)})
-    assert rows_of(made)[DISCO_IDLE]["Status"] == "proved = baseline (first 5 steps; 1 of 2 seeds)"
+    assert rows_of(made)[DISCO_IDLE]["Status"] == "proved, 1 of 2 seeds"
+    assert status(made, "dpo", DISCO_IDLE) == "proved = baseline (first 5 steps; 1 of 2 seeds)"
 
 
 def test_a_missing_proof_shows_no_numbers():
     made = proving_study()
     finish_all(made, but={("disco-idle_beta-absent", 1), ("disco-idle_beta-absent", 2)})
     row = rows_of(made)[DISCO_IDLE]
-    assert (row["Status"], row["Accuracy ↑"]) == ("proof missing", "–")
+    assert (row["Status"], row["Accuracy\u00a0↑"]) == ("proof missing", "–")
 
 
 def test_a_failed_proof_shows_no_numbers_and_the_byte():
@@ -266,7 +351,8 @@ def test_a_failed_proof_shows_no_numbers_and_the_byte():
     finish_all(made, but={("disco-idle_beta-absent", 2)})
     finish(made, made.run("dpo", "disco-idle_beta-absent", 2, proof=True), None, weights=b"weighty")
     row = rows_of(made)[DISCO_IDLE]
-    assert (row["Status"], row["Accuracy ↑"]) == ("DIFFERS from baseline", "–")
+    assert (row["Status"], row["Accuracy\u00a0↑"]) == ("DIFFERS", "–")
+    assert status(made, "dpo", DISCO_IDLE) == "DIFFERS from baseline"
     neutrality = pd.read_csv(made.directory / "tables" / "neutrality.csv")
     bad = neutrality[(neutrality.arm == "disco-idle_beta-absent") & (neutrality.seed == 2)].iloc[0]
     assert bad.weights == "differs at byte 6 (of 7, of 7 bytes)"  # "weights" and "weighty"
@@ -277,7 +363,7 @@ def test_a_proof_is_in_no_mean_and_in_the_cost():
     made = proving_study(seeds=[1])
     for run in made.runs():
         finish(made, run, {"accuracy": 0.1 if run.proof else 0.7}, cost={"seconds": 2.0 if run.proof else 10.0})
-    assert rows_of(made)[BASELINE]["Accuracy ↑"] == "0.700"
+    assert rows_of(made)[BASELINE]["Accuracy\u00a0↑"] == "0.700"
     assert len(collect(results(made))) == 4 * 3  # four whole runs: accuracy and two costs each
     cost = pd.read_csv(made.directory / "tables" / "cost.csv").set_index("work")
     assert cost.seconds["baseline, first 5 steps"] == 2
@@ -289,8 +375,9 @@ def test_a_proof_of_ppo_is_counted_in_updates():
     """9 optimiser steps are 3 updates of 4 each (the default: 4 epochs over a buffer of one batch)."""
     made = study(idle_arms="prove", prove_steps=9)
     finish_all(made)
-    assert rows_of(made, "ppo")[DISCO_IDLE]["Status"] == "proved = baseline (first 3 updates)"
-    assert rows_of(made, "dpo")[DISCO_IDLE]["Status"] == "proved = baseline (first 9 steps)"
+    tables.write(results(made))
+    assert status(made, "ppo", DISCO_IDLE) == "proved = baseline (first 3 updates)"
+    assert status(made, "dpo", DISCO_IDLE) == "proved = baseline (first 9 steps)"
     for table in ("neutrality", "cost"):
         text = (made.directory / "tables" / f"{table}.md").read_text()
         assert ("first 3 updates" in text, "first 9 steps" in text) == (True, True)
@@ -305,7 +392,9 @@ def test_neutrality_counts_proofs_as_proofs():
     assert (
         "33 of 33 proofs of an idle head equal their twin's byte for byte. A proof is trained" in text
     )  # 1 + 5 + 5 arms
-    assert "| disco-idle_beta-absent | baseline               | 1, 2, 3 |" in text
+    rows = [(row["Idle arm"], row["Twin"], row["Seeds"]) for row in panels(text)[0]]
+    assert ("baseline, idle Disco Head", "baseline", "1, 2, 3") in rows
+    assert {"Metrics", "Examples"} & set(panels(text)[0][0]) == set()  # of which proofs have none
 
 
 # --- ppo
@@ -340,7 +429,8 @@ def test_neutrality_counts_equal_different_and_missing_runs():
     assert frame.weights["disco-used_beta-idle", 1] == "twin missing"
     text = (made.directory / "tables" / "neutrality.md").read_text()
     assert "7 of 10 idle runs equal their twin byte for byte; different: 1; not comparable" in text
-    assert "| disco-idle_beta-absent | baseline               | 1, 2  |" in text
+    rows = [(row["Idle arm"], row["Twin"], row["Seeds"]) for row in panels(text)[0]]
+    assert ("baseline, idle Disco Head", "baseline", "1, 2") in rows
 
 
 @pytest.mark.parametrize(
@@ -453,7 +543,7 @@ def test_latex_escapes():
     assert escape("p ‖ q") == r"p $\|$ q"
 
 
-@pytest.mark.parametrize("metric", METRICS.values(), ids=lambda metric: metric.name)
+@pytest.mark.parametrize("metric", MEASURES.values(), ids=lambda metric: metric.name)
 def test_every_title_of_a_metric_has_a_spelling_in_latex(metric):
     assert "?" not in escape(metric.header.replace("\n", " "))
 
@@ -466,24 +556,30 @@ def test_the_divergence_from_the_truth_is_a_column_of_all_three_files():
     directory = made.directory / "tables"
     frame = pd.read_csv(directory / "rm.csv")
     assert frame.excess_kl[0] == pytest.approx(0.0716)
-    header, row = (line for line in (directory / "rm.md").read_text().splitlines()[2:5:2])
-    assert header.split("|")[-2].strip() == "KL(truth ‖ model) ↓"
-    assert row.split("|")[-2].strip() == "0.0716 ± 0.0191"  # 12.706 * .003 / 2
-    assert r"\shortstack{KL(truth $\|$\\model)~$\downarrow$} \\" in (directory / "rm.tex").read_text()
+    row = panels((directory / "rm.md").read_text())[0][0]
+    assert row["KL(truth ‖ model) (nats)\u00a0↓"] == "0.0716 (0.0731, 0.0701)"
+    assert frame.excess_kl_ci95[0] == pytest.approx(12.7062 * 0.003 / 2, rel=1e-4)
+    assert r"\shortstack{KL(truth $\|$\\model)\\(nats)~$\downarrow$} \\" in (directory / "rm.tex").read_text()
 
 
-def test_post_hoc_fits_stand_in_the_row_of_the_run_that_they_were_made_of():
-    made = study(stages=["rm"])
+def test_what_is_undefined_in_a_seed_says_of_how_many_its_cell_is():
+    """Post-hoc σ that is constant in seed 3 ranks nothing there: .5 of seeds 1, 2, 4, 5, 6 and .8 of seed 7."""
+    data = {"dataset": "rows.jsonl", "eval_dataset": "held-out.jsonl", "calibration_dataset": "calibration.jsonl"}
+    made = study(stages=["rm"], seeds=list(range(1, 8)), arms=["baseline"], data=data)
     for run in made.runs():
-        fits = {"posthoc": {"sigma": {"excess_kl": 0.0412}}} if run.arm.name == "baseline" else {}
-        finish(made, run, {"nll": 0.5, "calibration": {"nll": 0.4975}} | fits)
-    tables.write(results(made))
-    panel = (made.directory / "tables" / "rm.md").read_text().split("**")[4]
-    header, _, *rows = (line.split("|") for line in panel.strip().splitlines() if line.startswith("|"))
-    assert [title.strip() for title in header[-3:-1]] == ["NLL ↓", "KL, post-hoc σ ↓"]
-    of_arm = {row[6].strip(): [cell.strip() for cell in row[-3:-1]] for row in rows if row[5].strip() == "run"}
-    assert of_arm["baseline"] == ["0.4975 ± 0.0000", "0.0412 ± 0.0000"]
-    assert of_arm["disco-used_beta-absent"] == ["0.4975 ± 0.0000", "–"]
+        fitted = {"nll": 0.4, "sigma_spearman": None if run.seed == 3 else 0.8 if run.seed == 7 else 0.5}
+        finish(made, run, {"nll": 0.5, "accuracy": 0.7, "calibration": {"nll": 0.45}, "posthoc": {"sigma": fitted}})
+    predictions, heads, calibration = written(made, "controls-rm")
+    assert [row["Variant"] for row in predictions] == ["as in the grid", "post-hoc σ"]
+    assert [row["NLL (nats)\u00a0↓"] for row in predictions] == ["0.5000 ± 0.0000", "0.4000 ± 0.0000"]
+    assert [row["Accuracy\u00a0↑"] for row in predictions] == ["0.700 ± 0.000", "–"]
+    # sd of five .5 and one .8 is .3 / sqrt(6), t of five degrees 2.5706: .55 ± 2.5706 * .3 / 6
+    assert [list(row.values()) for row in heads] == [["baseline", "post-hoc σ", "0.550 ± 0.129 (6 of 7)"]]
+    assert [row["Variant"] for row in calibration] == ["as in the grid"]
+    assert (
+        "(n of N): what is measured is undefined in the other seeds"
+        in (made.directory / "tables" / "controls-rm.md").read_text()
+    )
 
 
 def test_what_votes_say_is_a_panel_of_its_own_and_a_note():
@@ -498,7 +594,8 @@ def test_what_votes_say_is_a_panel_of_its_own_and_a_note():
     text = (directory / "rm.md").read_text()
     panel = text[text.index("how the run agrees with several people who judged the same held-out pairs") :].splitlines()
     header, row = ([cell.strip() for cell in panel[number].split("|")] for number in (2, 4))
-    assert header[-3:-1] == ["KL(votes ‖ model) ↓", "ρ(σ, disagreement) ↑"] and row[-3:-1] == ["0.3000 ± 0.6353", "–"]
+    assert header[-3:-1] == ["KL(votes ‖ model) (nats)\u00a0↓", "ρ(σ, disagreement)\u00a0↑"]
+    assert row[-3:-1] == ["0.3000 (0.2500, 0.3500)", "–"]
     assert "mean entropy of the votes on a pair 0.400, share of the pairs with several votes that are unanimous" in text
     assert "votes/pairs" in set(pd.read_csv(directory / "metrics.csv").metric)
 
@@ -528,7 +625,9 @@ def all_tables():
 
 def test_latex_rows_have_as_many_cells_as_their_header():
     paths = all_tables()
-    assert [path.stem for path in paths] == ["comparisons", "cost", "dpo", "effects", "neutrality", "ppo", "rm"]
+    assert [path.stem for path in paths] == [
+        "comparisons", "cost", "dpo", "dpo-grid", "effects", "neutrality", "ppo", "ppo-grid", "rm", "rm-grid",
+    ]  # fmt: skip
     for path in paths:
         text = path.read_text()
         assert text.isascii()
@@ -538,18 +637,6 @@ def test_latex_rows_have_as_many_cells_as_their_header():
             rows = [line for line in body.splitlines() if line.endswith(r"\\")]
             assert rows
             assert {line.replace(r"\&", "").count("&") for line in rows} == {columns - 1}
-
-
-@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX here")
-def test_latex_compiles():
-    inputs = "".join(rf"\input{{{path}}}" for path in all_tables())
-    document = rf"\documentclass{{article}}\usepackage{{booktabs,graphicx}}\begin{{document}}{inputs}\end{{document}}"
-    Path("paper.tex").write_text(document)
-    done = subprocess.run(["pdflatex", "-halt-on-error", "paper.tex"], capture_output=True, text=True)
-    if "booktabs.sty' not found" in done.stdout:
-        pytest.skip("no booktabs here")
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert "Overfull \\hbox" not in done.stdout
 
 
 def test_tables_do_not_change_when_they_are_written_again():

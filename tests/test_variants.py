@@ -15,7 +15,7 @@ from discobeta.design import study as study_module
 from discobeta.design.cost import estimate, read
 from discobeta.design.study import Run, Study
 from discobeta.errors import UserError
-from discobeta.report import cells, controls, curves, effects, figures, neutrality, outputs
+from discobeta.report import cells, controls, curves, effects, figures, neutrality, outputs, published
 from discobeta.report.collect import collect
 
 ARMS = ["baseline", "disco-used_beta-absent"]
@@ -560,7 +560,7 @@ def test_the_table_has_the_arm_its_controls_its_points_what_was_fitted_and_the_t
     assert list(zip(table.frame.arm, table.frame.variant, strict=True)) == [
         ("baseline", ""), ("baseline", "slow"), ("baseline", "pref_beta=0.25"), ("baseline", "pref_beta=1"),
         ("baseline", "posthoc/temperature"), ("baseline", "posthoc/sigma"), ("baseline", "posthoc/new"),
-        ("baseline", "tuned"),
+        ("baseline", "tuned-beta"),
     ]  # fmt: skip
     assert list(rows.index) == [
         "as in the grid", "slow, σ = σ₀", "pref_beta = 0.25", "pref_beta = 1",
@@ -571,7 +571,10 @@ def test_the_table_has_the_arm_its_controls_its_points_what_was_fitted_and_the_t
     assert rows.ece["post-hoc temperature"] == 0.02 and rows.ece_n["post-hoc σ"] == 0
     assert (rows.n_seeds == 2).all() and (rows.n_expected == 2).all()
     text = table.markdown()
-    assert "Tuned β: of each seed the run with the least NLL on its calibration pairs, of β 0.25, 0.5, 1" in text
+    assert (
+        "Tuned β of baseline: of each seed the run with the least NLL on its calibration pairs, of β 0.25, 0.5, 1"
+        in text
+    )
     assert "chosen: 0.5 (seed 4), 1 (seed 3)." in text
     assert "Settings: slow, σ = σ₀: learning_rate = 1e-06." in text
     assert "Missing" not in text  # Disco has nothing beside its grid, so that it is missing is said elsewhere
@@ -583,8 +586,8 @@ def test_a_seed_whose_sweep_is_not_whole_has_no_tuned_beta():
     (study.run("dpo", "baseline", 3, variant="pref_beta=0.25").directory / "metrics.json").unlink()
     table = controls.controls_table(results(study), "dpo")
     rows = table.frame.set_index("variant")
-    assert (rows.nll["tuned"], rows.n_seeds["tuned"]) == (pytest.approx(0.54), 1)
-    assert rows.missing_seeds["tuned"] == rows.missing_seeds["pref_beta=0.25"] == "3"
+    assert (rows.nll["tuned-beta"], rows.n_seeds["tuned-beta"]) == (pytest.approx(0.54), 1)
+    assert rows.missing_seeds["tuned-beta"] == rows.missing_seeds["pref_beta=0.25"] == "3"
     assert "Missing: baseline, pref\\_beta=0.25: seed 3 (not evaluated)" in table.markdown() or (
         "Missing: baseline, pref_beta=0.25: seed 3 (not evaluated)" in table.markdown()
     )
@@ -595,7 +598,14 @@ def test_a_beta_is_tuned_with_nothing_else_changed():
     high = {"high": {"stages": ["dpo"], "settings": {"pref_beta": 2.0}}}  # named, and so no value to choose from
     study = Study(settings(stages=["dpo"], sweep=sweep, controls=high))
     # the grid's learning rate is 5e-5: of the three points one differs in β alone
-    assert controls.betas_of(study, "dpo") == {"": 0.5, "pref_beta=1,learning_rate=5e-05": 1.0}
+    numbers = published.Published("s", pd.DataFrame(columns=[*published.COORDINATES, "value"]), study.settings, {})
+    runs = [published.Source("baseline", name) for name in ("", *(name for _, name in study.variants_of("dpo")))]
+    found = published.swept(numbers, "dpo", dict.fromkeys(runs))
+    betas = {source.variant: {run.variant: beta for run, beta in points.items()} for source, points in found.items()}
+    assert betas == {
+        "": {"": 0.5, "pref_beta=1,learning_rate=5e-05": 1.0},
+        "learning_rate=0.001": {"pref_beta=0.5,learning_rate=0.001": 0.5, "pref_beta=1,learning_rate=0.001": 1.0},
+    }
 
 
 def test_without_calibration_pairs_nothing_is_tuned():

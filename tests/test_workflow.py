@@ -79,6 +79,10 @@ SHIPPED = {
     "hh-rlhf hh-rlhf-tiny": ALWAYS
     | TOKENS
     | {"sft": 1, "train_rm": 6, "train_dpo": 18, "train_ppo": 18, "evaluate": 42},
+    # 2 seeds, whose held-out rows differ; 2 arms of rm and 4 of dpo
+    "own": ALWAYS
+    | dict.fromkeys(("prepare", "reference", "answers"), 2)
+    | {"train_rm": 4, "train_dpo": 8, "evaluate": 12},
 }
 
 

@@ -20,7 +20,7 @@ from discobeta.errors import UserError
 from discobeta.files import sha256
 from discobeta.identity import CONFIGS, TOKENIZER, WEIGHTS
 from discobeta.design.study import Study, as_text
-from discobeta.report import outputs
+from discobeta.report import outputs, retrained
 
 if set("{}") & set(f"{SOURCE} {SOURCE.resolve()} {sys.executable}"):
     raise WorkflowError(f"{SOURCE.resolve()}: Snakemake takes braces in paths for wildcards: move the clone")
@@ -36,10 +36,20 @@ def as_meant(value):
 
 
 try:
-    update_config(config, as_meant(workflow.config_settings.config or {}))
+    said = as_meant(workflow.config_settings.config or {})
+    if retrained.MEANT in said:  # a word to this command, and no setting of a study
+        config.pop(retrained.MEANT, None)
+    is_meant = said.pop(retrained.MEANT, False) is True
+    update_config(config, said)
     study = Study(config, where=", ".join(map(str, workflow.overwrite_configfiles)) or "config/config.yaml")
 except UserError as error:
     raise WorkflowError(str(error)) from None
+
+# Finished runs of other settings, which would be lost. A plan says so; `onstart` in the Snakefile refuses, once it is
+# known which jobs are to run.
+LOST = {} if is_meant or not workflow.is_main_process else retrained.retrained(study)
+if LOST:
+    logger.warning(retrained.refusal(study, LOST))
 
 # The code that runs is the code that the rules name as their input, whatever else is installed; without
 # conda it runs in the Python that runs snakemake, whatever `python` is on the PATH.
@@ -213,6 +223,11 @@ def study_text(wildcards):
 def results():
     """What tables and figures read: a whole run is measured, a proof only trained."""
     return [run.directory / ("provenance.json" if run.proof else "metrics.json") for run in study.runs()]
+
+
+def records():
+    """The records of all runs: with `results`, what is missed when the folder of a run is not there any more."""
+    return [run.directory / "provenance.json" for run in study.runs()]
 
 
 def in_report(path, output, category, labels):

@@ -60,11 +60,6 @@ def add_to(commands) -> None:
     overridable(sub, "how is sampled: temperature, top_p, top_k, max_new_tokens, seed, generations_per_prompt")
     _readable(sub)
 
-    sub = command(
-        commands, "compare", compare, "compare two run directories byte for byte; exit status 1 if they differ"
-    )
-    sub.add_argument("directories", type=Path, nargs=2, metavar="RUN_DIR")
-
 
 def _readable(sub: argparse.ArgumentParser) -> None:
     """Whose word counts when a finished run is read."""
@@ -206,9 +201,3 @@ def samples(arguments: argparse.Namespace) -> None:
         print(json.dumps(told, ensure_ascii=False, indent=1))
     else:
         print(run_samples.as_text(told))
-
-
-def compare(arguments: argparse.Namespace) -> int:
-    from discobeta.report.compare import main
-
-    return main(*arguments.directories)

@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from discobeta.cli.words import read_study, study_command
-from discobeta.errors import UserError
+from discobeta.errors import UserError, shorten
 
 
 def add_to(commands) -> None:
-    study_command(commands, "plan", plan, "list the runs of a study")
+    study_command(commands, "plan", plan, "say what a study needs and whether it is here, and list its runs")
     sub = study_command(commands, "cost", cost, "estimate jobs, device-hours and memory of a study from measured rates")
     sub.add_argument(
         "--rows", nargs="+", default=[], action="extend", metavar="NAME=N",
@@ -43,9 +43,16 @@ def add_to(commands) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    from discobeta.design import study
+    from discobeta.design import study as studies
+    from discobeta.inputs import ready
 
-    print(study.plan(read_study(arguments)))
+    study = read_study(arguments)
+    found = ready.needs(study)
+    for need in found:
+        print(need.line)
+    print(studies.plan(study))
+    if missing := [need.text for need in found if need.state == "missing"]:
+        raise UserError(f"the study needs what is not here: {shorten('; '.join(missing), 1000)}")
 
 
 def cost(arguments: argparse.Namespace) -> None:

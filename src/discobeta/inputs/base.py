@@ -53,6 +53,7 @@ def train(config: RunConfig) -> None:
     `output_dir` holds something else.
     """
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
 
     finished = folders.finished_line(config)
     if not is_free(config):
@@ -69,6 +70,13 @@ def train(config: RunConfig) -> None:
         data = load_or_tokenise(config, tokenizer)
     for line in data.lines():
         processes.print(line)
+    facts = {**data.keys(), "sources": contents_hash(config)}
+    if config.model_name_or_path:
+        facts["base"] = identity.weights_hash(config)
+    output, count = Path(config.output_dir), processes.num_processes
+    if broadcast_object_list([processes.is_main_process and record.restore(output, config, facts, count)])[0]:
+        processes.print(folders.restored_line(config), file=sys.stderr)
+        return
     model = build_model(config, tokenizer)
     preflight.check(model, data, config, tokenizer)
     # the other processes have nothing to leave behind
@@ -88,14 +96,7 @@ def train(config: RunConfig) -> None:
                 write_yaml(config.resolved(), folder / "config.yaml")
                 files.write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log.rows))
                 files.write_json(folder / "cost.json", cost(trainer, spent, begun - record.STARTED))
-                facts = {
-                    **data.keys(),
-                    "sources": contents_hash(config),
-                    "examples": len(data.train),
-                    "rows": data.report,
-                }
-                if config.model_name_or_path:
-                    facts["base"] = identity.weights_hash(config)
+                facts |= {"examples": len(data.train), "rows": data.report}
                 record.write_provenance(folder, config, facts, sorted(os.listdir(folder)))
                 folders.write_mark(folder, "discobeta train, stage sft", [*os.listdir(folder), "loss.png"])
     except _WrittenMeanwhile:

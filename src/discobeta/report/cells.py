@@ -1,4 +1,4 @@
-"""The table of a stage: all 16 cells of its grid, whatever became of them.
+"""The tables of a stage: the arms that the question is about, and the whole grid of flags.
 
 No value is set in bold. Seeds are shared across arms, so arms differ by less than the intervals of
 their means suggest, and by chance more often than a bold best value suggests: whether two arms
@@ -7,29 +7,32 @@ differ is a question for paired differences, which the tables of effects and com
 
 from __future__ import annotations
 
-import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from discobeta.design.arms import FLAGS, Cell, grid
+from discobeta.design.arms import CORNERS, FLAGS, IDEAS, Arm, Cell, grid
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Run, Study
 from discobeta.report.collect import collect, of_grid, provenance, provenance_line
 from discobeta.report.compare import EQUAL
-from discobeta.report.measures import LANDMARKS, METRICS, PANELS, Metric
+from discobeta.report.estimates import estimate, interval_words
+from discobeta.report.measures import LANDMARKS, METRICS, PANELS, arm_text
 from discobeta.report.neutrality import neutrality_frame
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number, yes_no
-from discobeta.report.results import Results
+from discobeta.report.results import Results, overlap_note
 from discobeta.report.statistics import mean_ci
 
 CAPTIONS = {
     "predictions": "how well held-out preferences are predicted",
     "heads": "what the heads that are used have learned",
     "votes": "how the run agrees with several people who judged the same held-out pairs",
-    "policy": "what the policy does when it answers held-out prompts itself",
+    "policy": "what the policy gains when it answers held-out prompts itself, and at which KL",
+    "responses": "what the policy's responses to held-out prompts are like",
     "ranking": "how well it tells the reference's own responses to a held-out prompt apart",
-    "calibration": "on the calibration pairs, and of held-out pairs what post-hoc fits on them make of the baseline",
+    "calibration": "on the calibration pairs, which no training sees",
 }
 JUDGES = (
     "The reward gain is the mean score of the policy's responses minus that of the reference's, in standard deviations "
@@ -38,41 +41,161 @@ JUDGES = (
 )
 SHARED_SEEDS = (
     "Seeds are shared across arms (data, initialisation, order): compare arms by their paired differences (tables "
-    "effects and comparisons), not by whether two intervals overlap. No value is marked as best."
+    "effects and comparisons). No value is marked as best."
 )
+OF_HEADS = "What heads have learned is shown of the arms that use them; – stands for a head that the arm does not have."
 MEASURED = [*METRICS, *LANDMARKS]
 
 
 def stage_table(results: Results, stage: str) -> Table:
-    """All 16 cells; those that are not run say why, those that are show mean +- CI over seeds."""
+    """The arms without idle heads that the stage trains, a row each."""
+    study = results.study
+    metrics = of_grid(collect(results))
+    metrics = metrics[metrics.stage == stage]
+    rows = []
+    for arm in CORNERS:
+        if runs := [run for run in results.whole_runs(stage) if run.arm == arm]:
+            there = [run.seed for run in runs if results.absence(run) is None]
+            rows.append(arm_row(arm, metrics[metrics.arm == arm.name], study.seeds, there))
+    panels = panels_of(stage, arm_columns(rows), f"{STAGES[stage].title} ({stage})", study.seeds)
+    notes = [SHARED_SEEDS] if len(rows) > 1 else []
+    if not rows:
+        notes.append(f"Every arm of this study has an idle head: see the table {stage}-grid.")
+    notes += filter(None, [overlap_note(results, stage), *_notes(metrics)])
+    for idea in IDEAS:
+        if not idea.acts_in(stage) and any(idea.key in arm.used for arm in study.arms):
+            notes.append(f"Arms with {idea.label} are the runs of those without it: {idea.elsewhere}.")
+    runs = [run for run in study.grid_runs() if run.stage == stage and not run.arm.is_idle and not run.proof]
+    if missing := results.describe_missing(runs):
+        notes.append(f"Missing: {missing}.")
+    frame, printed = frames(rows, ["arm", "label", "n_seeds", "n_expected", "missing_seeds"])
+    notes, made_by = [*notes, provenance_line(results)], provenance(results)
+    return Table(frame, panels, notes, made_by, printed=printed, title=STAGES[stage].title)
+
+
+def arm_row(arm: Arm, metrics: pd.DataFrame, expected: Sequence[int], there: Sequence[int]) -> dict[str, Any]:
+    """metrics: of the arm's runs in one stage. expected, there: seeds."""
+    missing = [seed for seed in expected if seed not in there]
+    row = {"arm": arm.name, "label": arm.label, "n_seeds": len(there), "n_expected": len(expected)}
+    return row | {"missing_seeds": " ".join(map(str, missing))} | estimates(metrics)
+
+
+def estimates(metrics: pd.DataFrame) -> dict[str, Any]:
+    """Of everything that is tabled: values by seed, their mean, half-width of its interval, their number."""
+    row: dict[str, Any] = {}
+    for name in MEASURED:
+        of = metrics[metrics.metric == name]
+        values = dict(zip(of.seed.tolist(), of.value.tolist(), strict=True))
+        row[name], row[f"{name}_ci95"] = mean_ci(list(values.values()))
+        row[f"{name}_n"], row[f"{name}_values"] = len(values), values
+    return row
+
+
+def frames(rows: list[dict[str, Any]], columns: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Of rows with `estimates`: what the CSV holds, without metrics that no row has, and what is printed."""
+    printed = pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
+    absent = [name for name in MEASURED if name in printed and not (printed[f"{name}_n"] > 0).any()]
+    away = [f"{name}_values" for name in MEASURED] + [c for name in absent for c in (name, f"{name}_ci95", f"{name}_n")]
+    return printed.drop(columns=away, errors="ignore"), printed
+
+
+def panels_of(stage: str, which: list[Column], title: str, seeds: Sequence[int]) -> list[Panel]:
+    """A panel for each group of metrics, after the columns `which` that say what a row is of."""
+    first = "predictions" if STAGES[stage].has_pairs else "policy"
+    return [
+        Panel(
+            f"{title}: {CAPTIONS[name]}. {interval_words(seeds)}",
+            which + [metric_column(metric.name, seeds) for metric in PANELS[name]],
+            label=name,
+            keys=len(which),
+        )
+        for name in dict.fromkeys([first, *PANELS])
+    ]
+
+
+def metric_column(name: str, seeds: Sequence[int]) -> Column:
+    metric = METRICS[name]
+    return Column(
+        metric.header, lambda row: estimate(row.get(f"{name}_values", {}), seeds, metric.decimals, row["n_seeds"])
+    )
+
+
+def arm_columns(rows: list[dict[str, Any]]) -> list[Column]:
+    """What a row is of; the number of its seeds where it is not what the caption says."""
+    columns = [Column("Arm", lambda row: row["label"], is_number=False)]
+    if any(row["n_seeds"] != row["n_expected"] for row in rows):
+        columns.append(Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])))
+    return columns
+
+
+def _notes(metrics: pd.DataFrame) -> list[str]:
+    measured, notes = set(metrics.metric), []
+    if "reward_gain" in measured:
+        notes.append(JUDGES)
+    if any(metric.name in measured for metric in PANELS["heads"]):
+        notes.append(OF_HEADS)
+    if landmarks := _landmarks(metrics):
+        notes.append(f"The same in every arm: {landmarks}.")
+    return notes
+
+
+def _landmarks(metrics: pd.DataFrame) -> str:
+    """Mean over seeds; every arm of a seed sees the same held-out rows."""
+    texts = []
+    for name, title in LANDMARKS.items():
+        per_seed = metrics[metrics.metric == name].groupby("seed").value.mean()
+        if len(per_seed):
+            texts.append(f"{title} {number(per_seed.mean(), 3)}")
+    return ", ".join(texts)
+
+
+# --- the whole grid
+
+
+def grid_table(results: Results, stage: str) -> Table:
+    """Every setting of the flags and what became of it, and the arms with idle heads beside those that they must equal.
+
+    The CSV has every number of every cell; printed are those by which arms are compared.
+    """
     study = results.study
     runs = results.whole_runs(stage)
     metrics, proofs = (frame[frame.stage == stage] for frame in (of_grid(collect(results)), neutrality_frame(results)))
-    frame = pd.DataFrame([_cell_row(results, cell, runs, metrics, proofs) for cell in grid((stage,))])
-    measured = set(metrics.metric)
-    frame = frame.drop(columns=[c for m in MEASURED if m not in measured for c in (m, f"{m}_ci95", f"{m}_n")])
-    which = [Column(flag, lambda row, flag=flag: yes_no(row[flag]), is_number=False) for flag in FLAGS] + [
-        Column("Status", lambda row: row["status"].replace("same-as", "same as"), is_number=False),
-        Column("Arm", lambda row: row["arm"] or NOTHING, is_number=False),
+    rows = [_cell_row(results, cell, runs, metrics, proofs) for cell in grid((stage,))]
+    title = f"{STAGES[stage].title} ({stage})"
+    which = [
+        Column("Arm", lambda row: arm_text(row["arm"]) if row["arm"] else NOTHING, is_number=False),
         Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
     ]
-    panels = panels_of(stage, which, frame, measured, f"{STAGES[stage].title} ({stage})")
-    notes = [SHARED_SEEDS]
-    if "reward_gain" in measured:
-        notes.append(JUDGES)
-    if landmarks := _landmarks(metrics):
-        notes.append(f"The same in every arm: {landmarks}.")
-    if study.idle_arms == "prove":
+    cells = [Column(flag, lambda row, flag=flag: yes_no(row[flag]), is_number=False) for flag in FLAGS]
+    cells += [Column("Status", _status, is_number=False), which[0], which[1]]
+    compared = [metric_column(name, study.seeds) for name in STAGES[stage].compared]
+    numbers = f"{title}: the arms of the grid, those with idle heads too. {interval_words(study.seeds)}"
+    panels = [
+        Panel(f"{title}: all {len(rows)} settings of the flags.", cells, keys=len(cells)),
+        Panel(numbers, [*which, *compared], label="arms", keys=2, of=lambda row: row["status"] != "same-as"),
+    ]
+    notes = []
+    if study.idle_arms == "prove" and len(proofs):
         notes.append(
             f"A proved arm was trained for its {study.proof_text(stage)} only and equalled the arm without the idle "
-            "head byte for byte, so the row shows that arm's numbers."
+            "head byte for byte, so its row shows that arm's numbers."
         )
-    for kind, title in (("same-as", "Same as"), ("refused", "Refused")):
-        if reasons := "; ".join(dict.fromkeys(frame.reason[frame.status == kind])):
-            notes.append(f"{title}: {reasons}.")
+    for kind, words in (("same-as", "Same as"), ("refused", "Refused")):
+        if reasons := "; ".join(dict.fromkeys(row["reason"] for row in rows if row["status"] == kind)):
+            notes.append(f"{words}: {reasons}.")
     if missing := results.describe_missing(run for run in study.grid_runs() if run.stage == stage):
-        notes.append(f"Missing: {missing}. A mean over fewer seeds than the study has says so.")
-    return Table(frame, panels, [*notes, provenance_line(results)], provenance(results), group=list(FLAGS[:2]))
+        notes.append(f"Missing: {missing}.")
+    (frame, printed), made_by = frames(rows, []), provenance(results)
+    title = f"{STAGES[stage].title}: all settings of the flags"
+    notes.append(provenance_line(results))
+    return Table(frame, panels, notes, made_by, list(FLAGS[:2]), printed=printed, title=title)
+
+
+def _status(row: Row) -> str:
+    """Of a proof without its arm and length, which stand beside it and in the note."""
+    proved = re.fullmatch(r"proved = \S+ \([^;]*(?:; (.*))?\)", row["status"])
+    text = ", ".join(filter(None, ["proved", proved[1]])) if proved else row["status"].replace("same-as", "same as")
+    return text.partition(" from ")[0]
 
 
 def _cell_row(
@@ -95,30 +218,6 @@ def _cell_row(
     return row | estimates(metrics[metrics.arm == shown])
 
 
-def estimates(metrics: pd.DataFrame) -> dict[str, Any]:
-    """Of everything that tables show: mean over the rows, which are seeds, half-width of its interval, their number."""
-    row: dict[str, Any] = {}
-    for name in MEASURED:
-        values = metrics.value[metrics.metric == name].tolist()
-        row[name], row[f"{name}_ci95"] = mean_ci(values)
-        row[f"{name}_n"] = len(values)
-    return row
-
-
-def panels_of(stage: str, which: list[Column], frame: pd.DataFrame, measured: set[str], title: str) -> list[Panel]:
-    """The panels that have anything measured, each after the columns `which` that say of what; one at least."""
-    first = "predictions" if STAGES[stage].has_pairs else "policy"  # whatever was measured
-    return [
-        Panel(
-            f"{title}: {CAPTIONS[name]}. {_interval_note(frame)}",
-            which + [_column(metric) for metric in PANELS[name] if metric.name in measured],
-            label=name,
-        )
-        for name in dict.fromkeys([first, *PANELS])
-        if name == first or any(metric.name in measured for metric in PANELS[name])
-    ]
-
-
 def _proved(study: Study, proofs: pd.DataFrame) -> tuple[str, str | None]:
     """Status of an arm that has proofs only, and the arm whose numbers stand for it, if any do."""
     twin, results = proofs.twin.iloc[0], proofs.result.tolist()
@@ -129,35 +228,3 @@ def _proved(study: Study, proofs: pd.DataFrame) -> tuple[str, str | None]:
     equal = results.count(EQUAL)
     of_seeds = "" if equal == len(results) else f"; {equal} of {len(results)} seeds"
     return f"proved = {twin} ({study.proof_text(proofs.stage.iloc[0])}{of_seeds})", twin
-
-
-def _column(metric: Metric) -> Column:
-    return Column(metric.header, lambda row: estimate(row, metric.name, metric.decimals))
-
-
-def estimate(row: Row, name: str, decimals: int) -> str:
-    """`mean ± half-width (n of N)`: the interval if there is one, the count if seeds are missing."""
-    n, expected = row[f"{name}_n"], row["n_expected"]
-    if n == 0:
-        return NOTHING
-    interval = row[f"{name}_ci95"]
-    text = number(row[name], decimals) + ("" if math.isnan(interval) else f" ± {number(interval, decimals)}")
-    return text if n == expected else f"{text} ({n} of {expected})"
-
-
-def _interval_note(frame: pd.DataFrame) -> str:
-    if frame.n_seeds.max() > 1:
-        return "Mean over seeds ± half-width of its 95 % confidence interval (Student's t)."
-    return (
-        "No cell has more than one seed: there is no interval to show, and no difference between arms to be believed."
-    )
-
-
-def _landmarks(metrics: pd.DataFrame) -> str:
-    """Mean over seeds; every arm of a seed sees the same held-out rows."""
-    texts = []
-    for name, title in LANDMARKS.items():
-        per_seed = metrics[metrics.metric == name].groupby("seed").value.mean()
-        if len(per_seed):
-            texts.append(f"{title} {number(per_seed.mean(), 3)}")
-    return ", ".join(texts)

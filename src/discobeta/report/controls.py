@@ -5,56 +5,51 @@ None of it is in a mean, effect or comparison of the grid. Means are over the se
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from discobeta.design.arms import Arm
-from discobeta.design.stages import STAGES
-from discobeta.design.study import Run, Study
+from discobeta.design.arms import BY_NAME, CORNERS, Arm
+from discobeta.design.study import Run
 from discobeta.design.variants import text_of
-from discobeta.report.cells import MEASURED, estimates, panels_of
+from discobeta.report import published
+from discobeta.report.cells import MEASURED, arm_row, frames, panels_of
 from discobeta.report.collect import collect, of_grid, provenance, provenance_line
+from discobeta.report.measures import METRICS, POSTHOC
+from discobeta.report.published import TUNED, Published, Source
 from discobeta.report.render import Column, Table, count
 from discobeta.report.results import Results, enumerate_seeds
-
-POSTHOC = {
-    "temperature": "post-hoc temperature",
-    "topic_scale": "post-hoc scale per topic",
-    "sigma": "post-hoc σ",
-}
-"""What evaluation fits on calibration pairs to a frozen baseline -> what the table calls it."""
 
 AS_IN_THE_GRID = "as in the grid"
 
 
 def controls_table(results: Results, stage: str) -> Table:
-    """A row per arm and variant, after the row of the arm as it is in the grid; mean ± CI over seeds."""
+    """A row per arm and variant, after the row of the arm as it is in the grid."""
     study = results.study
-    metrics = collect(results)
-    metrics = metrics[metrics.stage == stage]
-    tuned, chosen = tuned_beta(results, stage)
+    numbers = Published(study.name, collect(results), study.settings, {})
+    metrics = numbers.frame[numbers.frame.stage == stage]
+    tuned = _tuned(results, stage, numbers)
     rows: list[dict[str, Any]] = []
     for arm in study.arms_of(stage):
         variants = [name for of, name in study.variants_of(stage) if of == arm]
         of_arm = metrics[metrics.arm == arm.name]
         more = _posthoc_rows(results, of_grid(of_arm)) if arm == Arm() else []
-        if arm == Arm() and len(chosen):
-            more.append(_row(arm, "tuned", "tuned β", tuned, study.seeds, list(chosen)))
+        more += [one.row for one in tuned if one.source.arm == arm.name]
         if variants or more:
             rows += [_run_row(results, stage, arm, name, of_arm) for name in ("", *variants)] + more
-    frame = pd.DataFrame(rows or [_run_row(results, stage, study.arms_of(stage)[0], "", metrics[:0])])
-    fitted = [name for name in MEASURED if name.startswith("posthoc/")]  # which are rows here
-    measured = {name for name in MEASURED if (frame[f"{name}_n"] > 0).any()} - set(fitted)
-    frame = frame.drop(columns=[c for m in MEASURED if m not in measured for c in (m, f"{m}_ci95", f"{m}_n")])
+    rows = rows or [_run_row(results, stage, study.arms_of(stage)[0], "", metrics[:0])]
     which = [
-        Column("Arm", lambda row: row["arm"], is_number=False),
+        Column("Arm", lambda row: BY_NAME[row["arm"]].label, is_number=False),
         Column("Variant", lambda row: row["label"], is_number=False),
-        Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
     ]
-    panels = panels_of(stage, which, frame, measured, f"Controls and sweeps beside the grid of {stage}")
-    made_by = provenance(results)
-    return Table(frame, panels, [*_notes(results, stage, chosen), provenance_line(results)], made_by, group=["arm"])
+    if any(row["n_seeds"] != row["n_expected"] for row in rows):
+        which.append(Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])))
+    title = f"Controls and sweeps beside the grid of {stage}"
+    panels = panels_of(stage, which, title, study.seeds)
+    frame, printed = frames(rows, [])
+    notes, made_by = [*_notes(results, stage, tuned, printed), provenance_line(results)], provenance(results)
+    return Table(frame, panels, notes, made_by, ["arm"], printed, f"Beside the grid of {stage}: controls and sweeps")
 
 
 def _run_row(results: Results, stage: str, arm: Arm, variant: str, metrics: pd.DataFrame) -> dict[str, Any]:
@@ -71,16 +66,8 @@ def _run_row(results: Results, stage: str, arm: Arm, variant: str, metrics: pd.D
 def _row(
     arm: Arm, variant: str, label: str, metrics: pd.DataFrame, expected: list[int], there: list[int]
 ) -> dict[str, Any]:
-    missing = [seed for seed in expected if seed not in there]
-    return {
-        "arm": arm.name,
-        "variant": variant,
-        "label": label,
-        "n_seeds": len(there),
-        "n_expected": len(expected),
-        "missing_seeds": " ".join(map(str, missing)),
-        **estimates(metrics),
-    }
+    row = arm_row(arm, metrics, expected, there)
+    return {"arm": row.pop("arm"), "variant": variant, **(row | {"label": label})}
 
 
 def _posthoc_rows(results: Results, metrics: pd.DataFrame) -> list[dict[str, Any]]:
@@ -99,38 +86,48 @@ def _posthoc_rows(results: Results, metrics: pd.DataFrame) -> list[dict[str, Any
     return rows
 
 
-def tuned_beta(results: Results, stage: str) -> tuple[pd.DataFrame, dict[int, float]]:
-    """The baseline's numbers at the β with the least `calibration/nll` of each seed, and seed -> that β.
+# --- a tuned β
 
-    The values to choose from are the grid's and those at which the stage's sweep has the baseline with nothing else
-    changed; a seed is left out unless all of them are measured there, since the least of fewer is another choice. Of
-    equal ones the first counts, the grid's before the others.
+
+@dataclass(frozen=True)
+class Tuned:
+    """An arm or control whose β was chosen: its row, the values to choose from, and seed -> that which was chosen."""
+
+    source: Source
+    row: dict[str, Any]
+    betas: list[float]
+    chosen: dict[int, float]
+
+
+def _tuned(results: Results, stage: str, numbers: Published) -> list[Tuned]:
+    """Of each arm and control that is swept and whose β `published.chosen` finds in some seed.
+
+    The values to choose from are those that the study should have, whether they are there or not.
     """
-    study, numbers = results.study, collect(results)
-    numbers = numbers[(numbers.stage == stage) & (numbers.arm == Arm().name)]
-    betas = betas_of(study, stage)
-    nll = numbers[numbers.metric == "calibration/nll"].pivot(index="seed", columns="variant", values="value")
-    nll = nll.reindex(columns=list(betas)).dropna() if len(betas) > 1 else nll[:0]
-    best = {int(seed): min(betas, key=values.get) for seed, values in nll.to_dict("index").items()}
-    chosen = [name == best.get(seed) for seed, name in zip(numbers.seed, numbers.variant, strict=True)]
-    return numbers[chosen], {seed: betas[best[seed]] for seed in study.seeds if seed in best}
+    study, found = results.study, []
+    runs = [Source(arm.name) for arm in CORNERS if arm in study.arms_of(stage)]
+    runs += [Source(arm.name, name) for arm, name in study.variants_of(stage)]
+    for source, points in published.swept(numbers, stage, runs).items():
+        if chosen := published.chosen(numbers, stage, points):
+            of = numbers.frame[(numbers.frame.stage == stage) & (numbers.frame.arm == source.arm)]
+            runs_of = {seed: run.variant for seed, run in chosen.items()}
+            here = [runs_of.get(seed) == name for seed, name in zip(of.seed, of.variant, strict=True)]
+            label = ", ".join(filter(None, [_label(results, stage, source), "tuned β"]))
+            name = ",".join(filter(None, [source.variant, TUNED]))
+            row = _row(BY_NAME[source.arm], name, label, of[here], study.seeds, list(chosen))
+            of_seed = {seed: points[chosen[seed]] for seed in study.seeds if seed in chosen}
+            found.append(Tuned(source, row, sorted(points.values()), of_seed))
+    return found
 
 
-def betas_of(study: Study, stage: str) -> dict[str, float]:
-    """Variant of the baseline -> its β: the grid's own (""), and the points of the sweep that differ in β alone."""
-    if not STAGES[stage].has_pairs or Arm() not in study.arms_of(stage):
-        return {}
-    trained = {}
-    for name in ("", *(name for arm, name in study.variants_of(stage) if arm == Arm())):
-        run = study.run(stage, Arm(), study.seeds[0], variant=name)
-        of = study.variant(run)
-        if of is None or (of.point and not of.control):
-            trained[name] = study.config(run).settings_of("training")
-    betas = {name: settings.pop("pref_beta", None) for name, settings in trained.items()}
-    return {name: beta for name, beta in betas.items() if beta is not None and trained[name] == trained[""]}
+def _label(results: Results, stage: str, source: Source) -> str:
+    """Of a control what the study calls it; nothing of an arm as it is in the grid."""
+    runs = (run for run in results.variant_runs(stage) if (run.arm.name, run.variant) == (source.arm, source.variant))
+    run = next(runs, None)
+    return results.study.variant(run).label if run else source.variant
 
 
-def _notes(results: Results, stage: str, chosen: dict[int, float]) -> list[str]:
+def _notes(results: Results, stage: str, tuned: list[Tuned], rows: pd.DataFrame) -> list[str]:
     study = results.study
     notes = [
         "A variant is its arm with other settings, trained beside the grid on the same rows and seeds; none is in "
@@ -143,18 +140,25 @@ def _notes(results: Results, stage: str, chosen: dict[int, float]) -> list[str]:
             said[of.label] = _differences(of)
     if said:
         notes.append(f"Settings: {'; '.join(f'{label}: {text}' for label, text in said.items())}.")
-    if chosen:
-        betas = ", ".join(map(text_of, sorted(betas_of(study, stage).values())))
-        seeds = {beta: [seed for seed in chosen if chosen[seed] == beta] for beta in dict.fromkeys(chosen.values())}
-        picked = ", ".join(f"{text_of(beta)} ({enumerate_seeds(seeds[beta])})" for beta in sorted(seeds))
+    if rows.variant.str.startswith("posthoc/").any():
         notes.append(
-            f"Tuned β: of each seed the run with the least NLL on its calibration pairs, of β {betas}; "
-            f"chosen: {picked}. A seed counts where all of them are measured."
+            "What is post hoc was fitted to the frozen baseline on calibration pairs: it says other probabilities of "
+            "the same choices between responses, and has no accuracy, and no row, of its own where these are all."
+        )
+    if any((rows[f"{name}_n"].between(1, rows.n_seeds - 1)).any() for name in METRICS):
+        notes.append("(n of N): what is measured is undefined in the other seeds, e.g. a correlation with a constant.")
+    for one in tuned:
+        seeds = {beta: [seed for seed in one.chosen if one.chosen[seed] == beta] for beta in one.betas}
+        picked = ", ".join(f"{text_of(beta)} ({enumerate_seeds(of)})" for beta, of in seeds.items() if of)
+        whose = ", ".join(filter(None, [BY_NAME[one.source.arm].label, _label(results, stage, one.source)]))
+        notes.append(
+            f"Tuned β of {whose}: of each seed the run with the least NLL on its calibration pairs, of β "
+            f"{', '.join(map(text_of, one.betas))}; chosen: {picked}. A seed counts where all of them are measured."
         )
     own = [arm for arm, _ in study.variants_of(stage)]
     runs: list[Run] = [run for run in results.whole_runs(stage) if run.arm in own] + results.variant_runs(stage)
     if missing := results.describe_missing(runs):
-        notes.append(f"Missing: {missing}. A mean over fewer seeds than the study has says so.")
+        notes.append(f"Missing: {missing}.")
     return notes
 
 

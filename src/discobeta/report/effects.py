@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,11 @@ from discobeta.design.arms import CORNERS, IDEAS, Arm, Idea
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Study
 from discobeta.report.collect import collect, of_grid, provenance, provenance_line
-from discobeta.report.measures import METRICS, TESTED
+from discobeta.report.estimates import estimate, interval_header
+from discobeta.report.measures import MEASURES, METRICS, TESTED
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number
 from discobeta.report.results import Results
-from discobeta.report.statistics import BOOTSTRAP_FROM, bootstrap, holm, mean_ci, sign_flip_p
+from discobeta.report.statistics import INTERVAL_FROM, bootstrap, holm, mean_ci, sign_flip_p
 
 
 def factorial(ideas: tuple[Idea, ...] = IDEAS) -> dict[str, dict[Arm, float]]:
@@ -104,8 +106,14 @@ def effects_frame(study: Study, metrics: pd.DataFrame, named: dict[str, dict[Arm
         if metric not in JUDGED_BY_THE_ARM or contrast.one_judge(stage)
     ]
     columns = ["stage", "metric", "contrast", "difference", "ci95", "bootstrap_low", "bootstrap_high"]
-    columns += ["n_seeds", "n_expected", "missing_seeds", "differences"]
+    columns += ["n_seeds", "n_expected", "missing_seeds", "seeds", "differences"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def with_seeds(frame: pd.DataFrame, seeds: Sequence[int], values: Iterable[Mapping[int, float]]) -> pd.DataFrame:
+    """The frame with a column `seed-N` for each seed; values: seed -> difference, of each row."""
+    rows = list(values)
+    return frame.assign(**{f"seed-{seed}": [of.get(seed, math.nan) for of in rows] for seed in seeds})
 
 
 def _summary(study: Study, values: pd.DataFrame, contrast: Contrast) -> dict[str, Any]:
@@ -121,6 +129,7 @@ def _summary(study: Study, values: pd.DataFrame, contrast: Contrast) -> dict[str
         "n_seeds": len(there),
         "n_expected": len(study.seeds),
         "missing_seeds": " ".join(map(str, missing)),
+        "seeds": there.index.tolist(),
         "differences": there.tolist(),
     }
 
@@ -143,12 +152,12 @@ def effects_table(results: Results) -> Table:
         sign_flip_p(values) if test else math.nan for values, test in zip(frame.differences, tested, strict=True)
     ]
     frame["p_holm"] = frame.groupby("stage").p.transform(lambda p: holm(p.tolist())) if len(frame) else []
-    n = frame.n_seeds.max() if len(frame) else 0
-    least = f"; of {n} seeds it cannot be below {p_value(2.0 ** (1 - n))}" if n else ""
+    n = int(frame.n_seeds.max()) if len(frame) else 0
+    least = f"; of {n} seed{'s' * (n > 1)} it cannot be below {p_value(2.0 ** (1 - n))}" if n else ""
     columns = [
-        *_columns("Effect"),
+        *_columns(results, "Effect"),
         Column("p", lambda row: p_value(row["p"])),
-        Column("p (Holm)", lambda row: p_value(row["p_holm"])),
+        Column("p\n(Holm)", lambda row: p_value(row["p_holm"])),
     ]
     caption = "What the two ideas do: main effects and interaction of the 2×2 design, paired over seeds."
     notes = [
@@ -156,45 +165,58 @@ def effects_table(results: Results) -> Table:
         "Disco × LeDPO: what Disco changes with LeDPO minus what it changes without; zero if the two add up. In rm "
         "there is Disco alone.",
         f"p: two-sided sign-flip test of the differences per seed{least}. Tested is what the hypotheses are about, NLL "
-        "and true reward; Holm's correction is over the tests of a stage.",
+        "and true reward, and – stands beside what is not; Holm's correction is over the tests of a stage.",
     ]
-    return _table(results, frame.drop(columns="differences"), caption, columns, notes)
+    return _table(results, frame, caption, columns, notes, "Effects of the two ideas")
 
 
 def comparisons_table(results: Results) -> Table:
     """One arm against another; sums of the factorial effects, so with intervals and without tests of their own."""
-    frame = effects_frame(results.study, collect(results), comparisons()).drop(columns="differences")
+    frame = effects_frame(results.study, collect(results), comparisons())
     caption = "One arm against another, paired over seeds."
     notes = [
-        "These are sums of the effects in the table of effects and therefore not tested once more; of twenty such "
+        "These are sums of the effects in the table of effects and therefore not tested once more; of twenty 95 % "
         "intervals one excludes zero by chance."
     ]
     if "reward_gain" in set(frame.metric):
         notes.append("Reward gains are compared where both arms have the same kind of reward model, with Disco or not.")
-    return _table(results, frame, caption, _columns("Difference"), notes)
+    return _table(results, frame, caption, _columns(results, "Difference"), notes, "One arm against another")
 
 
-def _columns(header: str) -> list[Column]:
+def _columns(results: Results, header: str) -> list[Column]:
+    seeds = results.study.seeds
     return [
         Column("Stage", lambda row: row["stage"], is_number=False),
         Column("Metric", lambda row: METRICS[row["metric"]].header.replace("\n", " "), is_number=False),
         Column(header, lambda row: row["contrast"], is_number=False),
         Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
-        Column("Mean ± 95 % CI", _estimate),
+        Column(interval_header(seeds), lambda row: difference(row, seeds)),
         Column("Bootstrap\n95 % CI", _interval),
     ]
 
 
-def _table(results: Results, frame: pd.DataFrame, caption: str, columns: list[Column], notes: list[str]) -> Table:
+def difference(row: Row, seeds: Sequence[int]) -> str:
+    """Of a row of `effects_frame`; how many seeds it has stands beside it."""
+    values = dict(zip(row["seeds"], row["differences"], strict=True))
+    return estimate(values, seeds if len(seeds) < INTERVAL_FROM else list(values), MEASURES[row["metric"]].decimals)
+
+
+def _table(
+    results: Results, frame: pd.DataFrame, caption: str, columns: list[Column], notes: list[str], title: str
+) -> Table:
+    seeds = results.study.seeds
     if frame.empty:
         notes = ["No two arms of this study differ in what they use and have been measured."]
     else:
+        shown = (
+            "the mean of fewer than six is shown with each of them"
+            if len(seeds) < INTERVAL_FROM
+            else "± is the half-width of Student's interval of their mean"
+        )
         notes = [
             *notes,
-            "Differences per seed are between runs that share data, initialisation and order; ± is the half-width of "
-            f"Student's interval of their mean. The bootstrap (percentiles) is left out below {BOOTSTRAP_FROM} seeds, "
-            "where it is much too narrow. A KL that differs means that other metrics of the policies are not compared "
-            "at equal KL.",
+            f"Differences per seed are between runs that share data, initialisation and order; {shown}. A KL that "
+            "differs means that other metrics of the policies are not compared at equal KL.",
         ]
     lacking = frame[frame.missing_seeds != ""].groupby("stage", sort=False).missing_seeds.agg(" ".join)
     if len(lacking):
@@ -202,8 +224,10 @@ def _table(results: Results, frame: pd.DataFrame, caption: str, columns: list[Co
             f"Missing: {_missing(lacking)}. A seed counts where all arms of a difference are there. "
             f"Not there: {_reasons(results, lacking.index)}."
         )
+    by_seed = (dict(zip(*of, strict=True)) for of in zip(frame.seeds, frame.differences, strict=True))
+    kept = with_seeds(frame.drop(columns=["seeds", "differences"]), seeds, by_seed)
     notes, made_by = [*notes, provenance_line(results)], provenance(results)
-    return Table(frame, [Panel(caption, columns)], notes, made_by, ["stage", "metric"])
+    return Table(kept, [Panel(caption, columns, keys=4)], notes, made_by, ["stage", "metric"], frame, title)
 
 
 def _missing(lacking: pd.Series) -> str:
@@ -216,12 +240,6 @@ def _reasons(results: Results, stages: pd.Index) -> str:
     runs = [run for run in results.study.grid_runs() if run.arm in CORNERS and not run.proof]
     said = {stage: results.describe_missing(run for run in runs if run.stage == stage) for stage in stages}
     return "; ".join(f"{stage}, {text or 'a metric of some runs'}" for stage, text in said.items())
-
-
-def _estimate(row: Row) -> str:
-    decimals = METRICS[row["metric"]].decimals
-    text = number(row["difference"], decimals)
-    return text if math.isnan(row["ci95"]) else f"{text} ± {number(row['ci95'], decimals)}"
 
 
 def _interval(row: Row) -> str:

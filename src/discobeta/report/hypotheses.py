@@ -33,11 +33,12 @@ from discobeta.design.stages import STAGES
 from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, did_you_mean, shown
 from discobeta.report import frontier, published
-from discobeta.report.effects import p_value
+from discobeta.report.effects import p_value, with_seeds
+from discobeta.report.estimates import estimate, interval_header
 from discobeta.report.measures import MEASURES
 from discobeta.report.published import Published, Source
-from discobeta.report.render import Column, Panel, Row, Table, number
-from discobeta.report.statistics import detectable, equivalence_p, holm, mean_ci, sign_flip_p
+from discobeta.report.render import NOTHING, Column, Panel, Row, Table, number
+from discobeta.report.statistics import INTERVAL_FROM, detectable, equivalence_p, holm, mean_ci, sign_flip_p
 
 OTHER_WAY = {"less": "greater", "greater": "less"}
 VERDICTS = ("supported", "equivalent", "contradicted", "undecided", "undecidable")
@@ -325,7 +326,6 @@ class Verdict:
             "verdict": self.verdict,
             "why": self.why,
             "remarks": ". ".join(self.found.remarks),
-            "differences": " ".join(f"{seed}:{value!r}" for seed, value in self.found.values.items()),
         }
 
 
@@ -437,20 +437,28 @@ def _decide(verdict: Verdict, tests_in_family: int, registered: Registered) -> N
 def verdicts_table(registered: Registered, verdicts: list[Verdict], made_by: dict[str, str]) -> Table:
     """A row per hypothesis. made_by: the digest of the file of hypotheses, and what else made the numbers."""
     alpha, power = registered.alpha, registered.power
-    frame = pd.DataFrame([verdict.row(alpha) | {"decimals": verdict.hypothesis.decimals} for verdict in verdicts])
-    columns = [
+    rows = [verdict.row(alpha) for verdict in verdicts]
+    seeds = sorted({seed for verdict in verdicts for seed in verdict.found.values})
+    frame = with_seeds(pd.DataFrame(rows), seeds, (verdict.found.values for verdict in verdicts))
+    more = ({"decimals": of.hypothesis.decimals, "values": of.found.values} for of in verdicts)
+    printed = pd.DataFrame([row | of for row, of in zip(rows, more, strict=True)])
+    least = min((len(of.found.values) for of in verdicts if of.found.values), default=INTERVAL_FROM)
+    registered_columns = [
         Column("", lambda row: row["id"], is_number=False),
         Column("Stage", lambda row: row["stage"], is_number=False),
-        Column("Hypothesis", lambda row: row["text"], is_number=False),
-        Column("Quantity", lambda row: row["quantity"], is_number=False),
-        Column("Seeds", lambda row: str(row["n_seeds"])),
-        Column("Difference\n± 95 % CI", _estimate),
+        Column("Hypothesis", lambda row: row["text"], is_number=False, widest=0.45),
         Column("Registered", _registered, is_number=False),
-        Column("p", lambda row: p_value(row["p"])),
-        Column("p (Holm)", lambda row: p_value(row["p_holm"])),
-        Column("p against\n(Holm)", lambda row: p_value(row["p_against_holm"])),
-        Column("Detectable", lambda row: _detectable(row)),
         Column("Verdict", lambda row: row["verdict"], is_number=False),
+    ]
+    number_columns = [
+        Column("", lambda row: row["id"], is_number=False),
+        Column("Quantity", lambda row: row["quantity"], is_number=False, widest=0.18),
+        Column("Seeds", lambda row: str(row["n_seeds"] or NOTHING)),
+        Column(interval_header(range(least), "Difference"), _estimate),
+        Column("Detectable", lambda row: _detectable(row)),
+        Column("p", lambda row: p_value(row["p"])),
+        Column("p\n(Holm)", lambda row: p_value(row["p_holm"])),
+        Column("p against\n(Holm)", lambda row: p_value(row["p_against_holm"])),
     ]
     notes = [
         "p: exact one-sided sign-flip test of the differences per seed in the registered direction; of an equivalence "
@@ -464,13 +472,15 @@ def verdicts_table(registered: Registered, verdicts: list[Verdict], made_by: dic
         *(f"{row['id']}: {row['remarks']}." for row in frame.to_dict("records") if row["remarks"]),
         f"Hypotheses {made_by['hypotheses']}.",
     ]
-    panels = [Panel("What was registered, and what came.", columns)]
-    return Table(frame.drop(columns="decimals"), panels, notes, made_by, ["stage"], printed=frame)
+    panels = [
+        Panel("What was registered, and the verdict.", registered_columns, keys=len(registered_columns)),
+        Panel("The numbers behind the verdicts.", number_columns, "numbers", keys=2),
+    ]
+    return Table(frame, panels, notes, made_by, ["stage"], printed, "Registered hypotheses and their verdicts")
 
 
 def _estimate(row: Row) -> str:
-    text = number(row["difference"], row["decimals"])
-    return text if math.isnan(row["ci95"]) else f"{text} ± {number(row['ci95'], row['decimals'])}"
+    return estimate(row["values"], list(row["values"]), row["decimals"])
 
 
 def _registered(row: Row) -> str:

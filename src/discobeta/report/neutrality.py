@@ -10,6 +10,7 @@ from discobeta.design.study import Run, Study
 from discobeta.identity import WEIGHTS, file_hash
 from discobeta.report.collect import provenance, provenance_line
 from discobeta.report.compare import EQUAL, OUTCOMES, files_of, verdict
+from discobeta.report.measures import arm_text
 from discobeta.report.render import NOTHING, Column, Panel, Table
 from discobeta.report.results import Results, kind_of
 
@@ -34,10 +35,11 @@ def neutrality_frame(results: Results) -> pd.DataFrame:
 
 
 def _verdicts(results: Results, run: Run, twin: Run | None) -> dict[str, str]:
+    not_measured = dict.fromkeys(MEASURED_ALONE, NOTHING) if run.proof else {}
     if twin is None:
-        return dict.fromkeys(OUTCOMES, "twin not in this study")
+        return dict.fromkeys(OUTCOMES, "twin not in this study") | not_measured
     if not (results.counts(run) and results.counts(twin)):
-        return dict.fromkeys(OUTCOMES, _absent(results, twin if results.counts(run) else run, twin))
+        return dict.fromkeys(OUTCOMES, _absent(results, twin if results.counts(run) else run, twin)) | not_measured
     verdicts = {}
     for outcome in OUTCOMES:
         ours, theirs = files_of(outcome, run.directory), files_of(outcome, twin.directory)
@@ -101,13 +103,16 @@ def neutrality_table(results: Results) -> Table:
     study, frame = results.study, neutrality_frame(results)
     columns = [
         Column("Stage", lambda row: row["stage"], is_number=False),
-        Column("Idle arm", lambda row: row["arm"], is_number=False),
-        Column("Twin", lambda row: row["twin"], is_number=False),
-        Column("Seeds", lambda row: row["seed"], is_number=False),
+        Column("Idle arm", lambda row: arm_text(row["arm"]), is_number=False),
+        Column("Twin", lambda row: arm_text(row["twin"]), is_number=False),
+        Column("Seeds", lambda row: row["seed"], is_number=False, widest=0.15),
         Column(
             "Compared", lambda row: study.proof_text(row["stage"]) if row["proof"] else "whole run", is_number=False
         ),
-        *(Column(name.capitalize(), lambda row, name=name: row[name], is_number=False) for name in OUTCOMES),
+        *(
+            Column(name.capitalize(), lambda row, name=name: row[name], is_number=False, widest=0.18)
+            for name in OUTCOMES
+        ),
     ]
     caption = "Runs with an idle head against their twin, the run without that head: what each computed, byte for byte."
     alike = [name for name in frame if name != "seed"]
@@ -122,7 +127,8 @@ def neutrality_table(results: Results) -> Table:
     if study.idle_arms == "prove":
         summary += " A proof is trained for its first steps only, and not measured."
     notes = [f"{summary} Offsets of bytes are counted from 0.", provenance_line(results)]
-    return Table(frame, [Panel(caption, columns)], notes, provenance(results), ["stage"], printed)
+    panels = [Panel(caption, columns, keys=5)]
+    return Table(frame, panels, notes, provenance(results), ["stage"], printed, "Neutrality of idle heads")
 
 
 def _idle_runs(study: Study) -> str:

@@ -151,6 +151,7 @@ TABLES = (
     Row("comparisons", "discobeta.report.effects:comparisons_table", "comparisons", "comparisons", TABLE),
     Row("neutrality", "discobeta.report.neutrality:neutrality_table", "neutrality", "neutrality", TABLE),
     Row("cost", "discobeta.report.costs:cost_table", "cost", "cost", TABLE),
+    Row("{stage}-grid", "discobeta.report.cells:grid_table", "grid", "the whole grid of {stage}", TABLE),
     Row("metrics", "discobeta.report.collect:metrics_table", "metrics", "every number", TABLE[:1]),
 )  # fmt: skip
 

@@ -21,16 +21,19 @@ from discobeta.errors import UserError
 from discobeta.files import remove, write_text
 from discobeta.folders import claim, mark_of, write_mark
 from discobeta.report import effects, frontier, hypotheses, published
-from discobeta.report.effects import p_value
+from discobeta.report.cells import panels_of
+from discobeta.report.controls import AS_IN_THE_GRID
+from discobeta.report.effects import p_value, with_seeds
+from discobeta.report.estimates import estimate, interval_header, interval_words
 from discobeta.report.frontier import REWARD, frontiers, has_frontier, kl_of
 from discobeta.report.hypotheses import Registered, Verdict
-from discobeta.report.measures import MEASURES
-from discobeta.report.published import Published, Source, label_of
-from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, escape, number
-from discobeta.report.statistics import holm, mean_ci, sign_flip_p
+from discobeta.report.measures import FURTHER, MEASURES, POSTHOC
+from discobeta.report.published import Published, Source, label_of, variant_label
+from discobeta.report.render import Column, Panel, Row, Table, count, escape, number
+from discobeta.report.statistics import INTERVAL_FROM, holm, mean_ci, sign_flip_p
 
 MADE_BY = "discobeta paper"
-POSTHOC = re.compile(r"posthoc/([^/]+)/(.+)")
+POSTHOC_METRIC = re.compile(r"posthoc/([^/]+)/(.+)")
 
 
 @dataclass
@@ -111,10 +114,6 @@ class Printed:
     source: Source
     posthoc: str = ""
 
-    @property
-    def label(self) -> str:
-        return label_of(self.source) + (f", post-hoc {self.posthoc.replace('_', ' ')}" if self.posthoc else "")
-
     def metric(self, name: str) -> str:
         return f"posthoc/{self.posthoc}/{name}" if self.posthoc else name
 
@@ -128,48 +127,81 @@ def printed_rows(study: Published, stage: str) -> list[Printed]:
     rows = []
     for source in sources:
         rows.append(Printed(source))
-        found = [POSTHOC.fullmatch(name) for name in sorted(study.metrics_of(stage, source))]
-        rows += [Printed(source, fit) for fit in dict.fromkeys(match[1] for match in found if match)]
+        found = {match[1] for name in study.metrics_of(stage, source) if (match := POSTHOC_METRIC.fullmatch(name))}
+        rows += [Printed(source, fit) for fit in sorted(found, key=lambda fit: [*POSTHOC, *sorted(found)].index(fit))]
     return rows
 
 
 def numbers_table(study: Published, stage: str) -> Table:
-    """Mean ± CI over seeds of what was measured, of every arm and control at the study's own settings."""
+    """What was measured of every arm and control at the study's own settings.
+
+    What was fitted to a control stands in the CSV alone: printed are the fits to the baseline.
+    """
     rows = printed_rows(study, stage)
-    there = {metric for row in rows for metric in study.metrics_of(stage, row.source)}
-    names = [name for name in MEASURES if name in there and not name.startswith(("posthoc/", "calibration/"))]
+    names = [name for name in MEASURES if not name.startswith(("posthoc/", "calibration/"))]
     records = []
     for row in rows:
         record: dict[str, Any] = {"arm": row.source.arm, "variant": row.source.variant, "posthoc": row.posthoc}
-        record["label"] = label_of(row.source, study) + row.label.removeprefix(label_of(row.source))
-        for name in names:
-            values = list(study.values(stage, row.source, row.metric(name)).values())
-            record[name], record[f"{name}_ci95"] = mean_ci(values)
-            record[f"{name}_n"] = len(values)
-        record["n_seeds"] = max((record[f"{name}_n"] for name in names), default=0)
-        record["n_expected"] = len(study.seeds)
+        fitted = row.posthoc and POSTHOC.get(row.posthoc, f"post-hoc {row.posthoc}")
+        record["label"] = ", ".join(filter(None, [label_of(row.source, study), fitted]))
+        record["beside"] = fitted or variant_label(row.source, study)
+        record |= _of_seeds(study, stage, row.source, {name: row.metric(name) for name in names})
         records.append(record)
-    columns = [
-        Column("Arm", lambda row: row["label"], is_number=False),
-        Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
-        *(Column(MEASURES[name].header, lambda row, name=name: _estimate(row, name)) for name in names),
-    ]
-    notes = [
-        "Mean over seeds ± half-width of its 95 % confidence interval (Student). Arms share their seeds: whether "
-        "two differ is said by paired differences.",
-        study.made_by_line,
-    ]
-    return Table(pd.DataFrame(records), [Panel(f"{STAGES[stage].title}, {study.name}.", columns)], notes, study.made_by)
+    frame, printed = _frames(records)
+    printed = printed[(printed.posthoc == "") | (printed.variant == "")]
+    which = [Column("Arm", lambda row: BY_NAME[row["arm"]].label, is_number=False)]
+    if printed.beside.any():
+        which.append(Column("Variant", lambda row: row["beside"] or AS_IN_THE_GRID, is_number=False))
+    if printed.n_seeds.nunique() > 1 or (printed.n_seeds != len(study.seeds)).any():
+        which.append(_seeds_column())
+    title = f"{STAGES[stage].title}, {study.name}"
+    panels = panels_of(stage, which, title, study.seeds)
+    further = [metric for metric in FURTHER if not metric.name.startswith("posthoc/")]
+    columns = [*which, *(_metric_column(metric.name, study.seeds) for metric in further)]
+    panels.append(
+        Panel(f"{title}: what else is known of the runs. {interval_words(study.seeds)}", columns, "more", len(which))
+    )
+    notes = ["Arms share their seeds: whether two differ is said by paired differences."]
+    if (printed.posthoc != "").any():
+        notes.append(
+            "What is post hoc was fitted to the frozen baseline on calibration pairs: it says other probabilities of "
+            "the same choices between responses, and has no accuracy and no policy of its own."
+        )
+    if any((frame[name].between(1, frame.n_seeds - 1)).any() for name in frame if name.endswith("_n")):
+        notes.append("(n of N): what is measured is undefined in the other seeds, e.g. a correlation with a constant.")
+    notes.append(study.made_by_line)
+    return Table(frame, panels, notes, study.made_by, ["arm"], printed, title)
 
 
-def _estimate(row: Row, name: str) -> str:
-    if row[f"{name}_n"] == 0:
-        return NOTHING
-    decimals = MEASURES[name].decimals
-    interval = row[f"{name}_ci95"]
-    text = number(row[name], decimals) + ("" if math.isnan(interval) else f" ± {number(interval, decimals)}")
-    n = row[f"{name}_n"]
-    return text if n == row["n_seeds"] else f"{text} ({n} of {row['n_seeds']})"
+def _of_seeds(study: Published, stage: str, source: Source, metrics: dict[str, str]) -> dict[str, Any]:
+    """Of metrics (what they are called in the table -> in the file): values by seed, mean, half-width, number."""
+    record: dict[str, Any] = {}
+    for name, metric in metrics.items():
+        values = study.values(stage, source, metric)
+        record[name], record[f"{name}_ci95"] = mean_ci(list(values.values()))
+        record[f"{name}_n"], record[f"{name}_values"] = len(values), values
+    n = max((record[f"{name}_n"] for name in metrics), default=0)
+    return record | {"n_seeds": n, "n_expected": len(study.seeds)}
+
+
+def _frames(records: list[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What the CSV holds, without metrics that no row has, and what is printed."""
+    printed = pd.DataFrame(records)
+    names = [name for name in MEASURES if name in printed]
+    absent = [name for name in names if not (printed[f"{name}_n"] > 0).any()]
+    away = [*(f"{name}_values" for name in names), "beside"]
+    away += [column for name in absent for column in (name, f"{name}_ci95", f"{name}_n")]
+    return printed.drop(columns=away, errors="ignore"), printed
+
+
+def _seeds_column() -> Column:
+    return Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"]))
+
+
+def _metric_column(name: str, seeds: list[int]) -> Column:
+    """A cell with fewer seeds than its row says so."""
+    metric = MEASURES[name]
+    return Column(metric.header, lambda row: estimate(row[f"{name}_values"], seeds, metric.decimals, row["n_seeds"]))
 
 
 # --- sweeps and what is matched
@@ -192,23 +224,20 @@ def sweep_table(study: Published, stage: str) -> Table:
                 "label": label_of(source, study),
                 "pref_beta": setting,
             }
-            for name in names:
-                values = list(study.values(stage, run, name).values())
-                record[name], record[f"{name}_ci95"] = mean_ci(values)
-                record[f"{name}_n"] = len(values)
-            record |= {"n_seeds": max(record[f"{name}_n"] for name in names), "n_expected": len(study.seeds)}
-            records.append(record)
+            records.append(record | _of_seeds(study, stage, run, {name: name for name in names}))
     order = {source.text: place for place, source in enumerate(frontier.swept(study, stage))}
     records.sort(key=lambda row: (order[Source(row["arm"], row["variant"]).text], row["pref_beta"]))
-    columns = [
+    which = [
         Column("Arm", lambda row: row["label"], is_number=False),
         Column("β", lambda row: f"{row['pref_beta']:g}"),
-        Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
-        *(Column(MEASURES[name].header, lambda row, name=name: _estimate(row, name)) for name in names),
     ]
-    notes = ["Mean over seeds ± half-width of its 95 % confidence interval (Student).", study.made_by_line]
-    caption = f"{STAGES[stage].title}, {study.name}: the sweep over β."
-    return Table(pd.DataFrame(records), [Panel(caption, columns)], notes, study.made_by, ["label"])
+    frame, printed = _frames(records)
+    if (printed.n_seeds != len(study.seeds)).any():
+        which.append(_seeds_column())
+    columns = [*which, *(_metric_column(name, study.seeds) for name in names)]
+    title = f"{STAGES[stage].title}, {study.name}: the sweep over β"
+    panels = [Panel(f"{title}. {interval_words(study.seeds)}", columns, keys=len(which))]
+    return Table(frame, panels, [study.made_by_line], study.made_by, ["label"], printed, title)
 
 
 def remarks(found: dict[Source, dict[int, list[frontier.Point]]]) -> list[str]:
@@ -232,7 +261,7 @@ def matched_table(study: Published, stage: str) -> Table:
     for name, weights in effects.factorial().items():
         if " × " in name and all(Source(arm.name) in found for arm in weights):
             pairs.append((name, name, {Source(arm.name): weight for arm, weight in weights.items()}))
-    records, notes = [], []
+    records, found_of, notes = [], [], []
     for name, key, weights in pairs:
         result = frontier.matched(weights, {source: found[source] for source in weights})
         values = list(result.differences.values())
@@ -249,18 +278,21 @@ def matched_table(study: Published, stage: str) -> Table:
                 "p": sign_flip_p(values),
                 "kl_low": mean_ci([low for low, _ in ranges])[0],
                 "kl_high": mean_ci([high for _, high in ranges])[0],
-                "differences": " ".join(f"{seed}:{value!r}" for seed, value in result.differences.items()),
                 "undecidable": "; ".join(f"seed {seed}: {why}" for seed, why in result.undecidable.items()),
             }
         )
+        found_of.append(result.differences)
         notes += [f"{name}: not compared: {records[-1]['undecidable']}."] if result.undecidable else []
     notes += remarks(found)
     decimals = MEASURES[REWARD].decimals
     columns = [
-        Column("Difference", lambda row: row["contrast"], is_number=False),
+        Column("Difference", lambda row: row["contrast"], is_number=False, widest=0.4),
         Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
-        Column("Common KL", lambda row: f"{number(row['kl_low'], 2)} to {number(row['kl_high'], 2)}"),
-        Column("Mean ± 95 % CI", lambda row: _difference(row, decimals)),
+        Column("Common KL\n(nats)", lambda row: f"{number(row['kl_low'], 2)} to {number(row['kl_high'], 2)}"),
+        Column(
+            interval_header(study.seeds, "Mean difference"),
+            lambda row: estimate(row["values"], list(row["values"]), decimals),
+        ),
         Column("p", lambda row: p_value(row["p"])),
     ]
     notes = [
@@ -270,13 +302,10 @@ def matched_table(study: Published, stage: str) -> Table:
         *notes,
         study.made_by_line,
     ]
-    caption = f"{STAGES[stage].title}, {study.name}: true reward at matched KL."
-    return Table(pd.DataFrame(records), [Panel(caption, columns)], notes, study.made_by)
-
-
-def _difference(row: Row, decimals: int) -> str:
-    text = number(row["difference"], decimals)
-    return text if math.isnan(row["ci95"]) else f"{text} ± {number(row['ci95'], decimals)}"
+    title = f"{STAGES[stage].title}, {study.name}: true reward at matched KL"
+    frame = with_seeds(pd.DataFrame(records), study.seeds, found_of)
+    printed = pd.DataFrame([row | {"values": of} for row, of in zip(records, found_of, strict=True)])
+    return Table(frame, [Panel(f"{title}.", columns, keys=2)], notes, study.made_by, [], printed, title)
 
 
 def effects_table(study: Published) -> Table:
@@ -290,19 +319,21 @@ def effects_table(study: Published) -> Table:
         Column("Stage", lambda row: row["stage"], is_number=False),
         Column("Metric", lambda row: MEASURES[row["metric"]].header.replace("\n", " "), is_number=False),
         Column("Effect", lambda row: row["contrast"], is_number=False),
-        Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
-        Column("Mean ± 95 % CI", lambda row: _difference(row, MEASURES[row["metric"]].decimals)),
+        _seeds_column(),
+        Column(interval_header(study.seeds), lambda row: effects.difference(row, study.seeds)),
         Column("p", lambda row: p_value(row["p"])),
-        Column("p (Holm)", lambda row: p_value(row["p_holm"])),
+        Column("p\n(Holm)", lambda row: p_value(row["p_holm"])),
     ]
     notes = [
         "Main effects and interaction of the 2×2 design at the study's own β, paired over seeds. p: two-sided "
         "sign-flip test; Holm's correction is over the tests of a stage. Exploratory beside the registered hypotheses.",
         study.made_by_line,
     ]
-    caption = f"What the two ideas do, {study.name}."
-    frame = frame.drop(columns="differences")
-    return Table(frame, [Panel(caption, columns)], notes, study.made_by, ["stage", "metric"])
+    title = f"What the two ideas do, {study.name}"
+    by_seed = (dict(zip(*of, strict=True)) for of in zip(frame.seeds, frame.differences, strict=True))
+    kept = with_seeds(frame.drop(columns=["seeds", "differences"]), study.seeds, by_seed)
+    panels = [Panel(f"{title}.", columns, keys=4)]
+    return Table(kept, panels, notes, study.made_by, ["stage", "metric"], frame, title)
 
 
 # --- macros
@@ -340,8 +371,9 @@ def _macros(
             return
         of = " ".join(names)
         yield macro_name(*names), number(row[key], decimals), of
-        interval = row.get("ci95" if key == "difference" else f"{key}_ci95", math.nan)
-        if not math.isnan(interval):
+        of_difference = key == "difference"
+        interval = row.get("ci95" if of_difference else f"{key}_ci95", math.nan)
+        if not math.isnan(interval) and row["n_seeds" if of_difference else f"{key}_n"] >= INTERVAL_FROM:
             yield macro_name(*names, "ci"), number(interval, decimals), f"{of} ci"
 
     for study in studies:
@@ -372,7 +404,8 @@ def _macros(
         name, decimals = verdict.hypothesis.id, verdict.hypothesis.decimals
         yield macro_name(name, "verdict"), verdict.verdict, f"{name} verdict"
         yield macro_name(name, "seeds"), str(verdict.n), f"{name} seeds"
-        found = {"difference": verdict.difference, "ci": verdict.ci95, "detectable": verdict.detectable}
+        found = {"difference": verdict.difference, "detectable": verdict.detectable}
+        found |= {"ci": verdict.ci95} if verdict.n >= INTERVAL_FROM else {}
         for key, value in found.items():
             if math.isfinite(value):
                 yield macro_name(name, key), number(value, decimals), f"{name} {key}"
@@ -416,7 +449,7 @@ def index(paper: Paper, digest: str) -> str:
     lines += ["", "| table | |", "|---|---|"]
     for name, table in paper.tables.items():
         links = ", ".join(f"[{ending}]({name}.{ending})" for ending in ("md", "csv", "tex"))
-        lines.append(f"| {table.panels[0].caption} | {links} |")
+        lines.append(f"| {table.title} | {links} |")
     lines += ["", f"Every number as a LaTeX macro: [numbers.tex](numbers.tex), {len(paper.macros):,} of them.", ""]
     for name in paper.figures:
         lines += [f"![{name}]({name}.png)", ""]

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from discobeta.design.arms import BY_NAME, Arm
-from discobeta.design.config import default_of
+from discobeta.design.config import FIELDS, default_of
 from discobeta.design.stages import STAGES
 from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, shown, telling
@@ -106,13 +106,16 @@ class Published:
 def label_of(source: Source, study: Published | None = None) -> str:
     """E.g. `Disco, probit`; a control's own label, where its study gives one."""
     label = BY_NAME[source.arm].label
-    label = label[0].upper() + label[1:]
-    if not source.variant:
-        return label
-    if source.variant.rpartition(",")[2] == TUNED:
-        return f"{label_of(Source(source.arm, source.variant.rpartition(',')[0]), study)}, β tuned"
+    return ", ".join(filter(None, [label[0].upper() + label[1:], variant_label(source, study)]))
+
+
+def variant_label(source: Source, study: Published | None = None) -> str:
+    """What a table calls the control, or the β that was tuned; nothing of an arm as it is in the grid."""
+    variant, _, last = source.variant.rpartition(",")
+    if last == TUNED:
+        return ", ".join(filter(None, [variant_label(Source(source.arm, variant), study), "β tuned"]))
     control = ((study.settings.get("controls") or {}).get(source.variant) or {}) if study else {}
-    return f"{label}, {control.get('label') or source.variant}"
+    return control.get("label") or source.variant
 
 
 def studies(folder: Path) -> list[str]:
@@ -159,34 +162,58 @@ def _read_one(folder: Path, name: str) -> Published:
 
 
 def tuned_rows(study: Published) -> list[tuple[str, str, str, int, str, float]]:
-    """Of every arm and control that was swept, a variant `tuned-beta`: the run whose coefficient was chosen by seed.
+    """Of every arm and control that was swept, a variant `tuned-beta`: of each seed the numbers of `chosen`'s run.
 
-    Chosen is the coefficient with the lowest NLL on the calibration pairs, which no held-out number has to do with; a
-    seed that lacks any point of the sweep has none, and of equal ones the first counts, which is the section's own.
-    Its numbers are that run's; `tuned/pref_beta` is what was chosen.
+    `tuned/pref_beta` is what was chosen.
     """
-    swept: dict[tuple[str, Source], dict[Source, float]] = {}
-    for stage in study.stages:
-        for run in study.sources(stage):
-            variant, setting = split_variant(run.variant, SWEPT)
-            if study.values(stage, run, CHOSEN_BY):
-                setting = study.setting(stage, SWEPT, variant) if setting is None else setting
-                swept.setdefault((stage, Source(run.arm, variant)), {})[run] = float(setting)
     rows = []
-    for (stage, source), points in swept.items():
-        if len(points) < 2:
-            continue
-        nll = {run: study.values(stage, run, CHOSEN_BY) for run in points}
-        for seed in sorted(set.intersection(*map(set, nll.values()))):
-            chosen = min(points, key=lambda run, nll=nll, seed=seed: nll[run][seed])
-            place = (stage, source.arm, ",".join(filter(None, [source.variant, TUNED])), seed)
-            rows += [
-                (*place, metric, study.values(stage, chosen, metric)[seed])
-                for metric in sorted(study.metrics_of(stage, chosen))
-                if seed in study.values(stage, chosen, metric) and not metric.startswith("posthoc/")
-            ]
-            rows.append((*place, f"tuned/{SWEPT}", points[chosen]))
+    for stage in study.stages:
+        for source, points in swept(study, stage, study.sources(stage)).items():
+            for seed, run in chosen(study, stage, points).items():
+                place = (stage, source.arm, ",".join(filter(None, [source.variant, TUNED])), seed)
+                rows += [
+                    (*place, metric, study.values(stage, run, metric)[seed])
+                    for metric in sorted(study.metrics_of(stage, run))
+                    if seed in study.values(stage, run, metric) and not metric.startswith("posthoc/")
+                ]
+                rows.append((*place, f"tuned/{SWEPT}", points[run]))
     return rows
+
+
+def swept(study: Published, stage: str, runs: Iterable[Source]) -> dict[Source, dict[Source, float]]:
+    """Arm or control -> those of its runs that differ in β alone -> β; of those that have more than one.
+
+    A swept setting that is the section's own is none: with a learning rate of 5e-05, `learning_rate=5e-05` is "".
+    """
+    found: dict[Source, dict[Source, float]] = {}
+    for run in runs:
+        variant, setting = split_variant(run.variant, SWEPT)
+        control = next((part for part in variant.split(",") if part and "=" not in part), "")
+        own = [part for part in variant.split(",") if not _is_own(study, stage, part, control)]
+        setting = study.setting(stage, SWEPT, control) if setting is None else setting
+        if setting is not None:
+            found.setdefault(Source(run.arm, ",".join(filter(None, own))), {})[run] = float(setting)
+    return {source: points for source, points in found.items() if len(points) > 1}
+
+
+def _is_own(study: Published, stage: str, part: str, control: str) -> bool:
+    key, equals, value = part.partition("=")
+    own = study.setting(stage, key, control) if equals and key in FIELDS else None
+    try:
+        return own is not None and float(own) == float(value)
+    except (TypeError, ValueError):
+        return str(own) == value
+
+
+def chosen(study: Published, stage: str, points: dict[Source, float]) -> dict[int, Source]:
+    """Seed -> the run whose coefficient is the tuned one: the lowest NLL on the calibration pairs.
+
+    No held-out number has to do with these. A seed that lacks any point has none, since the least of fewer is another
+    choice; of equal ones the first counts, which is the section's own.
+    """
+    nll = {run: study.values(stage, run, CHOSEN_BY) for run in points}
+    seeds = sorted(set.intersection(*map(set, nll.values()))) if nll else []
+    return {seed: min(points, key=lambda run, seed=seed: nll[run][seed]) for seed in seeds}
 
 
 def split_variant(variant: str, key: str) -> tuple[str, str | None]:

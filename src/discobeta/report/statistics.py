@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 
 EXACT = 20  # differences: of more, not all signs are tried
-BOOTSTRAP_FROM = 6  # values
+INTERVAL_FROM = 6  # values: of fewer, tables show each and no interval of their mean
+BOOTSTRAP_FROM = INTERVAL_FROM
 SUBSETS = 14  # differences: of more, not all subsets are looked at
 
 
