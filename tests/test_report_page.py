@@ -244,7 +244,7 @@ def test_tables_have_the_cells_of_the_markdown_and_links_to_their_files(undrawn)
         shown = [" ".join(cell.split()) for cell in found.texts("td") + found.texts("th")]
         for panel in table.panels:
             assert panel.caption in found.texts("caption")
-            for row in table.rows:
+            for row in panel.rows:
                 assert {" ".join(column.text(row).split()) for column in panel.columns} <= set(shown)
         for note in table.notes:
             assert any(note in " ".join(item.split()) for item in found.texts("li"))

@@ -100,13 +100,13 @@ def _words(cell: Content) -> list[Content]:
 def table_of(table: Table) -> list[Element]:
     """The panels of a table of the study, one below the other, and its notes; the same cells as in its Markdown."""
     parts: list[Element] = []
-    rows = table.rows
-    groups = [[row.get(name) for name in table.group] for row in rows]
-    starts = frozenset(place for place in range(1, len(rows)) if groups[place] != groups[place - 1])
     for panel in table.panels:
+        header, rows = panel.cells()
+        groups = [[row.get(name) for name in table.group] for row in panel.rows]
+        starts = frozenset(place for place in range(1, len(rows)) if groups[place] != groups[place - 1])
         made = grid(
-            [column.header for column in panel.columns],
-            [[cell_of(column.text(row)) for column in panel.columns] for row in rows],
+            header,
+            [[cell_of(text) for text in cells] for cells in rows],
             [column.is_number for column in panel.columns],
             caption=panel.caption,
             starts=starts,

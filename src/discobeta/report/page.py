@@ -54,7 +54,7 @@ CAPTIONS = Path(__file__).parents[3] / "workflow" / "report"
 LARGEST_SVG = 400_000
 """Bytes of a figure: one that is larger is put into the page as PNG."""
 
-WIDE = 4.5
+WIDE = 5.5
 """Inches: what is wider has a row of its own."""
 
 PROMPTS = 4
@@ -203,7 +203,12 @@ def _four_arms(results: Results) -> list[Content]:
         for stage in spans
     ]  # fmt: skip
     names = [
-        tag("th", _named(metric), scope="col", class_="number start" if begins else "number")
+        tag(
+            "th",
+            metric.header.replace("-\n", "-").replace("\n", " "),
+            scope="col",
+            class_="number start" if begins else "number",
+        )
         for (_, metric), begins in zip(answer.columns, first, strict=True)
     ]
     spread = [[cells[place] for _, cells in answer.rows] for place in range(len(answer.columns))]
@@ -249,10 +254,6 @@ def _four_arms(results: Results) -> list[Content]:
         tag("tbody", body), class_="answer",
     )  # fmt: skip
     return [boxed(table, caption), tag("ul", [tag("li", note) for note in notes], class_="notes")]
-
-
-def _named(metric: Metric) -> list[Content]:
-    return [metric.words, f"\u00a0{metric.better}" if metric.better else None]
 
 
 def _label(arm: Arm) -> str:
