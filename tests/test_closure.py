@@ -55,10 +55,8 @@ MADE_OF = {
     # by tables and figures the page is made anew too, whose rule reads what their rules have made
     **dict.fromkeys([f"report/{name}" for name in ("tables", "cells", "costs")], {"tables"}),
     **dict.fromkeys(["report/neutrality", "report/compare"], {"tables", "page"}),
-    **dict.fromkeys(
-        [f"report/{name}" for name in ("curves", "forest", "head_figures", "marks", "reward_kl")], {"figures"}
-    ),
-    **dict.fromkeys(["report/figures", "report/style"], {"figures", "page"}),
+    **dict.fromkeys([f"report/{name}" for name in ("curves", "forest", "head_figures", "reward_kl")], {"figures"}),
+    **dict.fromkeys(["report/figures", "report/style", "report/marks"], {"figures", "page"}),
     **dict.fromkeys(["report/page", "report/answer", "report/html"], {"page"}),
     **dict.fromkeys(["report/results", "report/collect", "report/effects"], {"tables", "figures", "page"}),
     "record": {"tables", "figures", "page"},
