@@ -365,7 +365,8 @@ def test_an_sft_base_on_another_start_is_refused(settings, base, tmp_path, capsy
 def test_a_tracker_that_is_dropped_on_the_way_stays_ours(run):
     """report_to is no part of what a run is: the same run goes on without it, and is later replaced as a whole."""
     path = run("dpo", report_to="tensorboard")
-    (path / "provenance.json").unlink()
+    for name in ("provenance.json", ".finished.json"):
+        (path / name).unlink()
     run("dpo")
     run("dpo", learning_rate=2e-3, overwrite_output_dir=True)
     assert not (path / "tracker").exists()

@@ -1,14 +1,20 @@
 """What a process of a study imports: its start is most of what a short run costs."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
 
+import discobeta
 from discobeta import closure
+from discobeta.cli import EXTRAS
 
 SCRIPT = """
 import json, os, sys
@@ -105,3 +111,103 @@ def test_a_warm_process_has_imported_what_its_forks_need(commands, tmp_path):
 def test_no_result_depends_on_how_a_process_starts():
     reached = {name for step in closure.ENTRIES for name in closure.files_of(step)}
     assert not reached & {"warm", "__main__", "worker", "cli", "processes"}
+
+
+# --- what is declared in pyproject.toml
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(discobeta.__file__).parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+IMPORTED_AS = {"pyyaml": "yaml"}
+COMES_WITH = {"pydantic_core": "pydantic", "referencing": "snakemake"}
+"""Parts of a package that have a name of their own."""
+
+ONLY_IN = {
+    "trl": {"inputs/base"},
+    "mpmath": {"report"},
+    "matplotlib": {"report"},
+    "pydantic": {"design", "report"},
+    "datasets": {"data", "inputs"},
+    "tokenizers": {"inputs"},
+    "peft": {"model"},
+    "accelerate": {"inputs", "method", "run"},
+    "huggingface_hub": {"identity", "inputs", "report"},
+    "pyarrow": {"data", "report"},
+}
+"""Package -> the folders and modules of ours that may import it."""
+
+
+def declared(*requirements: str) -> set[str]:
+    """What requirements let one import."""
+    names = {re.match(r"[\w-]+", text)[0].lower() for text in requirements}
+    return {IMPORTED_AS.get(name, name) for name in names}
+
+
+def imported_by(folder: Path) -> dict[str, set[str]]:
+    """Package that is not Python's and not ours -> modules in `folder` that import it, anywhere in them."""
+    modules = {path: path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.py")}
+    beside = {path.stem for path in modules}
+    found: dict[str, set[str]] = {}
+    for path, module in modules.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"discobeta", *beside}:
+                found.setdefault(COMES_WITH.get(name, name), set()).add(module)
+    return found
+
+
+def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
+    found, always = imported_by(PACKAGE), declared(*PROJECT["dependencies"])
+    assert set(found) - always == set(EXTRAS)
+    assert always <= set(found)
+    for package, extra in EXTRAS.items():
+        assert package in declared(*PROJECT["optional-dependencies"][extra])
+
+
+def test_a_package_is_imported_only_where_it_serves():
+    found = imported_by(PACKAGE)
+    wrong = {
+        (package, module)
+        for package, places in ONLY_IN.items()
+        for module in found[package]
+        if module not in places and module.partition("/")[0] not in places
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_tests_and_benchmarks_import_what_dev_declares(folder):
+    extras = PROJECT["optional-dependencies"]
+    assert extras["dev"][0] == "discobeta[workflow,sft,slurm]"
+    more = [text for name in ("dev", "workflow", "sft", "slurm") for text in extras[name]]
+    assert set(imported_by(ROOT / folder)) <= declared(*PROJECT["dependencies"], *more)
+
+
+WITHOUT_EXTRAS = """
+import pkgutil, sys, discobeta
+sys.modules.update(dict.fromkeys(sys.argv[1:]))  # None: neither imported nor found
+from importlib import import_module
+for found in pkgutil.walk_packages(discobeta.__path__, "discobeta."):
+    if not found.name.endswith("__main__"):
+        import_module(found.name)
+from discobeta.cli import main
+sys.exit(main(["train", "run.yaml"]))
+"""
+
+
+def test_a_plain_installation_has_all_but_stage_sft_and_there_says_what_to_install(settings, tmp_path):
+    """Every module is imported, and a base is asked for, in a process in which no package of an extra can be found."""
+    absent = {name for requirements in PROJECT["optional-dependencies"].values() for name in declared(*requirements)}
+    absent -= {"discobeta"}
+    assert {"trl", "snakemake", "pytest", "tensorboard"} <= absent
+    made = settings("sft", finetuning_type="full").items()
+    run = {key: value for key, value in made if key not in ("pref_beta", "lora_rank")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, *absent]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == (
+        "discobeta: trl is not installed: pip install -c constraints.txt -e '.[sft]'"
+    )
+    assert done.returncode == 2
+    assert not (tmp_path / "run").exists()

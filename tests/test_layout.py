@@ -10,7 +10,7 @@ from discobeta import closure
 PACKAGE = Path(discobeta.__file__).parent
 
 LAYERS = [
-    {"__init__", "losses", "metrics", "files", "errors", "seeds", "processes"},
+    {"__init__", "losses", "metrics", "files", "errors", "seeds", "processes", "progress", "devices"},
     {"design"},
     {"data", "record", "folders", "identity", "closure", "lock"},
     {"model"},

@@ -30,7 +30,7 @@ for path in json.load(open("made.json"))[os.path.relpath(os.readlink("/proc/self
 """
 """In place of `python -m discobeta`: the job is known by its log, which is where its output goes."""
 
-REPORT = {"tables": 1, "figures": 1}
+REPORT = {"tables": 1, "figures": 1, "page": 1}
 MEASURED = {"evaluate rm": 4, "evaluate dpo": 4, "evaluate ppo": 4} | REPORT
 PPO = {"train_ppo": 4, "evaluate ppo": 4} | REPORT
 DPO = {"train_dpo": 4, "evaluate dpo": 4, "train_ppo": 2, "evaluate ppo": 2} | REPORT  # ppo of the Beta Head's arm
@@ -154,9 +154,10 @@ def test_a_changed_study_reruns_what_reads_it(finished: Path, changes: dict, exp
 
 
 CODE = {
-    "report/figures": {"figures": 1},
-    "report/curves": {"figures": 1},
-    "report/cells": {"tables": 1},
+    "report/figures": {"figures": 1, "page": 1},
+    "report/curves": {"figures": 1, "page": 1},
+    "report/cells": {"tables": 1, "page": 1},
+    "report/html": {"page": 1},
     "report/outputs": {},
     "design/cost": {},
     "lock": {},
@@ -176,8 +177,8 @@ def test_edited_code_reruns_what_is_made_of_it(copy: Path, name: str, expected: 
 
 ROW = 'Row("cost", "discobeta.report.costs:cost_table", "cost", "cost", TABLE),'
 ROWS = {
-    "a table more": (ROW, ROW + ROW.replace('"cost", "disco', '"again", "disco'), {"tables": 1}),
-    "another maker": ("figures:reliability_diagram", "figures:interaction", {"figures": 1}),
+    "a table more": (ROW, ROW + ROW.replace('"cost", "disco', '"again", "disco'), {"tables": 1, "page": 1}),
+    "another maker": ("figures:reliability_diagram", "figures:interaction", {"figures": 1, "page": 1}),
     "another title": ('"reward by noise"', '"rewards"', {}),
 }
 
@@ -187,6 +188,16 @@ def test_a_row_reruns_what_it_is_a_row_of(copy: Path, old: str, new: str, expect
     edit(copy, "report/outputs", old, new)
     assert planned(copy) == expected
     assert ("tables/again.tex" in snakemake(copy, "--dry-run")) == ("again" in new)
+
+
+def test_what_the_page_has_in_it_beside_code_makes_it_anew(copy: Path):
+    style = copy / "src" / "discobeta" / "report" / "page.css"
+    style.write_text(style.read_text() + "p { color: red; }\n")
+    assert planned(copy) == {"page": 1}
+    style.write_text(style.read_text().replace("p { color: red; }\n", ""))
+    text = copy / "workflow" / "report" / "cost.rst"
+    text.write_text(text.read_text() + "More.\n")
+    assert planned(copy) == {"page": 1}
 
 
 def test_what_an_edit_has_taken_back_is_done(copy: Path):

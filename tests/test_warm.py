@@ -142,7 +142,8 @@ def test_a_fork_writes_the_bytes_of_a_started_process(server, settings, tmp_path
             (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(made))
             done = run(["train", f"{name}.yaml"], server[1] if how == "warm" else None, cwd=tmp_path)
             assert done.returncode == 0, done.stderr[-2000:]
-            printed = done.stdout, [line for line in done.stderr.splitlines() if "it/s" not in line and "|" not in line]
+            printed = done.stdout, [line for line in done.stderr.splitlines() if " left" not in line]
+            assert "\r" not in done.stderr  # of a bar: nobody looks
             found[how, name] = {
                 str(path.relative_to(tmp_path)): path.read_bytes()
                 for path in sorted((tmp_path / name).rglob("*"))
@@ -158,6 +159,18 @@ def test_a_fork_writes_the_bytes_of_a_started_process(server, settings, tmp_path
         for how in ("cold", "warm")
     }
     assert 0 < start["warm"] < start["cold"]  # its own, and not the age of what it is forked from
+
+
+def test_a_fork_sees_the_gpu_that_its_job_has_claimed(server, settings, tmp_path):
+    """The list of devices makes no start cold; torch has been imported before, and is asked for GPUs after."""
+    device = f"warm-{os.getpid()}"
+    assert is_warm(server, variables={"DISCOBETA_DEVICES": device})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings("rm", max_steps=1)))
+    variables = environment(server[1], DISCOBETA_DEVICES=device)
+    words = [*DISCOBETA, "train", str(tmp_path / "run.yaml"), "--no-evaluate"]
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"GPU {device} was granted, and torch sees none" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,15 @@ The counts are derived by hand. Per seed, 3 reward models and 9 policies of dpo 
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,11 +24,12 @@ import yaml
 from discobeta.design.config import RunConfig
 from discobeta.design.study import Study
 from discobeta.report import outputs
+from discobeta.report.states import jobs_of
 
 pytest.importorskip("snakemake")
 
 ROOT = Path(__file__).parent.parent
-ALWAYS = {"tables": 1, "figures": 1, "all": 1}
+ALWAYS = {"tables": 1, "figures": 1, "page": 1, "all": 1}
 WHOLE = ALWAYS | {
     "world_corpus": 1,
     "sft": 1,
@@ -56,7 +61,7 @@ SHIPPED = {
     "config": EMBEDDED,
     "config neutrality": WHOLE,
     # β x learning rate, 3 x 3 without the grid's own, of 4 arms and 2 seeds: 64 beside the 8 of the grid
-    "config quick-exp": {name: EMBEDDED[name] for name in ("tables", "figures", "all", "world_corpus", "sft")}
+    "config quick-exp": {name: EMBEDDED[name] for name in (*ALWAYS, "world_corpus", "sft")}
     | dict.fromkeys(("world_pairs", "prepare", "reference", "answers"), 2)
     | {"train_dpo": 72, "evaluate": 72},
     # 12 seeds, each a world of its own; 2 arms of rm and 4 of dpo, and probit in both
@@ -74,6 +79,10 @@ SHIPPED = {
     "hh-rlhf hh-rlhf-tiny": ALWAYS
     | TOKENS
     | {"sft": 1, "train_rm": 6, "train_dpo": 18, "train_ppo": 18, "evaluate": 42},
+    # 2 seeds, whose held-out rows differ; 2 arms of rm and 4 of dpo
+    "own": ALWAYS
+    | dict.fromkeys(("prepare", "reference", "answers"), 2)
+    | {"train_rm": 4, "train_dpo": 8, "evaluate": 12},
 }
 
 
@@ -287,6 +296,22 @@ def test_the_tables_that_are_expected_are_those_that_are_written(tmp_path: Path)
     }
 
 
+@pytest.mark.parametrize("configs", ["smoke", "world worlds/both"])
+def test_status_knows_every_job_by_its_output_and_its_log(configs: str, tmp_path: Path):
+    """`discobeta status` reads states off these files; what it does not know, it could not count."""
+    files = [ROOT / "config" / f"{name}.yaml" for name in configs.split()]
+    done = dry_run(tmp_path, files, "--config", "seeds=[21, 22]")
+    planned = {}
+    for rule, outputs_of, log in re.findall(
+        r"^(?:local)?rule (\w+):\n(?:    input: .*\n)?    output: (.*)\n    log: (.*)$", done.stdout, re.M
+    ):
+        if rule not in ALWAYS:
+            planned[log] = set(outputs_of.split(", "))
+    found = {str(job.log): str(job.target) for job in jobs_of(Study.read(files, ["seeds=[21, 22]"]))}
+    assert found.keys() == planned.keys() and len(planned) > 20
+    assert not {log: target for log, target in found.items() if target not in planned[log]}
+
+
 def test_every_table_and_figure_has_a_text_in_the_report_and_no_text_is_left_over():
     texts = {path.stem for path in (ROOT / "workflow" / "report").glob("*.rst")}
     assert texts == {"workflow"} | {row.caption for row in (*outputs.TABLES, *outputs.FIGURES)}
@@ -460,7 +485,7 @@ def test_shared_steps_are_asked_for_with_the_defaults_that_they_depend_on_and_no
 
 def test_tables_and_figures_are_made_of_runs_that_count_only(tmp_path: Path):
     done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"], "--printshellcmds")
-    for program in ("tables", "figures"):
+    for program in ("tables", "figures", "page"):
         assert f"| python -m discobeta {program} --strict --configfile - &> " in done.stdout
 
 
@@ -542,3 +567,120 @@ def test_a_rule_reads_what_it_is_told_to_whatever_the_paths_are_called(tmp_path:
     assert done.returncode == 0, done.stdout + done.stderr
     tokens = json.loads((tmp_path / "results/odd/shared/data/all/tokens/tokens.json").read_text())
     assert tokens["counts"] == {"train": 40, "eval": 12}
+
+
+# --- what is shown meanwhile
+
+TOY = """
+rule all:
+    input: [f"results/{arm}/seed-{seed}/provenance.json" for arm in ("x", "y") for seed in (1, 2)]
+rule train_rm:
+    output: "results/{arm}/seed-{seed}/provenance.json"
+    log: "logs/{arm}/seed-{seed}.log"
+    shell:
+        "( echo 9600 rows; [ {wildcards.arm}{wildcards.seed} != FAILS ] || {{ echo 'discobeta: diverged'; exit 2; }};"
+        " touch {output} ) &> {log}"
+"""
+
+
+def quietly(folder: Path, fails: str, **options) -> list:
+    (folder / "Snakefile").write_text(TOY.replace("FAILS", fails))
+    return [sys.executable, "-m", "snakemake", "--cores", "2", "--keep-going", "--logger", "discobeta", "-d", folder]
+
+
+def test_the_quiet_view_says_how_many_there_are_and_what_failed_and_how_to_do_it_again(tmp_path: Path):
+    """Into a pipe: plain lines. Snakemake's own words are in its log, whose place is said."""
+    command = [*quietly(tmp_path, "y2"), "--config", "note=a b", "-p"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    first, *lines = done.stderr.splitlines()
+    assert first == "4 jobs: rm 4"
+    place = lines.index("FAILED: rm y seed-2")
+    assert lines[place + 1 : place + 5] == [
+        "  the end of logs/y/seed-2.log:",
+        "  | 9600 rows",
+        "  | discobeta: diverged",
+        "  again: the same command, which goes on with the rest too; it alone: "
+        "snakemake results/y/seed-2/provenance.json --cores all --config 'note=a b'",
+    ]
+    assert re.fullmatch(r"3 of 4 jobs in \d+ s, 1 failed", lines[-1])
+    (log,) = [line.partition(": ")[2] for line in lines if line.startswith("Snakemake's log: ")]
+    assert Path(log).read_text().count("rule train_rm:") == 5  # four that were begun, and the one that failed
+    assert len(lines) < 12 and not re.search(r"[\r\x1b]", done.stderr)
+
+
+def test_the_quiet_view_is_one_line_on_a_terminal(tmp_path: Path):
+    master, slave = pty.openpty()
+    size = {"LINES": "30", "COLUMNS": "50"}
+    process = subprocess.Popen(
+        quietly(tmp_path, "none"), stdout=slave, stderr=slave, cwd=tmp_path, env=os.environ | size
+    )
+    os.close(slave)
+    shown = b""
+    with suppress(OSError):  # the other end is closed
+        while part := os.read(master, 4096):
+            shown += part
+    assert process.wait(60) == 0
+    drawn = [line for line in re.split(r"[\r\n]+", shown.decode()) if line.endswith("\x1b[K")]
+    assert drawn and max(len(line.removesuffix("\x1b[K")) for line in drawn) < 50
+    stays = re.sub(r"\r[^\r\n]*\x1b\[K", "", shown.decode()).split("\r\n")
+    assert stays[0] == "4 jobs: rm 4" and re.fullmatch(r"4 of 4 jobs in \d+ s", stays[-2])
+    assert len(stays) == 4 and stays[1].startswith("Snakemake's log: ")
+
+
+def test_a_dry_run_is_shown_as_ever(tmp_path: Path):
+    command = quietly(tmp_path, "none")
+    done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("rule train_rm:") == 4
+
+
+# --- several GPUs of one machine
+
+TRAINING = """
+import json, os, time
+from pathlib import Path
+def train(config):
+    begun = time.monotonic()
+    time.sleep(0.5)
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    told = [os.environ.get("CUDA_VISIBLE_DEVICES"), begun, time.monotonic()]
+    Path(config.output_dir, "told.json").write_text(json.dumps(told))
+    Path(config.output_dir, "provenance.json").write_text("{}")
+"""
+
+
+def test_the_gpu_profile_spreads_runs_over_the_devices(tmp_path: Path):
+    """Three devices that are only pretended, and a training that only says which it sees; the rest is as it is."""
+    for name in ("workflow", "src", "envs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    (tmp_path / "src" / "discobeta" / "run" / "train.py").write_text(TRAINING)
+    tokens = tmp_path / "results/odd/shared/data/all/tokens"
+    tokens.mkdir(parents=True)
+    made = [tmp_path / name for name in ("rows.jsonl", "held-out.jsonl")]
+    made += [tokens / name for name in ("tokens.json", "train.parquet", "eval.parquet")]
+    for path in made:  # rows first, so that nothing is to be tokenised
+        path.write_text("{}")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(FIXED | {"seeds": [1, 2, 3, 4]}))
+    devices = [f"odd-{os.getpid()}-{number}" for number in range(4)]
+    command = [sys.executable, "-m", "snakemake", "--profile", "workflow/profiles/gpu", "--configfile", "study.yaml"]
+    command += ["--resources", "gpu=3", "--cores", "8", "--until", "train_rm"]
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "SLURM_JOB_ID")}
+    variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=variables, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    runs = [json.loads(path.read_text()) for path in tmp_path.rglob("told.json")]
+    assert len(runs) == 8
+    by_device: dict[str, list] = {}
+    for seen, begun, ended in runs:
+        by_device.setdefault(seen, []).append((begun, ended))
+    assert set(by_device) <= set(devices[:3]) and len(by_device) > 1  # as many as were asked for, of those to be seen
+    for times in by_device.values():
+        times.sort()
+        assert all(ended <= begun for (_, ended), (begun, _) in pairwise(times))
+
+
+def test_more_gpus_than_may_be_seen_are_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    profile = ("--profile", str(ROOT / "workflow" / "profiles" / "gpu"), "--resources", "gpu=3")
+    done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"], *profile)
+    assert done.returncode == 1 and "--resources gpu=3, and 2 may be seen: 4,5" in done.stdout + done.stderr

@@ -34,6 +34,7 @@ ENTRIES = {
     "evaluate": ("run/evaluate", "metrics"),
     "tables": ("report/tables", *REPORT),
     "figures": ("report/figures", "metrics", *REPORT),
+    "page": ("report/page", *REPORT),
 }
 """Step -> where its command begins. An entry belongs to its step also where it is bookkeeping for others."""
 
@@ -61,6 +62,7 @@ BOOKKEEPING = {
     "metrics": "what is said of a trained model; `evaluate` and `figures` begin with it",
     "model/preflight": "refuses a model or rows before anything is computed",
     "processes": "ends what was started here",
+    "progress": "what is shown meanwhile",
     "record": "what stands in a run's directory",
     "report/outputs": "which tables and figures there are; what makes each is compared itself",
     "run/card": "describes a run in words; nothing reads it",

@@ -15,7 +15,7 @@ from discobeta import files, lock
 from discobeta.design.config import RunConfig
 from discobeta.design.yaml_text import write_yaml
 from discobeta.errors import UserError
-from discobeta.record import EVALUATION, difference_in
+from discobeta.record import AGAIN, EVALUATION, difference_in
 
 MARK = ".discobeta.json"
 """In every directory that this package fills: by whom it was made and what in it is ours. Written first."""
@@ -31,6 +31,7 @@ UNFINISHED = ("checkpoints", "log.jsonl", "speed.jsonl", "tracker", "config.yaml
 
 PARTS = (
     "provenance.json",
+    AGAIN,
     *EVALUATION,
     "adapter",
     "model",
@@ -252,6 +253,12 @@ def named_checkpoint(config: RunConfig) -> Path | None:
     there = sorted(folder.glob("step-*.pt"), key=lambda path: (len(path.name), path.name))
     own = f"{', '.join(map(str, there))} is there" if there else f"{config.output_dir} holds no checkpoint"
     raise UserError(f"resume_from_checkpoint: {path} {what}; {own}, and a run goes on from its own without this key")
+
+
+def restored_line(config: RunConfig) -> str:
+    return (
+        f"{config.output_dir} holds this run, finished: only its record was gone. To train it anew, delete the folder"
+    )
 
 
 def has_leftovers(directory: Path) -> bool:

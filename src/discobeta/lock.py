@@ -115,7 +115,7 @@ def acquire(path: Path, me: dict) -> bool:
             continue
         if path.is_dir():
             raise UserError(f"{path} is a directory, where a run says by whom it is being written; move it away")
-        if _is_dead(holder):
+        if is_dead(holder):
             take_away(path, holder)
             continue
         if not announced:
@@ -179,7 +179,7 @@ def read_holder(path: Path) -> dict | None:
     return holder if isinstance(holder, dict) and isinstance(holder.get("id"), str) else {}
 
 
-def _is_dead(holder: dict) -> bool:
+def is_dead(holder: dict) -> bool:
     """Whether the holder was a process of this very machine that is no more."""
     here, number = processes.namespace(), holder.get("pid")
     is_ours = bool(here) and holder.get("namespace") == here and type(number) is int and number > 0

@@ -33,6 +33,10 @@ THE_RUN = ("training", "log")
 EVALUATION = ("evaluation.json", "metrics.json", "examples.parquet", "generations.jsonl", "evaluation_cost.json")
 """What `discobeta evaluate` leaves in a run's directory."""
 
+AGAIN = ".finished.json"
+"""provenance.json once more. A workflow removes what a job makes when the job is killed before its end is noted, or is
+done again; then this says that the run is finished: `restore`."""
+
 READ_LATER = ("config.yaml", "adapter", "model", "heads.safetensors", "heads.json", "log.jsonl", "cost.json")
 """Parts whose sha256 is in provenance.json."""
 
@@ -118,6 +122,7 @@ def write_provenance(
         "files": manifest(directory, parts),
         **facts,
     }
+    files.write_sealed(directory / AGAIN, record)
     files.write_sealed(directory / "provenance.json", record)
 
 
@@ -135,6 +140,30 @@ def _name_base(description: Path, config: RunConfig) -> None:
         named = {"base_model_name_or_path": config.model_name_or_path}
         named |= {"revision": config.model_revision} if config.model_revision != "main" else {}
     files.write_json(description, files.read_mapping(description) | named)
+
+
+def restore(directory: Path, config: RunConfig, facts: dict[str, Any], processes: int | None = None) -> bool:
+    """Bring provenance.json back where nothing but that is gone of this very run; False, and nothing done, if not.
+
+    The same run: its settings, those of its log too, code, number of processes, and `facts`, which say what it is
+    made from; and every file is what it was. What has to be done over is then nothing.
+    """
+    if (directory / "provenance.json").exists():  # it is to be trained again
+        return False
+    same = {"settings": settings_hash(config), "code": code_hash(config.stage), "log": config.settings_of("log")}
+    try:
+        before = files.read_sealed(directory / AGAIN)
+        written = dict(before["files"])
+        if any(before.get(name) != value for name, value in (same | facts).items()):
+            return False
+        if any(files.sha256(directory / name) != digest for name, digest in written.items()):
+            return False
+        if processes and files.read_mapping(directory / "cost.json").get("processes") != processes:
+            return False
+    except (UserError, KeyError, TypeError, ValueError):
+        return False
+    files.write_sealed(directory / "provenance.json", before)
+    return True
 
 
 def manifest(directory: Path, parts: Iterable[str] = READ_LATER) -> dict[str, str]:

@@ -38,8 +38,9 @@ ONE_THREAD = dict.fromkeys(
 """What Snakemake sets for a job of one thread. Libraries read it when they are imported."""
 
 PLACES = frozenset(
-    ["PATH", "PYTHONPATH", "PWD", "OLDPWD", "SHLVL", "_", "TMPDIR", "TMP", "TEMPDIR", "TEMP", "DISCOBETA_TRACEBACK"]
-)
+    ["PATH", "PYTHONPATH", "PWD", "OLDPWD", "SHLVL", "_", "TMPDIR", "TMP", "TEMPDIR", "TEMP", "DISCOBETA_TRACEBACK",
+     "DISCOBETA_DEVICES"]
+)  # fmt: skip
 """Variables that no library reads when it is imported. What PYTHONPATH says is in sys.path, which is compared."""
 
 RIGHTS = (

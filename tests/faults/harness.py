@@ -232,7 +232,7 @@ def _count_operations(folder: str, done: int, fault: Fault | None) -> None:
 
 # --- what a folder holds
 
-RECORDS = ("provenance.json", "evaluation.json", ".discobeta.json", "reference.json", "answers.json")
+RECORDS = ("provenance.json", ".finished.json", "evaluation.json", ".discobeta.json", "reference.json", "answers.json")
 TIMES = ("cost.json", "evaluation_cost.json", "speed.jsonl", "loss.png")
 """Files that hold times, or their own date: only that they are there is compared."""
 

@@ -19,8 +19,9 @@ from harness import differences, snapshot
 pytest.importorskip("snakemake")
 
 ROOT = Path(__file__).parent.parent.parent
-LEFT = (".snakemake", *(f"results/tiny/{part}" for part in ("logs", "figures", "tables/cost.", "tables/metrics.csv")))
-"""What is of Snakemake, figures, which hold their date, and what the jobs took."""
+PARTS = ("logs", "figures", "report.html", "tables/cost.", "tables/metrics.csv")
+LEFT = (".snakemake", *(f"results/tiny/{part}" for part in PARTS))
+"""What is of Snakemake, figures, which hold their date, and what the jobs took, which the page says too."""
 
 
 def snakemake(place: Path) -> subprocess.Popen:

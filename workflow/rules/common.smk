@@ -17,9 +17,10 @@ from discobeta.closure import code
 from discobeta.design.yaml_text import as_written
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.errors import UserError
+from discobeta.files import sha256
 from discobeta.identity import CONFIGS, TOKENIZER, WEIGHTS
 from discobeta.design.study import Study, as_text
-from discobeta.report import outputs
+from discobeta.report import outputs, retrained
 
 if set("{}") & set(f"{SOURCE} {SOURCE.resolve()} {sys.executable}"):
     raise WorkflowError(f"{SOURCE.resolve()}: Snakemake takes braces in paths for wildcards: move the clone")
@@ -35,16 +36,44 @@ def as_meant(value):
 
 
 try:
-    update_config(config, as_meant(workflow.config_settings.config or {}))
+    said = as_meant(workflow.config_settings.config or {})
+    if retrained.MEANT in said:  # a word to this command, and no setting of a study
+        config.pop(retrained.MEANT, None)
+    is_meant = said.pop(retrained.MEANT, False) is True
+    update_config(config, said)
     study = Study(config, where=", ".join(map(str, workflow.overwrite_configfiles)) or "config/config.yaml")
 except UserError as error:
     raise WorkflowError(str(error)) from None
+
+# Finished runs of other settings, which would be lost. A plan says so; `onstart` in the Snakefile refuses, once it is
+# known which jobs are to run.
+LOST = {} if is_meant or not workflow.is_main_process else retrained.retrained(study)
+if LOST:
+    logger.warning(retrained.refusal(study, LOST))
 
 # The code that runs is the code that the rules name as their input, whatever else is installed; without
 # conda it runs in the Python that runs snakemake, whatever `python` is on the PATH.
 EXPORTS = f"PYTHONPATH={shlex.quote(str(SOURCE.resolve()))}"
 if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
     EXPORTS += f" PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+
+
+def devices():
+    """The GPUs that jobs on this machine share, `0,1`: as many as `--resources gpu=` says, of those that this process
+    may see; each job claims its own (discobeta.devices). None where that is a scheduler's business."""
+    wanted = workflow.global_resources.get("gpu")
+    wanted = getattr(wanted, "value", wanted)
+    if not isinstance(wanted, int) or not workflow.is_main_process:
+        return ""
+    listed = os.environ.get("DISCOBETA_DEVICES") or os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in listed.split(",") if name.strip()] if listed else list(map(str, range(wanted)))
+    if len(names) < wanted:
+        raise WorkflowError(f"--resources gpu={wanted}, and {len(names)} may be seen: {listed}")
+    return ",".join(names[:wanted])
+
+
+if found := devices():
+    EXPORTS += f" DISCOBETA_DEVICES={shlex.quote(found)}"
 shell.prefix(f"export {EXPORTS}; ")
 
 ENVIRONMENT = f"../../envs/{study.environment}.yaml"
@@ -196,6 +225,11 @@ def results():
     return [run.directory / ("provenance.json" if run.proof else "metrics.json") for run in study.runs()]
 
 
+def records():
+    """The records of all runs: with `results`, what is missed when the folder of a run is not there any more."""
+    return [run.directory / "provenance.json" for run in study.runs()]
+
+
 def in_report(path, output, category, labels):
     """The file of a table or figure that the HTML report shows, with the text beside it."""
     return report(path, category=category, labels=labels, caption=f"../report/{output.row.caption}.rst")
@@ -205,3 +239,10 @@ def made_by(step, made):
     """What the outcome of `tables` or `figures` depends on, but for the study: what there is, and what makes it."""
     makers = {output.name: output.row.maker for output in made}
     return {"code": code(step, makers=tuple(makers.values())), "makers": makers}
+
+
+def beside_the_page():
+    """What the page of a study has in it beside what its code says: style, script, texts beside tables and figures."""
+    texts = Path(workflow.basedir) / "report"
+    found = [*sorted((SOURCE / "discobeta" / "report").glob("page.*s")), *sorted(texts.glob("*.rst"))]
+    return {path.name: sha256(path)[:8] for path in found}

@@ -3,6 +3,7 @@ localrules:
     all,
     tables,
     figures,
+    page,
 
 
 TABLES = study.tables_directory
@@ -53,3 +54,22 @@ rule figures:
         study=study_text,
     shell:
         "printf %s {params.study:q} | python -m discobeta figures --strict --configfile - &> {log}"
+
+
+# It shows what tables and figures show: whatever makes these anew makes it anew.
+rule page:
+    input:
+        rules.tables.output,
+        rules.figures.output,
+    output:
+        study.directory / "report.html",
+    log:
+        LOGS / "page.log",
+    conda:
+        ENVIRONMENT
+    params:
+        code=code("page"),
+        beside=beside_the_page(),
+        study=study_text,
+    shell:
+        "printf %s {params.study:q} | python -m discobeta page --strict --configfile - &> {log}"

@@ -17,9 +17,12 @@ import warnings
 from pathlib import Path
 
 from discobeta import __version__
-from discobeta.cli import lookup, published, run, study, world
+from discobeta.cli import lookup, published, results, run, study, world
 from discobeta.cli.words import Parser, is_main_process
 from discobeta.errors import UserError, first_line, lack_of_memory, shorten
+
+EXTRAS = {"trl": "sft"}
+"""Packages that the installation has only with an extra of pyproject.toml: package -> extra."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -64,6 +67,8 @@ def _say(error: Exception) -> None:
         text = f"no space left on the device ({error.filename or 'while writing'})"
     elif (amount := lack_of_memory(error)) is not None:
         text = f"out of memory{amount}"
+    elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        text = f"{error.name} is not installed: pip install -c constraints.txt -e '.[{EXTRAS[error.name]}]'"
     elif isinstance(error, OSError) and error.errno:
         text = first_line(error)
     else:
@@ -98,6 +103,6 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"discobeta {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for part in (lookup, run, world, study, published):
+    for part in (lookup, run, world, study, results, published):
         part.add_to(commands)
     return top

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from discobeta import launch
+from discobeta import devices, launch
 from discobeta.cli.words import command, is_main_process, overridable, run_command, run_config
 from discobeta.design.config import RunConfig
 from discobeta.design.stages import BASE_STAGE, STAGES
@@ -60,11 +60,6 @@ def add_to(commands) -> None:
     overridable(sub, "how is sampled: temperature, top_p, top_k, max_new_tokens, seed, generations_per_prompt")
     _readable(sub)
 
-    sub = command(
-        commands, "compare", compare, "compare two run directories byte for byte; exit status 1 if they differ"
-    )
-    sub.add_argument("directories", type=Path, nargs=2, metavar="RUN_DIR")
-
 
 def _readable(sub: argparse.ArgumentParser) -> None:
     """Whose word counts when a finished run is read."""
@@ -79,6 +74,7 @@ def _reader(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def train(arguments: argparse.Namespace) -> int | None:
     config = run_config(arguments)
+    devices.claim(arguments.processes)
     if arguments.processes > 1 and "RANK" not in os.environ:
         return launch.train(config, arguments.processes, evaluate=not arguments.no_evaluate)
     from discobeta import record
@@ -138,6 +134,7 @@ def reference(arguments: argparse.Namespace) -> None:
     config = run_config(arguments)
     if not config.reference_path:
         raise UserError("reference needs reference_path: the folder to write")
+    devices.claim()
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.inputs import reference as reference_pass
     from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels
@@ -155,6 +152,7 @@ def answers(arguments: argparse.Namespace) -> None:
         raise UserError("answers needs num_eval_generations: how many prompts are answered")
     if not config.reference_samples:
         raise UserError(f"answers of stage {config.stage} needs best_of: how many responses to a prompt are ranked")
+    devices.claim()
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.inputs.answers import sample_folder
     from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels
@@ -165,7 +163,9 @@ def answers(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    _measure(arguments.directory, parse_overrides(arguments.set), output=arguments.output, **_reader(arguments))
+    settings = parse_overrides(arguments.set)
+    devices.claim()
+    _measure(arguments.directory, settings, output=arguments.output, **_reader(arguments))
 
 
 def _measure(directory: Path, settings: dict[str, Any], *, output: Path | None = None, **reader: Any) -> None:
@@ -201,9 +201,3 @@ def samples(arguments: argparse.Namespace) -> None:
         print(json.dumps(told, ensure_ascii=False, indent=1))
     else:
         print(run_samples.as_text(told))
-
-
-def compare(arguments: argparse.Namespace) -> int:
-    from discobeta.report.compare import main
-
-    return main(*arguments.directories)

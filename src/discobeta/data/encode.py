@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from discobeta import progress
 from discobeta.data.examples import Example, Kind, Prompt, Reason, Response, Unusable, Votes
 from discobeta.data.formats import transcript
 from discobeta.data.row_report import RowReport
@@ -33,8 +34,6 @@ def encode(examples: list[Example], tokenizer: Any, cutoff_len: int, kind: Kind,
     cut) and responses that were cut, and so have no end-of-sequence token, are counted in `report`.
     Raises UserError for a tokenizer or a chat template that fails on every row, or does not end on one.
     """
-    from tqdm import tqdm
-
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token (eos_token)")
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers makes one of a model's config.json alone
@@ -43,10 +42,9 @@ def encode(examples: list[Example], tokenizer: Any, cutoff_len: int, kind: Kind,
             "its files (tokenizer.json, tokenizer.model, …) are missing or empty"
         )
     leading = _leading_tokens(tokenizer, next((text for e in examples for text in (e.chosen, e.prompt) if text), "a"))
-    quiet = True if len(examples) < QUIET_BELOW else None  # None: quiet unless on a terminal
     columns: list[list[np.ndarray]] = [[] for _ in range({"pairs": 3, "supervised": 2, "prompts": 1}[kind])]
     kept, refusal, refused, forged = [], None, 0, _forged_tokens(tokenizer)
-    with tqdm(total=len(examples), desc="tokenising", unit="rows", disable=quiet) as progress:
+    with progress.bar(len(examples), "tokenising", "row", shown=len(examples) >= QUIET_BELOW) as bar:
         for start in range(0, len(examples), CHUNK):
             chunk = examples[start : start + CHUNK]
             for example, outcome in zip(chunk, _encode_chunk(chunk, tokenizer, leading, cutoff_len), strict=True):
@@ -62,7 +60,7 @@ def encode(examples: list[Example], tokenizer: Any, cutoff_len: int, kind: Kind,
                 kept.append(example)
                 for column, sequence in zip(columns, ids, strict=True):
                     column.append(np.array(sequence, np.int32))
-            progress.update(len(chunk))
+            bar.update(len(chunk))
     if refusal and refused == len(examples):
         fault = "renders none of the {} conversations"
         if refusal.reason is Reason.NO_BORDER:

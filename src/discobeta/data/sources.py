@@ -136,6 +136,37 @@ def named(config: RunConfig) -> dict[str, tuple[str, str]]:
     return {key: (names, split) for key, split in there.items() if (names := getattr(config, key))}
 
 
+def check_apart(config: RunConfig) -> None:
+    """Refuse rows of one source in two roles: what a run is trained on, measured on and (calibration) fitted on.
+
+    The same are a file and itself, under whatever name and entry, or a copy of it, and one split of one hub dataset.
+    Rows of different sources may still be the same: overlaps are counted once they are read.
+    """
+    roles = [(key, source) for key, (names, split) in named(config).items() for source in resolve(names, config, split)]
+    for place, (key, source) in enumerate(roles):
+        for other_key, other in roles[:place]:
+            if key != other_key and _is_same(source, other):
+                names = other.name if source.name == other.name else f"{other.name} and {source.name}"
+                what = f"split {source.split} of {source.hub}" if source.hub else str(source.path)
+                instead = "another split or file" if source.hub else "another file"
+                val = (
+                    f", or leave {key} out and give val_size" if (other_key, key) == ("dataset", "eval_dataset") else ""
+                )
+                raise UserError(
+                    f"{key} and {other_key} are the same rows ({names}: {what}), so the run would be measured on what "
+                    f"it has seen: give {key} {instead}{val}"
+                )
+
+
+def _is_same(a: Source, b: Source) -> bool:
+    if a.path and b.path:
+        if os.path.samefile(a.path, b.path):
+            return True
+        return os.path.getsize(a.path) == os.path.getsize(b.path) and sha256(a.path) == sha256(b.path)
+    address = [(source.hub, source.subset, source.folder, source.split) for source in (a, b)]
+    return a.hub is not None and address[0] == address[1]
+
+
 def contents_hash(config: RunConfig) -> str:
     """sha256 over what all rows of the run come from: contents of files, addresses on the hub."""
     sources = [source.identity() for names, split in named(config).values() for source in resolve(names, config, split)]
@@ -247,6 +278,8 @@ def _known_file(path: Path) -> Path:
 def _hub_rows(source: Source, config: RunConfig, limit: int) -> list[Row]:
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # of which a log would keep every state
     is_listed = any(os.path.isfile(Path(config.dataset_dir) / name) for name in LISTS)
     listed = "" if is_listed or source.entry else f", no entry ({config.dataset_dir} has no {' or '.join(LISTS)})"
     with telling(  # the hub, its cache and its parsers raise whatever they like

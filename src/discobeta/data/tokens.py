@@ -17,7 +17,7 @@ from discobeta.data.examples import Kind
 from discobeta.data.formats import KINDS
 from discobeta.data.row_report import RowReport
 from discobeta.data.rows import FACTS, Ragged, Rows, TokenisedData, fingerprints, hold_out, offsets_of
-from discobeta.data.sources import named, read_examples, resolve
+from discobeta.data.sources import check_apart, named, read_examples, resolve
 from discobeta.data.templates import TODAY
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError, telling
@@ -35,11 +35,13 @@ def tokenise(config: RunConfig, tokenizer: Any, kind: Kind | None = None) -> Tok
     report: "train", "eval" and "calibration" (row reports as dicts), "shared_prompts" (distinct held-out prompts
     that also occur in the training rows), "shared_calibration" (distinct calibration rows that also are training or
     held-out rows, on which nothing may be fitted and then measured).
-    Raises UserError for data that cannot be read or that has too many unusable rows.
+    Raises UserError for data that cannot be read, that has too many unusable rows, or that has two roles
+    (`sources.check_apart`).
     """
     kind = kind or KINDS[config.stage]
     if not config.dataset:
         raise UserError("dataset is missing: comma-separated names, local files or hub ids")
+    check_apart(config)
     train, account = _read_rows(config.dataset, config, tokenizer, split=config.split, kind=kind)
     report: dict[str, Any] = {"train": account.as_dict()}
     held_out = None
@@ -149,6 +151,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 def load(folder: Path, config: RunConfig, tokenizer: Any, kind: Kind = "pairs") -> TokenisedData:
     """The rows of a folder, after checking that they are what this run would make, and what was written."""
+    if config.dataset:
+        check_apart(config)
     try:
         check_regular(folder / "tokens.json")
         saved = files.read_sealed(folder / "tokens.json")

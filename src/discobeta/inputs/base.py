@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from discobeta import files, folders, identity, record
+from discobeta import files, folders, identity, progress, record
 from discobeta.data.rows import Rows, TokenisedData
 from discobeta.data.sources import contents_hash, read_examples
 from discobeta.data.tokens import load_or_tokenise
@@ -53,6 +53,7 @@ def train(config: RunConfig) -> None:
     `output_dir` holds something else.
     """
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
 
     finished = folders.finished_line(config)
     if not is_free(config):
@@ -69,6 +70,13 @@ def train(config: RunConfig) -> None:
         data = load_or_tokenise(config, tokenizer)
     for line in data.lines():
         processes.print(line)
+    facts = {**data.keys(), "sources": contents_hash(config)}
+    if config.model_name_or_path:
+        facts["base"] = identity.weights_hash(config)
+    output, count = Path(config.output_dir), processes.num_processes
+    if broadcast_object_list([processes.is_main_process and record.restore(output, config, facts, count)])[0]:
+        processes.print(folders.restored_line(config), file=sys.stderr)
+        return
     model = build_model(config, tokenizer)
     preflight.check(model, data, config, tokenizer)
     # the other processes have nothing to leave behind
@@ -88,14 +96,7 @@ def train(config: RunConfig) -> None:
                 write_yaml(config.resolved(), folder / "config.yaml")
                 files.write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log.rows))
                 files.write_json(folder / "cost.json", cost(trainer, spent, begun - record.STARTED))
-                facts = {
-                    **data.keys(),
-                    "sources": contents_hash(config),
-                    "examples": len(data.train),
-                    "rows": data.report,
-                }
-                if config.model_name_or_path:
-                    facts["base"] = identity.weights_hash(config)
+                facts |= {"examples": len(data.train), "rows": data.report}
                 record.write_provenance(folder, config, facts, sorted(os.listdir(folder)))
                 folders.write_mark(folder, "discobeta train, stage sft", [*os.listdir(folder), "loss.png"])
     except _WrittenMeanwhile:
@@ -313,17 +314,16 @@ def trainer_settings(config: RunConfig, folder: Path) -> SFTConfig:
 
 def collect_log(stop_after_steps: int | None) -> Any:
     """A trainer callback that keeps `rows` for log.jsonl and shows one progress bar with the loss."""
-    from tqdm import tqdm
     from transformers import TrainerCallback
 
     class Log(TrainerCallback):
         def __init__(self) -> None:
             self.rows: list[dict[str, float]] = []
-            self.bar: tqdm | None = None
+            self.bar: Any = None
 
         def on_train_begin(self, args, state, control, **rest) -> None:
             total = min(state.max_steps, stop_after_steps or state.max_steps)
-            self.bar = tqdm(total=total, desc="sft", unit="step", disable=not state.is_world_process_zero)
+            self.bar = progress.bar(total, "sft", "step", shown=state.is_world_process_zero)
 
         def on_step_end(self, args, state, control, **rest) -> None:
             self.bar.update()
@@ -332,7 +332,7 @@ def collect_log(stop_after_steps: int | None) -> Any:
 
         def on_log(self, args, state, control, logs=None, **rest) -> None:
             if "loss" in logs:
-                self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+                self.bar.set_postfix({"loss": f"{float(logs['loss']):.3f}"})
             if "loss" in logs or "eval_loss" in logs:
                 kept = {name: float(logs[name]) for name in LOGGED if name in logs}
                 self.rows.append({"step": state.global_step, **kept})

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from discobeta import progress
 from discobeta.data.templates import closing_id
 from discobeta.errors import UserError, enough_memory
 from discobeta.model.forward import check_context, unwrapped
@@ -51,7 +52,6 @@ def generate(
     distribution: a hub model's own generation_config (top_p, repetition_penalty, ...) is set aside,
     because KL(policy || reference) is about pi itself.
     """
-    from tqdm import tqdm
     from transformers import GenerationConfig, LogitsProcessorList
 
     language_model = unwrapped(model)
@@ -68,7 +68,7 @@ def generate(
     )
     order = sorted(range(len(prompt_ids)), key=lambda index: -len(prompt_ids[index]))
     responses: list[np.ndarray] = [np.empty(0, np.int32)] * len(prompt_ids)
-    bar = tqdm(total=len(order), desc=description, unit="response", disable=description is None)
+    bar = progress.bar(len(order), description or "", "response", shown=description is not None)
     with bar, _set_for_sampling(language_model):
         for indices in _batches(order, prompt_ids, batch_size, _reads_left_padded(language_model, settings)):
             ids, mask = _left_padded([prompt_ids[index] for index in indices], pad)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from discobeta import progress
 from discobeta.data.batches import PerToken, cut, joined
 from discobeta.errors import enough_memory
 
@@ -36,8 +36,9 @@ def in_batches(
     columns: dict[str, Tensor] = {}
     parts: dict[str, list[PerToken]] = {}
     batches = cut(np.arange(len(places)), places, tokens_per_pass, batch_size)
-    with enough_memory(step, lower):
-        for indices in tqdm(batches, desc=progress_bar, unit="batch", mininterval=1, disable=progress_bar is None):
+    bar = progress.bar(len(batches), progress_bar or "", "batch", shown=progress_bar is not None)
+    with enough_memory(step, lower), bar:
+        for indices in batches:
             for name, values in of_batch(indices).items():
                 if isinstance(values, PerToken):
                     parts.setdefault(name, []).append(PerToken(values.values.cpu(), values.sizes))
@@ -45,6 +46,7 @@ def in_batches(
                 if name not in columns:
                     columns[name] = torch.empty(len(places), *values.shape[1:], dtype=values.dtype)
                 columns[name][indices] = values.cpu()
+            bar.update()
     if not parts:
         return columns
     order = np.argsort(np.concatenate(batches))  # of the rows among those of all batches

@@ -1,4 +1,4 @@
-"""Many runs -> what a paper prints: tables and figures, from whatever runs are there and count."""
+"""Many runs -> what a paper prints: tables and figures, and a page to read, from whatever runs are there and count."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ if TYPE_CHECKING:
 
 
 def write(results: Results) -> None:
-    """Everything: tables and figures, in folders of these names in the study's directory."""
-    from discobeta.report import figures, tables
+    """Everything: tables and figures, in folders of these names in the study's directory, and report.html beside."""
+    from discobeta.report import figures, page, tables
 
     tables.write(results)
     figures.write(results)
+    page.write(results, drawn=True)

@@ -22,7 +22,7 @@ from discobeta.report.estimates import estimate, interval_words
 from discobeta.report.measures import LANDMARKS, METRICS, PANELS, arm_text
 from discobeta.report.neutrality import neutrality_frame
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number, yes_no
-from discobeta.report.results import Results
+from discobeta.report.results import Results, overlap_note
 from discobeta.report.statistics import mean_ci
 
 CAPTIONS = {
@@ -61,7 +61,7 @@ def stage_table(results: Results, stage: str) -> Table:
     notes = [SHARED_SEEDS] if len(rows) > 1 else []
     if not rows:
         notes.append(f"Every arm of this study has an idle head: see the table {stage}-grid.")
-    notes += _notes(metrics)
+    notes += filter(None, [overlap_note(results, stage), *_notes(metrics)])
     for idea in IDEAS:
         if not idea.acts_in(stage) and any(idea.key in arm.used for arm in study.arms):
             notes.append(f"Arms with {idea.label} are the runs of those without it: {idea.elsewhere}.")

@@ -68,17 +68,5 @@ def first_difference(a: Path, b: Path, chunk: int = 1 << 20) -> int | None:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
-def main(a: str | Path, b: str | Path) -> int:
-    """Print the verdicts of two run directories; 0 if all their files are equal, else 1."""
-    a, b = Path(a), Path(b)
-    for directory in (a, b):
-        if not any(files_of(outcome, directory) for outcome in OUTCOMES):
-            raise UserError(f"{directory} holds no run (no adapter/, model/, log.jsonl, metrics.json)")
-    verdicts = compare(a, b)
-    for name, text in verdicts.items():
-        print(f"{name}: {text}")
-    return int(any(text != EQUAL for text in verdicts.values()))
-
-
 def _size(path: Path) -> str:
     return f"{path.stat().st_size:,}"

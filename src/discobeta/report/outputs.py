@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TABLE = ("csv", "md", "tex")
 FIGURE = ("svg", "pdf", "png")
-"""Endings of the files; the HTML report shows the first."""
+"""Endings of the files; the page and Snakemake's report show the first."""
 
 
 def always(study: Study, stage: str) -> bool:
@@ -34,7 +34,7 @@ class Row:
 
     name: str  # stem of its files
     maker: str  # module:function of (results), or of (results, stage); returns a Table or a Figure
-    caption: str  # workflow/report/<caption>.rst stands beside it in the HTML report
+    caption: str  # workflow/report/<caption>.rst stands beside it on the page
     title: str  # what it is called there
     endings: tuple[str, ...]
     stages: Callable[[Study, str], bool] = always  # whether a stage has it, of the whole study: whether any has

@@ -247,6 +247,34 @@ def enumerate_seeds(seeds: list[int]) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
+def overlap_note(results: Results, stage: str) -> str | None:
+    """How many held-out prompts of a stage's runs are training prompts too, as was counted when their rows were read.
+
+    None where no run that counts says it. Several numbers are those of several draws of the data.
+    """
+    rows = [
+        results[run].facts.get("rows") for run in results.study.runs() if run.stage == stage and results.counts(run)
+    ]
+    shared, calibration = (
+        sorted({of_run[key] for of_run in rows if isinstance(of_run, dict) and type(of_run.get(key)) is int})
+        for key in ("shared_prompts", "shared_calibration")
+    )
+    if not shared:
+        return None
+    if max(shared) == 0:
+        text = "No held-out prompt is a prompt of the training rows"
+    else:
+        seen = "also are prompts of the training rows, so what is measured was partly seen"
+        text = f"{_count(shared)} held-out prompts {seen}"
+    if calibration and max(calibration):
+        text += f"; {_count(calibration)} calibration rows also are training or held-out rows"
+    return f"{text}."
+
+
+def _count(numbers: list[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
 # --- reading one run: whatever a file of it holds, the outcome is a Found
 
 

@@ -24,9 +24,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
-from discobeta import folders
+from discobeta import folders, progress
 from discobeta.data.batches import Pairs, cut
 from discobeta.design.config import RunConfig
 from discobeta.design.schedule import Schedule, total_steps
@@ -149,10 +148,8 @@ def fit(
     def cost() -> dict[str, float]:
         return {"seconds": spent.get("seconds", 0.0) + time.monotonic() - started, **counts}
 
-    bar = tqdm(
-        total=stop, initial=done, desc=f"{config.stage} {config.arm.name}", unit=STAGES[config.stage].step,
-        disable=not accelerator.is_main_process, mininterval=0.5,
-    )  # fmt: skip
+    what, unit = f"{config.stage} {config.arm.name}", STAGES[config.stage].step
+    bar = progress.bar(stop, what, unit, done=done, shown=accelerator.is_main_process)
     with bar, closing(log), closing(speed):
         for step in range(done, stop):
             work = stage.collect(step, train, schedule, accelerator)

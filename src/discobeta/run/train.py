@@ -64,6 +64,8 @@ def _is_free(config: RunConfig, accelerator: Accelerator) -> bool:
 
 
 def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) -> None:
+    from accelerate.utils import broadcast_object_list
+
     from discobeta.data.formats import KINDS
     from discobeta.data.sources import contents_hash
     from discobeta.data.tokens import load_or_tokenise
@@ -102,6 +104,15 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
         **data.keys(),
         **stage.facts(),
     }
+    more = {"sources": contents_hash(config)}
+    if hold:
+        hold.confirm()
+    finished = hold is not None and record.restore(directory, config, facts | more, accelerator.num_processes)
+    if broadcast_object_list([finished])[0]:
+        accelerator.print(folders.restored_line(config), file=sys.stderr)
+        if hold:
+            folders.remove_checkpoints(directory)
+        return
 
     if hold:
         hold.confirm()
@@ -118,7 +129,7 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
         stage.save(directory)
         seconds, device, processes = spent.pop("seconds"), accelerator.device.type, accelerator.num_processes
         write_json(directory / "cost.json", record.cost(seconds, startup, spent, device, processes))
-        more = {"sources": contents_hash(config), KINDS[config.stage]: len(material), "rows": data.report}
+        more |= {KINDS[config.stage]: len(material), "rows": data.report}
         record.write_provenance(directory, config, facts | more)
         folders.remove_checkpoints(directory)
     accelerator.end_training()

@@ -1,0 +1,36 @@
+"""The result of a study in a few lines for a terminal: each stage's used arms by what they are compared by."""
+
+from __future__ import annotations
+
+from discobeta.design.stages import STAGES
+from discobeta.design.study import Study
+from discobeta.report.measures import PANELS
+from discobeta.report.published import read_metrics
+
+TITLES = {metric.name: metric for panel in PANELS.values() for metric in panel}
+
+
+def headline(study: Study) -> str:
+    """Means over the seeds, and where all of it stands. Raises UserError where there are no tables."""
+    frame = read_metrics(study.tables_directory / "metrics.csv")
+    frame = frame[frame.variant == ""]
+    lines = []
+    for stage in study.stages:
+        means = frame[frame.stage == stage].groupby(["arm", "metric"]).value.mean().unstack()
+        metrics = [TITLES[name] for name in STAGES[stage].compared if name in means and name in TITLES]
+        if not metrics:
+            continue
+        rows = [[STAGES[stage].title, *(" ".join(metric.header.split()) for metric in metrics)]]
+        for arm in study.arms_of(stage):
+            if not arm.is_idle and arm.name in means.index:
+                values = [(means.at[arm.name, metric.name], metric.decimals) for metric in metrics]
+                rows.append([f"  {arm.label}", *(f"{v:.{n}f}" if v == v else "–" for v, n in values)])
+        widths = [max(map(len, column)) + 3 for column in zip(*rows, strict=True)]
+        for first, *cells in rows:
+            numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+            lines.append("".join([first.ljust(max(30, widths[0])), *numbers]))
+        lines.append("")
+    seeds = "1 seed" if len(study.seeds) == 1 else f"{len(study.seeds)} seeds"
+    lines.append(f"Means over {seeds}; intervals, paired effects and neutrality are in the tables.")
+    lines.append(f"tables: {study.tables_directory}   figures: {study.figures_directory}")
+    return "\n".join(lines)
