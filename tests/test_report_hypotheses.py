@@ -3,6 +3,7 @@
 import json
 import math
 
+import pandas as pd
 import pytest
 import yaml
 from published_study import BASELINE, BOTH, DISCO, LEDPO, cell, sweep, write_study
@@ -316,17 +317,14 @@ def test_the_command_prints_a_table_or_json_and_writes_files(tmp_path, capsys):
     words = ["verdicts", "--hypotheses", str(tmp_path / "hypotheses.yaml"), "--results", str(tmp_path / "world")]
     assert cli.main([*words, "--output", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
-    row = next(line for line in text.splitlines() if line.startswith("| R1"))
-    cells = [entry.strip() for entry in row.strip("|").split("|")]
-    assert cells[1:7] == [
-        "rm",
-        "Disco predicts better",
-        "KL(truth ‖ model)",
-        "6",
-        "−0.0200 ± 0.0094",
-        "&lt; 0",
-    ]
-    assert cells[7:10] == ["0.016", "0.031", "1.000"] and cells[11] == "supported"
+    rows = [line for line in text.splitlines() if line.startswith(("| R1", "| R2"))]
+    verdict, _, numbers = ([entry.strip() for entry in row.strip("|").split("|")] for row in rows)
+    assert verdict == ["R1", "rm", "Disco predicts better", "&lt; 0", "supported"]
+    assert numbers[:4] == ["R1", "KL(truth ‖ model)", "6", "−0.0200 ± 0.0094"]
+    assert numbers[5:] == ["0.016", "0.031", "1.000"]
+    frame = pd.read_csv(tmp_path / "out" / "verdicts.csv").set_index("id")
+    assert frame.loc["R1", ["seed-1", "seed-6"]].tolist() == pytest.approx([-0.01, -0.03])
+    assert frame.loc["R2"].filter(like="seed-").isna().all()
     assert "R2: undecidable: absent is not there." in text
     assert {path.name for path in (tmp_path / "out").iterdir()} > {"verdicts.csv", "verdicts.md", "verdicts.tex"}
     assert cli.main([*words, "--json"]) == 0
