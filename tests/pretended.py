@@ -53,6 +53,10 @@ else:
             leave(getattr(study, f"{command}_directory"), *output.files)
         if command == "tables":
             leave(study.tables_directory, "config.yaml")
+    elif command == "page":
+        import yaml
+        from discobeta.design.study import Study
+        leave(Study(yaml.safe_load(sys.stdin.read())).tables_directory.parent, "report.html")
     elif command == "train":
         from discobeta.record import package_hash, settings_hash
         config, _ = RunConfig.from_mapping(given)

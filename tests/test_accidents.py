@@ -385,12 +385,12 @@ def test_the_word_for_it_is_none_of_a_config(first):
     assert done.returncode == 1 and "unknown key 'retrain'" in done.stdout + done.stderr
 
 
-ALL_ARE_WRITTEN = {"tables": 1, "figures": 1}
+ALL_ARE_WRITTEN = {"tables": 1, "figures": 1, "page": 1}
 GONE = {
     "runs/rm/baseline/seed-1": {"train_rm": 1, "evaluate": 1} | ALL_ARE_WRITTEN,
     "runs/dpo": {"train_dpo": 2, "evaluate": 2} | ALL_ARE_WRITTEN,
     "runs/rm/baseline/seed-1/metrics.json": {"evaluate": 1} | ALL_ARE_WRITTEN,
-    "tables": {"tables": 1},
+    "tables": {"tables": 1, "page": 1},
     # what finished runs were made from is made again for a run that needs it, and not for its own sake
     "shared/data/seed-1/tokens": {},
     "shared": {},

@@ -169,9 +169,9 @@ def test_equal_cells_and_seeds_of_two_studies_are_paired(two_studies, capsys, tm
     # of four differences of one sign 2 of the 16 ways to choose signs are as far from zero; of 1 and -1 all are
     four = ("0.2500", "0.5000", "0.7500", "1.0000")
     assert rows == [
-        ["dpo", "Baseline", "NLL ↓", "4", "2.5000", "3.1250", f"0.6250 ({', '.join(four)})", "0.125", "0.250"],
+        ["dpo", "Baseline", "NLL (nats) ↓", "4", "2.5000", "3.1250", f"0.6250 ({', '.join(four)})", "0.125", "0.250"],
         ["dpo", "Baseline", "Accuracy ↑", "4", "0.500", "0.562", "0.062 (0.250, 0.000, 0.000, 0.000)", "–", "–"],
-        ["dpo", "Disco", "NLL ↓", "2", "1.0000", "1.0000", "0.0000 (1.0000, −1.0000)", "1.000", "1.000"],
+        ["dpo", "Disco", "NLL (nats) ↓", "2", "1.0000", "1.0000", "0.0000 (1.0000, −1.0000)", "1.000", "1.000"],
     ]  # fmt: skip
     for said in (
         "Not paired: only A has rm.",

@@ -353,7 +353,7 @@ def test_a_run_directory_holds_what_is_promised(run):
     names = {path.name for path in directory.iterdir()}
     assert names == {
         "config.yaml", "adapter", "heads.safetensors", "heads.json", "log.jsonl", "speed.jsonl", "cost.json",
-        ".discobeta.json", "provenance.json", "reference", "tracker",
+        ".discobeta.json", "provenance.json", ".finished.json", "reference", "tracker",
     }  # fmt: skip
     resolved = yaml.safe_load((directory / "config.yaml").read_text())
     assert resolved["disco_pref"] is True and resolved["disco_learning_rate"] is None

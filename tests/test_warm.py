@@ -24,7 +24,7 @@ ENVIRONMENT |= dict.fromkeys(
      "NUMEXPR_NUM_THREADS"), "1",
 )  # fmt: skip
 """That of a job of Snakemake with one thread."""
-TIMES = ("cost.json", "speed.jsonl", "evaluation_cost.json", "provenance.json", "evaluation.json")
+TIMES = ("cost.json", "speed.jsonl", "evaluation_cost.json", "provenance.json", ".finished.json", "evaluation.json")
 """Files that hold times, or checksums of those."""
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="warm starts are Linux's")
 

@@ -289,7 +289,7 @@ def test_the_figures_that_are_expected_are_those_that_are_drawn(tmp_path: Path):
 def test_the_tables_that_are_expected_are_those_that_are_written(tmp_path: Path):
     done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"])
     (files,) = re.findall(r"^(?:local)?rule tables:\n    input: .*\n    output: (.*)$", done.stdout, re.MULTILINE)
-    names = ("rm", "dpo", "ppo", "effects", "comparisons", "neutrality", "cost")
+    names = ("rm", "dpo", "ppo", "rm-grid", "dpo-grid", "ppo-grid", "effects", "comparisons", "neutrality", "cost")
     expected = {f"results/smoke/tables/{name}.{ending}" for name in names for ending in ("csv", "md", "tex")}
     assert set(files.split(", ")) == expected | {
         f"results/smoke/tables/{name}" for name in ("metrics.csv", "config.yaml")
@@ -579,7 +579,7 @@ rule train_rm:
     log: "logs/{arm}/seed-{seed}.log"
     shell:
         "( echo 9600 rows; [ {wildcards.arm}{wildcards.seed} != FAILS ] || {{ echo 'discobeta: diverged'; exit 2; }};"
-        " touch {output} ) &> {log}"
+        " sleep 0.4; touch {output} ) &> {log}"
 """
 
 
@@ -622,7 +622,8 @@ def test_the_quiet_view_is_one_line_on_a_terminal(tmp_path: Path):
             shown += part
     assert process.wait(60) == 0
     drawn = [line for line in re.split(r"[\r\n]+", shown.decode()) if line.endswith("\x1b[K")]
-    assert drawn and max(len(line.removesuffix("\x1b[K")) for line in drawn) < 50
+    assert drawn, shown
+    assert max(len(line.removesuffix("\x1b[K")) for line in drawn) < 50
     stays = re.sub(r"\r[^\r\n]*\x1b\[K", "", shown.decode()).split("\r\n")
     assert stays[0] == "4 jobs: rm 4" and re.fullmatch(r"4 of 4 jobs in \d+ s", stays[-2])
     assert len(stays) == 4 and stays[1].startswith("Snakemake's log: ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from discobeta.cli.words import command, is_main_process, overridable, run_comma
 from discobeta.design.config import RunConfig
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.design.yaml_text import parse_overrides
-from discobeta.errors import UserError
+from discobeta.errors import UserError, first_line
 
 
 def add_to(commands) -> None:
@@ -83,9 +84,7 @@ def train(arguments: argparse.Namespace) -> int | None:
     if not is_main_process():
         return
     if config.stage != BASE_STAGE:
-        from discobeta.run import card
-
-        card.write(config.output_dir)
+        _write_card(config.output_dir)
     if arguments.no_evaluate:
         return
     directory = Path(config.output_dir)
@@ -102,6 +101,16 @@ def _train(config: RunConfig) -> None:
     else:
         from discobeta.run.train import train
     train(config)
+
+
+def _write_card(directory: str) -> None:
+    """What describes a run may fail, and the run is finished all the same."""
+    from discobeta.run import card
+
+    try:
+        card.write(directory)
+    except (UserError, OSError) as error:
+        print(f"discobeta: no model card was written: {first_line(error)}", file=sys.stderr)
 
 
 def _draw_loss(directory: Path) -> None:

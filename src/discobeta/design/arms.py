@@ -30,6 +30,7 @@ class Idea:
     stages: tuple[str, ...]  # whose runs have the head
     given: tuple[str, ...] = ()  # whose runs have none, and are given a reward model that may have used it
     decides: tuple[str, ...] = ()  # run keys that its use stands in the place of, and that keep their defaults then
+    says: str = ""  # what the head says of a prompt or a response, if figures compare it with the truth
     elsewhere: str = ""  # why it changes nothing in the other stages
 
     def acts_in(self, stage: str) -> bool:
@@ -42,6 +43,7 @@ IDEAS = (
         "disco", "add_disco_head", "disco_pref", "Disco",
         head="a Disco Head exists",
         effect="the loss reads the Disco Head",
+        says="sigma",
         stages=("rm", "dpo"),
         given=("ppo",),
         decides=("pref_loss", "dpo_label_smoothing"),
@@ -50,6 +52,7 @@ IDEAS = (
         "beta", "add_beta_head", "use_dynamic_beta", "LeDPO",
         head="a Beta Head exists on the reference",
         effect="beta becomes pref_beta * s(x)",
+        says="scale",
         stages=("dpo", "ppo"),
         decides=("beta_rule",),
         elsewhere="a reward model has no reference, so the beta flags have nothing to act on",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from discobeta.data.sources import named, resolve
 from discobeta.design.config import RunConfig
-from discobeta.design.study import Study
 from discobeta.errors import UserError, telling
 from discobeta.identity import check_local
+
+if TYPE_CHECKING:  # a run downloads its base, too, and loads no study
+    from discobeta.design.study import Study
 
 PARTS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "value_head.bin"]
 """The files of a model: weights in one format, and what is needed to load them."""

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from discobeta.design.arms import Arm
+from discobeta.design.arms import IDEAS, Arm
 from discobeta.design.study import Run
 from discobeta.report.marks import INTERVAL_FROM, interval_words, seed_points
 from discobeta.report.measures import SCALES, SIGMAS
@@ -87,7 +87,7 @@ def sigma_figure(results: Results, stage: str) -> Figure:
 
     note = "thin lines: single seeds; large: geometric means over seeds{}; dashed: σ₀, a head that has learned nothing"
     return _of_arms(
-        results, stage, SIGMAS, "disco", of_run, draw, note,
+        results, stage, SIGMAS, "sigma", of_run, draw, note,
         ("True σ of the response (units of r*)", "σ̂ / σ₀ (level free: the gauge)"),
     )  # fmt: skip
 
@@ -138,7 +138,7 @@ def scale_figure(results: Results, stage: str) -> Figure:
 
     note = "small dots: single seeds; large: geometric means over seeds{}; dashed: s = 1, the configured β"
     return _of_arms(
-        results, stage, SCALES, "beta", of_run, draw, note,
+        results, stage, SCALES, "scale", of_run, draw, note,
         ("Label noise of the prompt's topic (s.d., units of r*)", "s(x), factor of β"),
     )  # fmt: skip
 
@@ -165,18 +165,19 @@ def _of_arms(
     results: Results,
     stage: str,
     columns: tuple[str, ...],
-    idea: str,
+    what: str,
     of_run: Callable[[Found], pd.Series],
     draw: Callable[[Axes, pd.DataFrame, Arm, bool], None],
     note: str,
     labels: tuple[str, str],
 ) -> Figure:
-    """A panel for each arm that uses the idea, on common logarithmic axes.
+    """A panel for each arm that uses a head which says this, on common logarithmic axes.
 
     of_run: level -> geometric mean of one run. draw: (axes, a column per seed, arm, whether it is the first panel).
     """
-    runs = [run for run in results.whole_runs(stage) if idea in run.arm.used]
-    arms = [arm for arm in drawn_arms(results.study, stage) if idea in arm.used]
+    ideas = {idea.key for idea in IDEAS if idea.says == what}
+    runs = [run for run in results.whole_runs(stage) if run.arm.used & ideas]
+    arms = [arm for arm in drawn_arms(results.study, stage) if arm.used & ideas]
     there: dict[Run, pd.Series] = {}
     for run in runs:
         examples = results[run].examples
@@ -198,7 +199,7 @@ def _of_arms(
         grid[0].set_ylabel(labels[1])
         if there:
             _logarithmic(grid[0], "y")
-            if idea == "disco":
+            if what == "sigma":
                 levels = sorted({level for values in there.values() for level in values.index})
                 _logarithmic(grid[0], "x", levels)
         figure.supxlabel(labels[0], fontsize=7.5)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from discobeta.design.arms import CORNERS
+from discobeta.design.arms import CORNERS, IDEAS
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Study
 from discobeta.report.measures import TESTED
@@ -127,16 +127,18 @@ def samples(study: Study, stage: str) -> bool:
 
 def knows_sigma(study: Study, stage: str) -> bool:
     """Whether arms that use Disco are measured on pairs whose true σ is known, and is not the same everywhere."""
-    return bool(study.world) and study.world["noise"] != "homoscedastic" and _has_head(study, stage, "disco")
+    return bool(study.world) and study.world["noise"] != "homoscedastic" and _says(study, stage, "sigma")
 
 
 def knows_noise(study: Study, stage: str) -> bool:
     """Whether arms that use dynamic beta are measured on prompts whose noise and familiarity are known."""
-    return bool(study.world) and _has_head(study, stage, "beta")
+    return bool(study.world) and _says(study, stage, "scale")
 
 
-def _has_head(study: Study, stage: str, idea: str) -> bool:
-    return any(idea in arm.used and idea in arm.heads_in(stage) for arm in study.arms_of(stage))
+def _says(study: Study, stage: str, what: str) -> bool:
+    """Whether a head that is trained there, and used, says this."""
+    ideas = [idea.key for idea in IDEAS if idea.says == what and stage in idea.stages]
+    return any(not arm.used.isdisjoint(ideas) for arm in study.arms_of(stage))
 
 
 # --- what there is

@@ -309,15 +309,6 @@ def _plan(config: RunConfig, state: State) -> dict[str, str]:
         )
     else:
         found["learning rate"] = f"{config.learning_rate:g}, {config.lr_scheduler_type}"
-    heads = {
-        "disco_learning_rate": (3, "disco" in config.arm.heads_in(config.stage)),
-        "beta_learning_rate": (5, "beta" in config.arm.heads_in(config.stage) and row.reference_pass),
-        "value_learning_rate": (5, not row.has_pairs),
-    }
-    for key, (factor, has) in heads.items():
-        if has:
-            rate = getattr(config, key)
-            found["learning rate"] += f"; {key} {config.learning_rate * factor if rate is None else rate:g}"
     if config.finetuning_type == "lora" and config.lora_rank:
         alpha = config.lora_alpha or 2 * config.lora_rank
         found["trained"] = f"LoRA of rank {config.lora_rank} on {config.lora_target}, alpha {alpha}"
@@ -325,9 +316,9 @@ def _plan(config: RunConfig, state: State) -> dict[str, str]:
         found["trained"] = "all weights" if config.finetuning_type == "full" else "the adapter that it starts from"
     found["trained"] += f", {'bf16' if config.bf16 else 'float32'}"
     if row.has_pairs:
-        loss = "probit of the Gaussians" if "disco" in config.arm.used else config.pref_loss
-        found["loss"] = loss + (f", beta {config.pref_beta:g}" if row.is_policy else "")
-        found["loss"] += " * s(x)" if "beta" in config.arm.used and row.is_policy else ""
+        found["loss"] = config.pref_loss + (f", beta {config.pref_beta:g}" if row.is_policy else "")
+        used = config.arm.trained_as(config.stage).used
+        found["loss"] += "".join(f"; {idea.effect}" for idea in IDEAS if idea.key in used)
     if row.is_policy and config.num_eval_generations:
         found["evaluation"] = (
             f"{config.num_eval_generations:,} prompts, {config.generations_per_prompt} "

@@ -116,7 +116,7 @@ UNITS = {
     "kl_per_sequence": "nats per response",
     "kl_rao_blackwell": "nats per response",
 }
-"""Metric -> its unit, where its title does not say it; r* is the reward by which the world draws its labels."""
+"""Metric -> its unit, where an axis says more of it than a column; r* is the reward by which the world draws its labels."""
 
 BETTER = {"↑": "higher", "↓": "lower"}
 
@@ -124,7 +124,8 @@ BETTER = {"↑": "higher", "↓": "lower"}
 def words_of(name: str) -> str:
     """A metric and its unit, e.g. `NLL (nats per pair)`."""
     title = MEASURES[name].words.replace("Rao- Blackwell", "Rao-Blackwell")
-    return f"{title} ({UNITS[name]})" if name in UNITS else title
+    unit = UNITS.get(name, MEASURES[name].unit)
+    return f"{title} ({unit})" if unit else title
 
 
 def better(name: str) -> str:
