@@ -154,7 +154,7 @@ def test_interaction_figure_shows_seeds_means_and_the_sum():
     assert {(0, -0.04), (0, -0.02), (0, -0.03)} <= drawn
     assert {(-0.10, -0.10), (-0.08, -0.12), (-0.09, -0.11)} <= drawn
     assert (-0.12,) in drawn  # -0.09 - 0.03, if they added up
-    assert axes.get_ylabel() == "NLL minus\nthe baseline's"
+    assert axes.get_ylabel() == "NLL (nats per pair)\nminus the baseline's\n↓ better"
 
 
 def test_an_interaction_of_which_nothing_is_there_says_missing():
