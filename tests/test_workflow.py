@@ -289,7 +289,7 @@ def test_the_figures_that_are_expected_are_those_that_are_drawn(tmp_path: Path):
 def test_the_tables_that_are_expected_are_those_that_are_written(tmp_path: Path):
     done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"])
     (files,) = re.findall(r"^(?:local)?rule tables:\n    input: .*\n    output: (.*)$", done.stdout, re.MULTILINE)
-    names = ("rm", "dpo", "ppo", "rm-grid", "dpo-grid", "ppo-grid", "effects", "comparisons", "neutrality", "cost")
+    names = ("rm", "dpo", "ppo", "effects", "comparisons", "neutrality", "cost", "rm-grid", "dpo-grid", "ppo-grid")
     expected = {f"results/smoke/tables/{name}.{ending}" for name in names for ending in ("csv", "md", "tex")}
     assert set(files.split(", ")) == expected | {
         f"results/smoke/tables/{name}" for name in ("metrics.csv", "config.yaml")

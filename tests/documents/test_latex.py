@@ -74,7 +74,8 @@ def test_tables_of_a_study_with_every_metric_and_five_seeds_fit(tmp_path, monkey
     data = {"dataset": "rows.jsonl", "eval_dataset": "held-out.jsonl", "calibration_dataset": "calibration.jsonl"}
     label = "a control with a label that is longer than any column, σ = σ₀, β ≥ ½ µ"
     control = {"stages": ["rm", "dpo"], "label": label, "settings": {"learning_rate": 1e-6}}
-    texts = of_study(seeds=[1, 2, 3, 4, 5], data=data, controls={"slow": control}, idle_arms="prove")
+    arms = [*CORNERS, "disco-idle_beta-idle"]
+    texts = of_study(seeds=[1, 2, 3, 4, 5], arms=arms, data=data, controls={"slow": control}, idle_arms="prove")
     assert {"rm", "dpo", "ppo", "controls-dpo", "dpo-grid", "effects", "comparisons", "cost"} <= set(texts)
     assert faults(tmp_path, texts) == []
 
