@@ -118,7 +118,7 @@ def test_no_result_depends_on_how_a_process_starts():
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(discobeta.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL"}
+IMPORTED_AS = {"pyyaml": "yaml"}
 COMES_WITH = {"pydantic_core": "pydantic", "referencing": "snakemake"}
 """Parts of a package that have a name of their own."""
 

@@ -80,9 +80,9 @@ EVERYTHING_COUNT = sum(EVERYTHING.values())
 
 @pytest.fixture
 def copy(finished: Path) -> Iterator[Path]:
-    """The finished study, whose source may be edited."""
-    package = finished / "src" / "discobeta"
-    before = {path: path.read_bytes() for path in package.rglob("*.py")}
+    """The finished study, whose source may be edited, and what its page has in it beside."""
+    sources = [*(finished / "src").rglob("*.py"), *(finished / "src").rglob("page.*s")]
+    before = {path: path.read_bytes() for path in [*sources, *(finished / "workflow" / "report").iterdir()]}
     yield finished
     for path, content in before.items():
         if path.read_bytes() != content:
