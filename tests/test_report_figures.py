@@ -311,7 +311,7 @@ def texts_of(png: bytes) -> dict[str, str]:
         length, kind = int.from_bytes(png[place : place + 4], "big"), png[place + 4 : place + 8]
         if kind in (b"tEXt", b"iTXt"):
             keyword, _, text = png[place + 8 : place + 8 + length].partition(b"\0")
-            found[keyword.decode()] = text.rpartition(b"\0")[2].decode("utf-8")
+            found[keyword.decode()] = text.rpartition(b"\0")[2].decode("utf-8" if kind == b"iTXt" else "latin-1")
         place += 12 + length
     return found
 

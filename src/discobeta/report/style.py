@@ -116,7 +116,7 @@ UNITS = {
     "kl_per_sequence": "nats per response",
     "kl_rao_blackwell": "nats per response",
 }
-"""Metric -> its unit, where an axis says more of it than a column; r* is the reward by which the world draws its labels."""
+"""Metric -> its unit, where an axis says more of it than a column; r* is the reward by which the world draws labels."""
 
 BETTER = {"↑": "higher", "↓": "lower"}
 
