@@ -33,4 +33,6 @@ def headline(study: Study) -> str:
     seeds = "1 seed" if len(study.seeds) == 1 else f"{len(study.seeds)} seeds"
     lines.append(f"Means over {seeds}; intervals, paired effects and neutrality are in the tables.")
     lines.append(f"tables: {study.tables_directory}   figures: {study.figures_directory}")
+    if (page := study.directory / "report.html").exists():
+        lines.append(f"to read, in a browser: {page}")
     return "\n".join(lines)

@@ -12,13 +12,12 @@ import math
 import os
 import shlex
 import textwrap
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from discobeta import files, identity, lock, record
+from discobeta import files, identity, record
 from discobeta.closure import code_hash
 from discobeta.data import counts
 from discobeta.data.sources import named, resolve
@@ -35,22 +34,14 @@ from discobeta.design.schedule import schedule_of, total_steps
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError
+from discobeta.report import states
+from discobeta.report.states import State
 
 FIRST = (
     "accuracy", "bayes_accuracy", "nll", "oracle_nll", "excess_kl", "ece", "true_reward", "reward_gain",
     "kl_per_sequence", "win_rate", "mean_length", "loss", "perplexity",
 )  # fmt: skip
 """Metrics of metrics.json that are shown before any other; what arms are compared by comes first in any case."""
-
-
-@dataclass(frozen=True)
-class State:
-    """Where a run stands: `kind` is waiting, running, interrupted, done or failed; `step` of `steps` if it is known."""
-
-    kind: str
-    step: int | None = None
-    steps: int | None = None
-    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,20 +123,19 @@ def of_directory(directory: Path) -> Sheet:
 
 
 def state_of(directory: Path, config: RunConfig) -> State:
-    """The state of the run `config` in `directory`, with the reason where something is wrong with it."""
-    step, steps = _last_step(directory), _steps_of(directory, config)
-    if _is_held(directory):
-        return State("running", step or 0, steps, "another process writes it now")
+    """`states.state_of`, and what takes a reading of all of the run: is it undamaged, and what would be trained now?"""
+    state, steps = states.state_of(directory), _steps_of(directory, config)
+    if state.kind == "running":
+        return replace(state, steps=steps)
     if (directory / "provenance.json").exists():
         fault = record.fault(directory, config, weights=True) or _outdated(directory, config)
-        return State("failed" if fault else "done", step or steps, steps, fault or "sealed, and as it was written")
-    kept = [int(number) for path in directory.glob("checkpoints/step-*.pt") if (number := path.stem[5:]).isdecimal()]
-    if (directory / "config.yaml").is_file() and (step or kept):
-        if different := record.difference_in(directory, config):
-            return State("waiting", None, steps, f"{directory} holds another run, interrupted ({different})")
-        detail = f"goes on from checkpoints/step-{max(kept)}.pt" if kept else "no checkpoint yet: it begins anew"
-        return State("interrupted", max([step or 0, *kept]), steps, detail)
-    return State("waiting", None, steps, "not begun")
+        step = _last_step(directory) or steps
+        return State("failed" if fault else "done", step, steps, detail=fault or "sealed, and as it was written")
+    if state.kind == "interrupted" and (different := record.difference_in(directory, config)):
+        return State("waiting", None, steps, detail=f"{directory} holds another run, interrupted ({different})")
+    if state.kind == "interrupted":
+        return replace(state, steps=steps, detail=state.detail or "no checkpoint yet: it begins anew")
+    return State("waiting", None, steps, detail="not begun")
 
 
 def _outdated(directory: Path, config: RunConfig) -> str | None:
@@ -156,14 +146,6 @@ def _outdated(directory: Path, config: RunConfig) -> str | None:
     except UserError as error:
         return str(error) if "was trained with another" in str(error) else None
     return None
-
-
-def _is_held(directory: Path) -> bool:
-    """Whether somebody has touched the file by which a run is held a moment ago."""
-    try:
-        return time.time() - (directory / lock.NAME).stat().st_mtime < 4 * lock.BEAT
-    except OSError:
-        return False
 
 
 def _log(directory: Path) -> list[dict[str, Any]]:
