@@ -14,6 +14,7 @@
 #
 # Every target first sets up what it needs in $(VENV). Variables:
 #   CONFIG=config/x.yaml   the study of `ablation`, `report` and `provenance`      CORES=4   how many cores to use
+#   RETRAIN=true           let `ablation` train finished runs again whose settings have changed
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu   torch without CUDA: a much smaller download
 
 PYTHON ?= python3
@@ -40,7 +41,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 QUIETLY := --logger discobeta
 
 ablation: $(READY)
-	@$(WARM) --cores $(CORES) $(QUIETLY) --configfile $(CONFIG)
+	@$(WARM) --cores $(CORES) $(QUIETLY) --configfile $(CONFIG) $(if $(RETRAIN),--config retrain=$(RETRAIN))
 	@echo && $(RUN) discobeta headline --configfile $(CONFIG)
 
 smoke: $(READY)

@@ -54,7 +54,7 @@ def refusal(study: Study, found: dict[Run, str]) -> str:
         f"{study.directory} holds {runs} with other settings than this study's, which would be trained again "
         f"({run.stage}, {run.name}, seed {run.seed}: {different}).\n"
         "A study of its own needs a name of its own: `study:` in its config, or --config study=NAME. "
-        f"If what is there may go: --config {MEANT}=true"
+        f"If what is there may go: --config {MEANT}=true (with make: RETRAIN=true)"
     )
 
 
