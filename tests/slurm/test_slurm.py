@@ -188,8 +188,8 @@ def test_results_are_those_of_the_local_executor(local: Clone, submitted: tuple[
     computed = clone.computed()
     assert sum(name.endswith("metrics.json") for name in computed) == 3 + 3 + 3
     assert sum(name.endswith("adapter_model.safetensors") for name in computed) == 3 + 3 + 3
-    # rm, dpo, ppo, effects, comparisons, neutrality, metrics
-    assert sum(name.endswith(".csv") for name in computed) == 7
+    # rm, dpo, ppo, the same with all 16 settings, effects, comparisons, neutrality, metrics
+    assert sum(name.endswith(".csv") for name in computed) == 3 + 3 + 4
     assert computed == local.computed()
 
 
