@@ -1,11 +1,11 @@
 """The benchmarks run, on small shapes and for a few steps, and their gate closes when it should."""
 
 import importlib
-import importlib.util
 import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -24,39 +24,56 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPT = BENCHMARKS / "gpu_check.py"
 
 
-def test_the_gpu_check_runs_on_a_small_shape_and_says_what_was_measured(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-    gpu_check = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpu_check)
+@pytest.fixture
+def gpu_check(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu_check")
+
+
+def test_the_gpu_check_runs_on_a_small_shape_and_says_what_was_measured(gpu_check, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "train", lambda path: cli.main(["train", str(path), "--no-evaluate"]))
-    assert gpu_check.main(["--small", "--steps", "2", "--no-trl", "--output", str(tmp_path)]) == 0
+    assert gpu_check.main(["--small", "--steps", "7", "--no-trl", "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "gpu-check.json").read_text())
     assert set(found["idle against absent"].values()) == {"equal"}
     lines = (tmp_path / "gpu-check.md").read_text().splitlines()
-    rows = dict.fromkeys(("rm baseline", *(f"dpo {arm}" for arm in gpu_check.ARMS)), 2 * 8) | {"ppo baseline": 2 * 4}
-    for label, count in rows.items():
-        cost = found["cost"][label]
-        assert cost["rows"] == count  # two steps of 8 pairs; one update of 2 x 4 responses
+    assert set(found["cost"]) == set(gpu_check.RUNS) and not found["trl"]
+    for label, cost in found["cost"].items():
+        counted = cost["seconds_of_steps"][1:] if label.startswith("ppo") else cost["seconds_of_steps"][5:]
+        rows = 8  # pairs of a step, and 2 x 4 responses of an update
+        assert cost["rows"] == rows * len(cost["seconds_of_steps"])
         (line,) = [line for line in lines if line.startswith(f"| {label} |")]
-        assert float(re.split(r" *\| *", line)[3]) == pytest.approx(cost["rows"] / cost["seconds"], abs=0.051)
-        assert found["estimated_peak_bytes"][label] > 2 * 2048 * 128  # at least the embedding in bf16
+        assert float(re.split(r" *\| *", line)[3]) == pytest.approx(rows / statistics.median(counted), abs=0.051)
+        assert cost["estimated_peak_bytes"] > 2 * 2048 * 128  # at least the embedding in bf16
     assert capsys.readouterr().out.count("gpu_check.py") == 1
     changed = "common={per_device_train_batch_size: 16, gradient_accumulation_steps: 4, max_steps: 10}"
     study = Study.read([SCRIPT.parent.parent / "config" / "qwen3-0.6b.yaml"], ["stages=[rm,dpo]", changed])
     steps = {step.name: step for step in estimate(study, read(study, tmp_path))}
-    paid = found["cost"]["rm baseline"]
-    assert steps["rm"].seconds == pytest.approx(steps["rm"].jobs * 10 * 64 * paid["seconds"] / paid["rows"])
+    a_pair = statistics.median(found["cost"]["rm baseline"]["seconds_of_steps"][5:]) / 8
+    assert steps["rm"].seconds == pytest.approx(steps["rm"].jobs * 10 * 64 * a_pair)
     assert steps["evaluate"].seconds is None  # which is not measured there
 
 
-def test_utilisation_is_worked_out_by_hand(monkeypatch):
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-    gpu_check = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpu_check)
-    # 28 blocks of 2 x 1024 x 2048 + 2 x 1024 x 1024 + 3 x 1024 x 3072 = 15,728,640 weights; x 4 x 1e5 / 989e12
-    share = gpu_check.utilisation({"tokens_per_second": 1e5}, gpu_check.SHAPES["qwen3-0.6b"], "NVIDIA H100 80GB HBM3")
-    assert share == pytest.approx(0.17812, abs=1e-4)
-    assert gpu_check.utilisation({"tokens_per_second": 1e5}, gpu_check.SHAPES["small"], "cpu") is None
+def test_what_trl_is_asked_for_is_what_it_does(gpu_check, base, pairs, tmp_path):
+    wanted = {
+        "stage": "dpo", "base": str(base), "dataset": str(pairs["train"]), "output_dir": str(tmp_path), "steps": 3,
+        "pairs_per_step": 4, "batch": 1, "cutoff_len": 64, "bf16": False, "checkpointing": False, "times": 2,
+    }  # fmt: skip
+    found = gpu_check.run_trl(wanted)
+    assert found["microbatch"] == 2 and len(found["seconds_of_steps"]) == 3
+    assert found["rows_per_second"] == pytest.approx(4 / found["seconds_of_steps"][-1])
+    assert "absent" in gpu_check.run_trl(wanted | {"base": str(tmp_path / "absent")})["error"]
+
+
+def test_utilisation_is_worked_out_by_hand(gpu_check):
+    # 28 blocks of 2 x 1024 x 2048 + 2 x 1024 x 1024 + 3 x 1024 x 3072 = 15,728,640 weights on 113 + 39 + 49 tokens,
+    # 1024 x 151,936 = 155,582,464 on 39 + 49, 4 operations each: 409 G a pair
+    shape = gpu_check.SHAPES["qwen3-0.6b"]
+    share = gpu_check.utilisation("dpo", 100, [113, 39, 49], shape, "NVIDIA H100 80GB HBM3")
+    assert share == pytest.approx(0.04134, abs=1e-5)
+    share = gpu_check.utilisation("rm", 100, [113, 39, 49], shape, "NVIDIA H200")
+    assert share == pytest.approx(0.03580, abs=1e-5)  # no output layer
+    assert gpu_check.utilisation("ppo", 100, [113, 39, 49], shape, "NVIDIA H200") is None
+    assert gpu_check.utilisation("dpo", 100, [113, 39, 49], gpu_check.SHAPES["small"], "cpu") is None
 
 
 def bench(code: str, *words: str) -> subprocess.CompletedProcess:

@@ -146,9 +146,10 @@ def reference(arguments: argparse.Namespace) -> None:
     devices.claim()
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.inputs import reference as reference_pass
-    from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels
+    from discobeta.model.kernels import choose_kernels
+    from discobeta.model.pretrained import load_tokenizer
 
-    use_deterministic_kernels(config)
+    choose_kernels(config)
     data = load_or_tokenise(config, load_tokenizer(config))
     reference_pass.load_or_compute(config, data.parts())
 
@@ -164,9 +165,10 @@ def answers(arguments: argparse.Namespace) -> None:
     devices.claim()
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.inputs.answers import sample_folder
-    from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels
+    from discobeta.model.kernels import choose_kernels
+    from discobeta.model.pretrained import load_tokenizer
 
-    use_deterministic_kernels(config)
+    choose_kernels(config)
     tokenizer = load_tokenizer(config)
     sample_folder(config, load_or_tokenise(config, tokenizer), tokenizer)
 

@@ -12,29 +12,29 @@ from torch.nn import functional as F
 class _LowRankUpdate(torch.autograd.Function):
     """y = W x + c + s B A x for (..., in) inputs, with frozen W and c.
 
-    Scale and sum are done where they are smallest, on the rank side and within the matrix product. Given g = dL/dy:
-    dL/dB = g (s A x)', dL/dA = s B' g x', dL/dx = W' g + A' s B' g.
+    Scale and sum are done within the matrix products. Given g = dL/dy: dL/dB = s g (A x)', dL/dA = s B' g x',
+    dL/dx = W' g + s A' B' g.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        inner = (a @ x.reshape(-1, x.shape[-1]).T).mul_(scale)  # (r, tokens): with r rows, products are quicker
+        inner = a @ x.reshape(-1, x.shape[-1]).T  # (r, tokens): with r rows, products are quicker
         ctx.save_for_backward(x, weight, a, b, inner)
         ctx.scale = scale
         y = F.linear(x, weight, bias)
-        y.view(-1, y.shape[-1]).addmm_(inner.T, b.T)
+        y.view(-1, y.shape[-1]).addmm_(inner.T, b.T, alpha=scale)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, inner = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        of_inner = (b.T.contiguous() @ flat.T).mul_(ctx.scale)
+        of_inner = b.T.contiguous() @ flat.T
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (flat @ weight).addmm_(of_inner.T, a).view(x.shape)
-        of_a = of_inner @ x.reshape(-1, x.shape[-1])
-        of_b = (inner @ flat).T.contiguous()
+            of_x = (flat @ weight).addmm_(of_inner.T, a, alpha=ctx.scale).view(x.shape)
+        of_a = torch.addmm(a, of_inner, x.reshape(-1, x.shape[-1]), beta=0, alpha=ctx.scale)
+        of_b = torch.addmm(b.T, inner, flat, beta=0, alpha=ctx.scale).T.contiguous()
         return of_x, None, None, of_a, of_b, None
 
 

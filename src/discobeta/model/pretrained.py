@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from discobeta.files import read_json, replacing, write_json
 from discobeta.identity import check_local, folder_of
 from discobeta.model.adapters import load_adapter, read_tensors, start_adapter
 from discobeta.model.forward import hidden_states, logits_of, switch_off_dropout, trunk
+from discobeta.model.kernels import fuse_norms
 from discobeta.seeds import generator, global_stream
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def load_causal_lm(config: RunConfig) -> PreTrainedModel:
     if config.flash_attn != "fa2":  # which has no CPU kernels
         check_output_layer(model, config.model_name_or_path)
         check_padding(model, config.model_name_or_path)
-    return model
+    return fuse_norms(model)
 
 
 def load_scorer(
@@ -85,14 +85,7 @@ def load_scorer(
             raise UserError(f"{name} is no reward model: it has no trained `score`")
         deviation = 1 / math.sqrt(model.score.in_features + 1)
         model.score.weight.data.normal_(0, deviation, generator=generator(config.seed, "score"))
-    return model
-
-
-def use_deterministic_kernels(config: RunConfig) -> None:
-    """For `deterministic: true`: kernels that repeat bit for bit on a GPU. To be called before the first one."""
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    return fuse_norms(model)
 
 
 def save_model(model: nn.Module, directory: Path) -> None:

@@ -28,8 +28,9 @@ from discobeta.method.stage import Stage, stage_class
 from discobeta.model import preflight
 from discobeta.model.forward import pooled
 from discobeta.model.inference import in_batches
+from discobeta.model.kernels import choose_kernels
 from discobeta.model.layout import pairs_for
-from discobeta.model.pretrained import load_tokenizer, use_deterministic_kernels
+from discobeta.model.pretrained import load_tokenizer
 from discobeta.run import card, elsewhere, posthoc
 from discobeta.run import load as runs
 from discobeta.run.responses import measure_responses
@@ -81,7 +82,7 @@ def _evaluate(
     directory, config = run.directory, run.config
     row = STAGES[config.stage]
     started = time.monotonic()
-    use_deterministic_kernels(config)
+    choose_kernels(config)
     tokenizer = load_tokenizer(config)
     data = load_or_tokenise(config, tokenizer, write=False)
     facts: dict[str, Any] = data.keys()

@@ -130,10 +130,11 @@ def _sampled(
 
     from discobeta.inputs.answers import sample
     from discobeta.model.generation import response_text
-    from discobeta.model.pretrained import load_reference, load_tokenizer, use_deterministic_kernels
+    from discobeta.model.kernels import choose_kernels
+    from discobeta.model.pretrained import load_reference, load_tokenizer
 
     config = run.config
-    use_deterministic_kernels(config)
+    choose_kernels(config)
     tokenizer = load_tokenizer(config)
     prompts = _prompt_ids(run, asked, count, tokenizer)
     stage = runs.load_stage(run)

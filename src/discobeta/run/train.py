@@ -70,13 +70,13 @@ def _train(config: RunConfig, accelerator: Accelerator, hold: lock.Hold | None) 
     from discobeta.data.sources import contents_hash
     from discobeta.data.tokens import load_or_tokenise
     from discobeta.method.stage import stage_class
-    from discobeta.model import layout, preflight, pretrained
+    from discobeta.model import kernels, layout, preflight, pretrained
     from discobeta.model.forward import name_of
     from discobeta.run import load as runs
     from discobeta.run import loop
 
     folders.named_checkpoint(config)  # said before anything expensive
-    pretrained.use_deterministic_kernels(config)
+    kernels.choose_kernels(config)
     kind = stage_class(config.stage)
     directory = Path(config.output_dir)
     _say_same_as(config, accelerator.print)

@@ -1,0 +1,68 @@
+"""By which kernels a GPU computes: those that repeat, and few where a model asks for many."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from discobeta.design.config import RunConfig
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def choose_kernels(config: RunConfig) -> None:
+    """To be called before anything is computed on a GPU.
+
+    cuDNN's attention is left out: it plans anew for each shape that it has not seen, and every pass has another. With
+    `deterministic: true` kernels repeat bit for bit. Of what torch does then, two things cost most of a step and give
+    nothing to whom no value is read that was not written: it fills each new tensor with NaN, and parses `WORKSPACE`
+    at each product of matrices. It insists on this variable once; the workspaces that it then makes stay.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if not config.deterministic:
+        return
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    if WORKSPACE in os.environ:
+        return
+    os.environ[WORKSPACE] = ":4096:8"
+    if torch.cuda.is_available():
+        one = torch.ones(1, 1, device="cuda")
+        one @ one
+        del os.environ[WORKSPACE]
+
+
+class FusedNorm(nn.Module):
+    """Mixed into a model's RMSNorm, y = w x / sqrt(mean(x^2) + eps): on a GPU one kernel instead of six."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda or x.dtype != self.weight.dtype:
+            return super().forward(x)
+        return F.rms_norm(x, self.weight.shape, self.weight, epsilon_of(self)).to(x.dtype)
+
+
+def epsilon_of(norm: nn.Module) -> float | None:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+@cache
+def _fused(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (FusedNorm, kind), {})
+
+
+@torch.no_grad()
+def fuse_norms(model: nn.Module) -> nn.Module:
+    """Every RMSNorm of the model, which is on the CPU, as a `FusedNorm`; not those that compute something else (Gemma's
+    1 + w). The two pass if || y_fused - y || < sqrt(eps) || y ||, eps being the distance of two numbers near 1."""
+    for norm in model.modules():
+        if not type(norm).__name__.endswith("RMSNorm") or epsilon_of(norm) is None:
+            continue
+        x = torch.linspace(-2, 3, norm.weight.numel(), dtype=norm.weight.dtype)[None]
+        plain, fused = norm(x).float(), F.rms_norm(x, norm.weight.shape, norm.weight, epsilon_of(norm)).float()
+        if (fused - plain).norm() <= torch.finfo(x.dtype).eps ** 0.5 * plain.norm():
+            norm.__class__ = _fused(type(norm))
+    return model
