@@ -5,7 +5,7 @@
 
 Runs the first steps of config/qwen3-0.6b.yaml (its batch sizes, dtype, schedule and cutoff) by `discobeta train`, in a
 process each: rm; the dpo baseline, Disco + LeDPO, and the arm with both heads idle, whose adapter and log must equal
-the baseline's byte for byte; the baseline in larger passes; two updates of ppo. And TRL's RewardTrainer and DPOTrainer
+the baseline's byte for byte; the baseline in larger passes; one update of ppo. And TRL's RewardTrainer and DPOTrainer
 on the same rows, with the same LoRA, batch and dtype: as they come (A0, R0), tuned by hand (A1, R1: no checkpointing,
 and without cuDNN's attention, which plans anew for each shape; A1 in larger passes, too), and A1 with the reference
 precomputed (A2). A step lasts from one log line to the next, a process counts as the median of its steps
@@ -65,14 +65,14 @@ FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "4090": 
 """Dense bf16 FLOP a second at most, by what stands in the device's name (NVIDIA's data sheets)."""
 TUNED = {"checkpointing": False, "cudnn": False}
 TRL = {
-    "TRL dpo A0": {"checkpointing": True},
     "TRL dpo A1": TUNED,
-    "TRL dpo A1, larger passes": TUNED | {"times": LARGE},
     "TRL dpo A2": TUNED | {"precompute": True},
-    "TRL rm R0": {"checkpointing": True},
     "TRL rm R1": TUNED,
+    "TRL dpo A1, larger passes": TUNED | {"times": LARGE},
+    "TRL dpo A0": {"checkpointing": True},
+    "TRL rm R0": {"checkpointing": True},
 }
-WARMING = 5
+WARMING = 4
 """Steps at the start of a process, of which the first ones load kernels and find sizes, that do not count."""
 
 
@@ -237,7 +237,7 @@ def train_one(label: str, study: Study, steps: int, folder: Path) -> dict:
     run = Run(stage, Arm.from_name(arm), seed=1, directory=folder / label.replace(" ", "_").replace(",", ""))
     wanted = study.run_settings(run) | {
         "tokenized_path": str(folder / f"tokens-{stage == 'ppo'}"),
-        "stop_after_steps": 2 if stage == "ppo" else steps,
+        "stop_after_steps": 1 if stage == "ppo" else steps,
     }
     if stage == "ppo":
         wanted |= {"reward_model": str(folder / "rm_baseline"), "ppo_score_norm": False, "num_eval_generations": 0}
@@ -252,7 +252,7 @@ def train_one(label: str, study: Study, steps: int, folder: Path) -> dict:
     cost = json.loads((run.directory / "cost.json").read_text())
     lines = [json.loads(line) for line in (run.directory / "speed.jsonl").read_text().splitlines()]
     seconds = [line["seconds"] for line in lines]
-    of_step = seconds_of(seconds, 1 if stage == "ppo" else WARMING)
+    of_step = seconds_of(seconds, WARMING)
     rates = {f"{name}_per_second": cost[name] / len(seconds) / of_step["step"] for name in ("rows", "tokens")}
     estimated = estimate(RunConfig.from_mapping(wanted)[0])
     return cost | of_step | rates | {"seconds_of_steps": seconds, "estimated_peak_bytes": estimated}
@@ -261,7 +261,7 @@ def train_one(label: str, study: Study, steps: int, folder: Path) -> dict:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="a small shape, for a machine without a GPU")
-    parser.add_argument("--steps", type=int, default=20, help="optimiser steps of rm and dpo; half of it of TRL's")
+    parser.add_argument("--steps", type=int, default=16, help="optimiser steps of rm and dpo; half of it of TRL's")
     parser.add_argument("--no-trl", action="store_true", help="leave TRL's trainers out")
     parser.add_argument("--one-of-trl", metavar="JSON", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=ROOT / "results/published/gpu-check")
@@ -340,12 +340,12 @@ def as_rates(found: dict) -> str:
 
 def as_markdown(found: dict) -> str:
     lines = [
-        f"# GPU check: {found['steps']} steps of rm and dpo, two updates of ppo, random weights of the shape "
+        f"# GPU check: {found['steps']} steps of rm and dpo, an update of ppo, random weights of the shape "
         f"{found['shape']}",
         "",
         f"Made by `python benchmarks/gpu_check.py` at commit {found['commit']} (dirty: {found['dirty']}) on "
         f"{found['device']}, {', '.join(f'{name} {version}' for name, version in found['versions'].items())}; seed 1; "
-        f"{found['pairs_per_step']} pairs a step. A step: median and range after the first {WARMING} (ppo: 1). Tokens: "
+        f"{found['pairs_per_step']} pairs a step. A step: median and range after the first {WARMING}; ppo: the first. Tokens: "
         "of all sequences, each with its prompt. Utilisation: of the FLOP that the work needs, prompts once.",
         "",
         "| run | s a step | rows/s | tokens/s | peak memory (GB) | estimated | FLOP utilisation |",

@@ -32,13 +32,13 @@ def gpu_check(monkeypatch):
 
 def test_the_gpu_check_runs_on_a_small_shape_and_says_what_was_measured(gpu_check, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "train", lambda path: cli.main(["train", str(path), "--no-evaluate"]))
-    assert gpu_check.main(["--small", "--steps", "7", "--no-trl", "--output", str(tmp_path)]) == 0
+    assert gpu_check.main(["--small", "--steps", "6", "--no-trl", "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "gpu-check.json").read_text())
     assert set(found["idle against absent"].values()) == {"equal"}
     lines = (tmp_path / "gpu-check.md").read_text().splitlines()
     assert set(found["cost"]) == set(gpu_check.RUNS) and not found["trl"]
     for label, cost in found["cost"].items():
-        counted = cost["seconds_of_steps"][1:] if label.startswith("ppo") else cost["seconds_of_steps"][5:]
+        counted = cost["seconds_of_steps"] if label.startswith("ppo") else cost["seconds_of_steps"][4:]
         rows = 8  # pairs of a step, and 2 x 4 responses of an update
         assert cost["rows"] == rows * len(cost["seconds_of_steps"])
         (line,) = [line for line in lines if line.startswith(f"| {label} |")]
@@ -48,7 +48,7 @@ def test_the_gpu_check_runs_on_a_small_shape_and_says_what_was_measured(gpu_chec
     changed = "common={per_device_train_batch_size: 16, gradient_accumulation_steps: 4, max_steps: 10}"
     study = Study.read([SCRIPT.parent.parent / "config" / "qwen3-0.6b.yaml"], ["stages=[rm,dpo]", changed])
     steps = {step.name: step for step in estimate(study, read(study, tmp_path))}
-    a_pair = statistics.median(found["cost"]["rm baseline"]["seconds_of_steps"][5:]) / 8
+    a_pair = statistics.median(found["cost"]["rm baseline"]["seconds_of_steps"][4:]) / 8
     assert steps["rm"].seconds == pytest.approx(steps["rm"].jobs * 10 * 64 * a_pair)
     assert steps["evaluate"].seconds is None  # which is not measured there
 
