@@ -345,8 +345,8 @@ def as_markdown(found: dict) -> str:
         "",
         f"Made by `python benchmarks/gpu_check.py` at commit {found['commit']} (dirty: {found['dirty']}) on "
         f"{found['device']}, {', '.join(f'{name} {version}' for name, version in found['versions'].items())}; seed 1; "
-        f"{found['pairs_per_step']} pairs a step. A step: median and range after the first {WARMING}; ppo: the first. Tokens: "
-        "of all sequences, each with its prompt. Utilisation: of the FLOP that the work needs, prompts once.",
+        f"{found['pairs_per_step']} pairs a step. A step: median and range after the first {WARMING}; ppo: the first. "
+        "Tokens: of all sequences, each with its prompt. Utilisation: of the FLOP that the work needs, prompts once.",
         "",
         "| run | s a step | rows/s | tokens/s | peak memory (GB) | estimated | FLOP utilisation |",
         "|---|---:|---:|---:|---:|---:|---:|",
