@@ -424,6 +424,11 @@ def test_equal_results_give_equal_bytes_and_figures_are_inside(monkeypatch):
     assert image["alt"].startswith("Reliability, rm. Held-out pairs sorted by how sure the model is")
     assert main(["page", "--configfile", config_of(made)]) == 0
     assert page_of(made).read_bytes() == first
+    assert main(["figures", "--configfile", config_of(made)]) == 0
+    with monkeypatch.context() as nothing_draws:
+        nothing_draws.setattr(page, "save", None)
+        assert main(["page", "--drawn", "--configfile", config_of(made)]) == 0
+    assert page_of(made).read_bytes() == first
     monkeypatch.setattr(page, "LARGEST_SVG", 1000)
     (image,) = parsed(made).all("img")
     assert image["src"].startswith("data:image/png;base64,iVBOR")
@@ -447,6 +452,14 @@ def test_a_strict_page_needs_every_run(undrawn):
     made = study(arms=["baseline"], stages=["rm"], seeds=[1, 2])
     fill(made, skip=lambda run: run.seed == 2)
     assert main(["page", "--strict", "--configfile", config_of(made)]) == 2
+    assert not page_of(made).exists()
+
+
+def test_a_page_of_drawn_figures_needs_them(undrawn, capsys):
+    made = study(arms=["baseline"], stages=["rm"], seeds=[1])
+    fill(made)
+    assert main(["page", "--drawn", "--configfile", config_of(made)]) == 2
+    assert "is not there: `discobeta figures` draws it" in capsys.readouterr().err
     assert not page_of(made).exists()
 
 

@@ -72,4 +72,4 @@ rule page:
         beside=beside_the_page(),
         study=study_text,
     shell:
-        "printf %s {params.study:q} | python -m discobeta page --strict --configfile - &> {log}"
+        "printf %s {params.study:q} | python -m discobeta page --strict --drawn --configfile - &> {log}"

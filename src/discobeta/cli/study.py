@@ -40,6 +40,7 @@ def add_to(commands) -> None:
     ):
         sub = study_command(commands, name, function, help)
         sub.add_argument("--strict", action="store_true", help="write nothing unless every run counts")
+    sub.add_argument("--drawn", action="store_true", help="take the figures of the study as they stand, draw none")
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -156,7 +157,7 @@ def figures(arguments: argparse.Namespace) -> None:
 def page(arguments: argparse.Namespace) -> None:
     from discobeta.report import page as study_page
 
-    print(study_page.write(_results(arguments, curves=True)))
+    print(study_page.write(_results(arguments, curves=True), drawn=arguments.drawn))
 
 
 def _results(arguments: argparse.Namespace, *, curves: bool):

@@ -29,7 +29,7 @@ from discobeta.report.collect import collect, of_grid, provenance, provenance_li
 from discobeta.report.estimates import estimate, interval_header
 from discobeta.report.measures import MEASURES, METRICS, TESTED
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number
-from discobeta.report.results import Results
+from discobeta.report.results import Results, enumerate_seeds
 from discobeta.report.statistics import INTERVAL_FROM, bootstrap, holm, mean_ci, sign_flip_p
 
 
@@ -232,7 +232,7 @@ def _table(
 
 def _missing(lacking: pd.Series) -> str:
     return "; ".join(
-        f"{stage}: seeds {', '.join(sorted(set(texts.split()), key=int))}" for stage, texts in lacking.items()
+        f"{stage}: {enumerate_seeds(sorted(set(map(int, texts.split()))))}" for stage, texts in lacking.items()
     )
 
 

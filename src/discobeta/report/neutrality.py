@@ -12,7 +12,7 @@ from discobeta.report.collect import provenance, provenance_line
 from discobeta.report.compare import EQUAL, OUTCOMES, files_of, verdict
 from discobeta.report.measures import arm_text
 from discobeta.report.render import NOTHING, Column, Panel, Table
-from discobeta.report.results import Results, kind_of
+from discobeta.report.results import Results, kind_of, seeds_text
 
 
 @lru_cache(maxsize=1)  # the tables of the stages read it too
@@ -116,7 +116,7 @@ def neutrality_table(results: Results) -> Table:
     ]
     caption = "Runs with an idle head against their twin, the run without that head: what each computed, byte for byte."
     alike = [name for name in frame if name != "seed"]
-    printed = frame.groupby(alike, sort=False).seed.agg(lambda seeds: ", ".join(map(str, seeds))).reset_index()
+    printed = frame.groupby(alike, sort=False).seed.agg(lambda of: seeds_text(list(of))).reset_index()
     counts = frame.result.value_counts()
     summary = (
         "This study trains no arm with an idle head"

@@ -19,7 +19,7 @@ from discobeta.design.arms import CORNERS, Arm
 from discobeta.design.config import read_by
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Run
-from discobeta.errors import telling
+from discobeta.errors import UserError, telling
 from discobeta.files import write_text
 from discobeta.folders import claim
 from discobeta.report import outputs
@@ -44,7 +44,7 @@ from discobeta.report.html import (
 from discobeta.report.measures import METRICS, Metric
 from discobeta.report.outputs import Output
 from discobeta.report.render import NOTHING, number
-from discobeta.report.results import Found, Results
+from discobeta.report.results import Found, Results, seeds_text
 
 NAME = "report.html"
 STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
@@ -75,7 +75,10 @@ QUESTION = (
 
 def write(results: Results, *, drawn: bool = False) -> Path:
     """The page, into the study's directory. drawn: whether the figures of these results stand there already."""
-    directory = results.study.directory
+    directory, study = results.study.directory, results.study
+    there = [study.figures_directory / name for output in outputs.figures(study) for name in output.files if drawn]
+    if absent := next((path for path in there if not path.is_file()), None):
+        raise UserError(f"{absent} is not there: `discobeta figures` draws it")
     text = page(results, results.study.figures_directory if drawn else None)
     claim(directory, "discobeta page", [NAME])
     write_text(directory / NAME, text)
@@ -148,7 +151,7 @@ def _facts(results: Results) -> Element:
     base = "trained by the study" if study.sft else study.model.get("model_name_or_path")
     facts: list[tuple[str, str]] = [
         ("Runs", f"{measured} of {len(results.found)}"),
-        ("Seeds", ", ".join(map(str, study.seeds)) if len(study.seeds) < 20 else str(len(study.seeds))),
+        ("Seeds", seeds_text(study.seeds)),
         ("Data", str(data)),
         ("Base", str(base)),
         ("Commit", made_by["commit"]),

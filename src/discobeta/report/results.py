@@ -244,7 +244,19 @@ def kind_of(absence: str | None) -> str:
 
 
 def enumerate_seeds(seeds: list[int]) -> str:
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    """`seed 3`, `seeds 1, 2`, `seeds 1–6, 9`."""
+    return f"seed{'s' * (len(seeds) > 1)} {seeds_text(seeds)}"
+
+
+def seeds_text(seeds: list[int]) -> str:
+    """Numbers in their order, three or more in a row as their ends."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def overlap_note(results: Results, stage: str) -> str | None:
