@@ -455,7 +455,7 @@ def test_a_strict_page_needs_every_run(undrawn):
     assert not page_of(made).exists()
 
 
-def test_a_page_of_drawn_figures_needs_them(undrawn, capsys):
+def test_a_page_of_drawn_figures_needs_them(capsys):
     made = study(arms=["baseline"], stages=["rm"], seeds=[1])
     fill(made)
     assert main(["page", "--drawn", "--configfile", config_of(made)]) == 2
