@@ -1,5 +1,6 @@
 """What a paper prints, from numbers that are written by hand."""
 
+import math
 import os
 import re
 import subprocess
@@ -188,14 +189,29 @@ def published_point(kl, value, setting, well_formed=1.0):
     return Point(kl, value, f"pref_beta={setting}", setting, well_formed)
 
 
-def test_nothing_is_drawn_beyond_what_all_seeds_have():
+def test_a_difference_is_drawn_where_two_thirds_of_the_seeds_have_it():
     point = published_point
     arm = {1: [point(0.0, 0.0, 1), point(4.0, 4.0, 0.1)], 2: [point(1.0, 1.0, 1), point(5.0, 5.0, 0.1)]}
     base = {1: [point(0.5, 0.0, 1), point(3.5, 0.0, 0.1)], 2: [point(0.0, 0.0, 1), point(3.0, 0.0, 0.1)]}
-    grid = paper_figures.common_grid(arm, base)
-    assert (grid[0], grid[-1]) == (1.0, 3.0)
-    assert paper_figures.difference_at(2.0, arm, base) == pytest.approx(2.0)
-    assert paper_figures.common_grid(arm, {1: base[1]}) == []
+    kls, values = paper_figures.differences(arm, base, 2)  # both have 1 to 3
+    assert (kls[0], kls[-1], len(kls)) == (1.0, 3.0, 25)
+    assert values == pytest.approx(kls)  # the arm's reward is its KL, the baseline's 0
+    arm[3], base[3] = [point(2.0, 2.6, 1), point(3.2, 3.8, 0.1)], [point(0.0, 0.0, 1), point(4.0, 0.0, 0.1)]
+    kls, values = paper_figures.differences(arm, base, 3)
+    assert (kls[0], kls[-1]) == (1.0, 3.2)  # where two of three are: 1 and 2 from 1, and 3 from 2 on
+    assert values[0] == pytest.approx(1.0)
+    assert values[-1] == pytest.approx(3.2 + 0.3)  # of 1 and 3, and 3 has .6 more
+    assert paper_figures.differences(arm, {1: base[1]}, 3) == ([], [])
+
+
+def test_a_gap_in_which_fewer_seeds_are_is_a_gap():
+    point = published_point
+    spans = {1: (0, 1), 2: (0, 1), 3: (2, 3), 4: (2, 3)}
+    arm = {seed: [point(low, 1.0, 1), point(high, 1.0, 0.1)] for seed, (low, high) in spans.items()}
+    base = {seed: [point(0, 0.0, 1), point(3, 0.0, 0.1)] for seed in spans}
+    kls, values = paper_figures.differences(arm, base, 3)
+    assert (kls[0], kls[-1]) == (0, 3)
+    assert all(math.isnan(value) == (1 < kl < 2) for kl, value in zip(kls, values, strict=True))
 
 
 def test_a_study_that_is_gone_leaves_no_files_and_somebodys_files_stay(tmp_path, capsys):

@@ -30,13 +30,17 @@ BASELINE = Source(CORNERS[0].name)
 # --- reward against KL
 
 
+MOST = 2 / 3
+"""The share of a study's seeds that must have both lines at a KL for their mean difference to be drawn there."""
+
+
 def frontier_figure(study: Published, stage: str) -> Figure:
     """True reward over KL to the reference, along the sweep over β, of every arm and control that was swept.
 
     Above as in `reward_kl`: faint points are runs, crosses those that are left out because the policy has collapsed. A
     line joins the means over seeds at each β, of what is left; a hollow point is a mean of fewer seeds than the study
     has. The dotted line is the oracle's frontier, true reward plus regret, where the world gives it. Below: the
-    difference from the baseline at equal KL, mean over seeds, where all seeds have both.
+    difference from the baseline at equal KL, mean over the seeds that have both there, where most have (`MOST`).
     """
     found = frontiers(study, stage)
     looks = looks_of(found)
@@ -47,8 +51,10 @@ def frontier_figure(study: Published, stage: str) -> Figure:
         ends = draw_points(axes, found, looks, study, len(study.seeds))
         below_ends: list[End] = []
         for source, by_seed in found.items():
-            if kls := (source.text != BASELINE.text and BASELINE in found and common_grid(by_seed, found[BASELINE])):
-                values = [difference_at(kl, by_seed, found[BASELINE]) for kl in kls]
+            if source.text == BASELINE.text or BASELINE not in found:
+                continue
+            kls, values = differences(by_seed, found[BASELINE], len(study.seeds))
+            if kls:
                 look = looks[source]
                 below.plot(kls, values, **look.of_line, marker=look.marker, markersize=3, markevery=6)
                 below_ends.append((kls[-1], values[-1], label_of(source, study), look.colour))
@@ -63,6 +69,7 @@ def frontier_figure(study: Published, stage: str) -> Figure:
         figure.align_ylabels()
         name_ends(figure, {axes: ends, below: below_ends})
         note = note_of(found, has_oracle="regret" in study.metrics(stage))
+        note += f" Below: mean over the seeds that have both, where {MOST:.0%} of all or more do." * bool(below_ends)
         state_source(figure, made_by_of(study), note)
     return figure
 
@@ -72,25 +79,29 @@ def made_by_of(study: Published) -> dict[str, str]:
     return {"study": study.name, "seeds": " ".join(map(str, study.seeds)), **study.made_by}
 
 
-def common_grid(*arms: dict[int, list[Point]]) -> list[float]:
-    """25 values of KL over the range that all seeds of all arms have; none if there is no such range."""
-    lines = [frontier.line([p for p in points if not p.has_collapsed])[0] for arm in arms for points in arm.values()]
-    if set(arms[0]) != set(arms[1]) or any(len(kl) < 2 for kl in lines):
-        return []
-    low, high = max(kl[0] for kl in lines), min(kl[-1] for kl in lines)
-    return np.linspace(low, high, 25).tolist() if low < high else []
+def differences(
+    arm: dict[int, list[Point]], baseline: dict[int, list[Point]], seeds: int
+) -> tuple[list[float], list[float]]:
+    """At 25 values of KL what the arm's line has more than the baseline's, mean over the seeds that have both there.
 
-
-def difference_at(kl: float, arm: dict[int, list[Point]], baseline: dict[int, list[Point]]) -> float:
-    """Mean over seeds of what the arm's line has more than the baseline's at this KL."""
-    at = [
-        [np.interp(kl, *frontier.line([p for p in of[seed] if not p.has_collapsed])) for of in (arm, baseline)]
-        for seed in arm
-    ]
-    return float(np.mean([value - other for value, other in at]))
-
-
-# --- hypotheses
+    From the least to the largest KL at which at least `MOST` of the study's seeds have; empty if there is none.
+    """
+    kept = {
+        seed: [frontier.line([point for point in of[seed] if not point.has_collapsed]) for of in (arm, baseline)]
+        for seed in arm.keys() & baseline.keys()
+    }
+    kept = {seed: lines for seed, lines in kept.items() if all(len(kl) > 1 for kl, _ in lines)}
+    spans = [(max(kl[0] for kl, _ in lines), min(kl[-1] for kl, _ in lines)) for lines in kept.values()]
+    ends = sorted({end for span in spans for end in span})
+    common = [kl for kl in ends if sum(low <= kl <= high for low, high in spans) >= MOST * seeds]
+    if len(common) < 2:
+        return [], []
+    kls, means = np.linspace(common[0], common[-1], 25), []
+    for kl in kls:
+        there = [lines for lines, (low, high) in zip(kept.values(), spans, strict=True) if low <= kl <= high]
+        each = [np.interp(kl, *ours) - np.interp(kl, *theirs) for ours, theirs in there]
+        means.append(float(np.mean(each)) if len(there) >= MOST * seeds else math.nan)
+    return kls.tolist(), means
 
 
 def forest(verdicts: list[Verdict], studies: list[Published], digest: str) -> Figure:
