@@ -16,6 +16,7 @@ from discobeta.design.study import Study
 from discobeta.report import curves, figures, neutrality, tables
 from discobeta.report.collect import provenance
 from discobeta.report.render import escape, markdown
+from discobeta.report.results import enumerate_seeds
 
 ARMS = ["baseline", "disco-used_beta-absent"]
 SETTINGS = {
@@ -640,3 +641,14 @@ def test_large_seeds_stay_exact_everywhere():
     assert (made.directory / "runs/dpo/baseline/seed-9223372036854775807/config.yaml").exists()
     settings = json.loads((made.directory / "runs/dpo/baseline/seed-9223372036854775807/provenance.json").read_text())
     assert settings["seed"] == 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("seeds", "text"),
+    [
+        ([3], "seed 3"), ([1, 2], "seeds 1, 2"), ([1, 2, 3], "seeds 1–3"), ([21, 22, 23, 24, 30], "seeds 21–24, 30"),
+        ([1, 3, 5], "seeds 1, 3, 5"), ([9, 1, 2, 3, 7, 8], "seeds 9, 1–3, 7, 8"),
+    ],
+)  # fmt: skip
+def test_seeds_in_a_row_are_said_by_their_ends(seeds, text):
+    assert enumerate_seeds(seeds) == text
