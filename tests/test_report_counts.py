@@ -637,7 +637,7 @@ def test_large_seeds_stay_exact_everywhere():
     assert set(metrics.seed) == set(seeds)
     assert "seeds 9007199254740993, 9223372036854775807, config" in said(made)
     assert "baseline: seed 9007199254740993 (not trained)" in said(made)
-    assert "dpo: seeds 9007199254740993." in said(made, "comparisons.md")
+    assert "dpo: seed 9007199254740993." in said(made, "comparisons.md")
     assert (made.directory / "runs/dpo/baseline/seed-9223372036854775807/config.yaml").exists()
     settings = json.loads((made.directory / "runs/dpo/baseline/seed-9223372036854775807/provenance.json").read_text())
     assert settings["seed"] == 2**63 - 1
