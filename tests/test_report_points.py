@@ -333,3 +333,14 @@ def test_equal_noise_everywhere_has_no_order_of_sigma():
 
 def test_one_arm_has_no_effects():
     assert "effects" not in names(study(arms=["baseline"]))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.83, 1.13), (0.97, 1.02), (0.4, 2.4), (0.02, 40)])
+def test_a_logarithmic_axis_has_numbers_however_narrow_it_is(low, high):
+    axes = Figure().subplots()
+    axes.set_ylim(low, high)
+    head_figures._logarithmic(axes, "y")
+    there = [tick for tick in axes.yaxis.get_major_locator()() if low <= tick <= high]
+    assert 3 <= len(there) <= 21
+    texts = [axes.yaxis.get_major_formatter()(tick, None) for tick in there]
+    assert [float(text) for text in texts] == pytest.approx(there)  # none is rounded to another number

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from discobeta.design.arms import IDEAS, Arm
 from discobeta.design.study import Run
@@ -211,9 +211,11 @@ def _of_arms(
 
 
 def _logarithmic(axes: Axes, which: str, levels: list[float] | None = None) -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5, or at these levels where they do not stand too close."""
+    """A logarithmic axis with plain numbers at 1, 2 and 5, or at these levels where they do not stand too close; over a
+    range in which there are hardly any, at even steps."""
     axis = getattr(axes, f"{which}axis")
     getattr(axes, f"set_{which}scale")("log")
+    low, high = getattr(axes, f"get_{which}lim")()
     if levels:
         ticks = [levels[0]]
         for level in levels[1:]:
@@ -221,6 +223,8 @@ def _logarithmic(axes: Axes, which: str, levels: list[float] | None = None) -> N
                 ticks.append(level)
     else:
         ticks = [digit * 10.0**power for power in range(-4, 5) for digit in (1, 1.5, 2, 3, 5, 7)]
+        if sum(low <= tick <= high for tick in ticks) < 3:
+            ticks = [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if tick > 0]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
