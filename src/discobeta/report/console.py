@@ -163,7 +163,7 @@ class Console:
         return silent >= min(MOST, max(LEAST, (now - self.begun) / 20))
 
     def line(self, *, with_running: bool = False) -> str:
-        """`120 of 387 jobs (31 %), 2 min 10 s, about 4 min left: rm 24 of 24, dpo 30 of 72, …`."""
+        """`120 of 387 jobs (31 %), 2 min 10 s, about 4 min left: rm 20 of 24, dpo 30 of 72`, of what has begun."""
         done, total = self.done.total(), self.total.total()
         parts = [f"{done} of {total} jobs ({100 * done // total} %)", duration(time.monotonic() - self.begun)]
         left, is_whole = self.seconds_left()
@@ -171,7 +171,12 @@ class Console:
             parts.append(f"{'about' if is_whole else 'at least'} {duration(left)} left")
         if self.failures:
             parts.append(f"{self.failures} failed")
-        kinds = [f"{_short(rule)} {self.done[rule]} of {n}" for rule, n in self.total.items() if self.done[rule] < n]
+        under_way = {job.rule for job in self.running.values()} | self.done.keys()
+        kinds = [
+            f"{_short(rule)} {self.done[rule]} of {n}"
+            for rule, n in self.total.items()
+            if self.done[rule] < n and rule in under_way
+        ]
         shown = f"{', '.join(parts)}: {', '.join(kinds)}" if kinds else ", ".join(parts)
         now = [self._running(job) for job in self.running.values() if job.rule] if with_running else []
         return f"{shown} | {'; '.join(now)}" if now else shown
