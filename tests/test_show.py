@@ -169,6 +169,17 @@ def test_a_run_that_was_moved_is_shown_where_it_is(run, shown, tmp_path):
     ]  # fmt: skip
 
 
+def test_a_run_of_a_study_says_whose_it_is(run, shown, tmp_path):
+    place = tmp_path / "a study/runs/rm/baseline/seed-1"
+    place.parent.mkdir(parents=True)
+    directory = run("rm").rename(place)
+    assert not [note for note in shown(str(directory))["notes"] if "a run of the study" in note]  # any folder `runs`
+    (tmp_path / "a study/shared").mkdir()
+    (note,) = [note for note in shown(str(directory))["notes"] if "a run of the study" in note]
+    assert f"in {tmp_path / 'a study'}," in note
+    assert f"snakemake '{directory}/provenance.json' --cores all" in note
+
+
 def test_passes_and_updates_of_ppo_are_counted(settings, shown, tmp_path):
     """2 x 3 responses an optimiser step, a buffer of 4 steps, gone through twice: 24 responses, 8 steps."""
     batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "ppo_buffer_size": 4, "ppo_epochs": 2}

@@ -111,6 +111,10 @@ def of_directory(directory: Path) -> Sheet:
     sheet = _sheet(config, notes, str(directory), state)
     if written and Path(written).absolute() != directory.absolute():
         sheet.notes.append(f"its config.yaml says output_dir: {written}; it is read here")
+    study = next((part.parent for part in directory.parents if part.name == "runs"), None)
+    if study and (study / "shared").is_dir():
+        made = f"snakemake {shlex.quote(str(directory / 'provenance.json'))} --cores all --configfile …"
+        sheet.notes.append(f"a run of the study in {study}, whose workflow makes it with all that it needs: {made}")
     words = ["discobeta", "train", str(directory / "config.yaml")]
     words += ["--set", f"output_dir={directory}"] if written != str(directory) else []
     if state.kind not in ("done", "running"):
