@@ -145,3 +145,20 @@ def reseal(directory: Path, **facts) -> None:
     now = {"files": record.manifest(directory), "base": identity.weights_hash(config)}
     now |= {"tokenizer": identity.tokenizer_hash(config)} | facts
     files.write_sealed(directory / "provenance.json", files.read_sealed(directory / "provenance.json") | now)
+
+
+@pytest.fixture
+def clock_of(monkeypatch):
+    """clock_of(module): what it takes for `time`, a clock that goes when it is told to."""
+
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    def replaced(module) -> Clock:
+        monkeypatch.setattr(module, "time", clock := Clock())
+        return clock
+
+    return replaced

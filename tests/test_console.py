@@ -8,15 +8,8 @@ from discobeta.report import console
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    class Clock:
-        now = 1000.0
-
-        def monotonic(self):
-            return self.now
-
-    monkeypatch.setattr(console, "time", clock := Clock())
-    return clock
+def clock(clock_of):
+    return clock_of(console)
 
 
 @pytest.fixture

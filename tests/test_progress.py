@@ -9,17 +9,8 @@ from discobeta import progress
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """A clock that goes when it is told to."""
-
-    class Clock:
-        now = 1000.0
-
-        def monotonic(self):
-            return self.now
-
-    monkeypatch.setattr(progress, "time", clock := Clock())
-    return clock
+def clock(clock_of):
+    return clock_of(progress)
 
 
 def test_a_log_gets_a_line_now_and_then(clock, monkeypatch):
