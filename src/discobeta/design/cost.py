@@ -47,6 +47,7 @@ class Measured:
     shared: pd.DataFrame  # work, seconds per job
     folder: Path
     differs: list[str]  # sections of the config in which that study differs from this one
+    device: str = ""  # on which, where a benchmark has written it
 
     @property
     def on_gpu(self) -> bool:
@@ -140,7 +141,8 @@ def report(
     lines.append(_line("total", jobs, "", "", hours, _gib(memory), span, ""))
     lines.append("Not counted: start-up of jobs, queueing, tokenising and the world, tables and figures.")
     if measured:
-        lines.append(f"Rates measured in {measured.folder} ({len(measured.runs)} runs).")
+        on = f" on {measured.device}" if measured.device else ""
+        lines.append(f"Rates measured in {measured.folder} ({len(measured.runs)} runs{on}).")
         lines.append(
             "Between: as if every run were as fast as the fastest of them that was measured, or as slow as the slowest."
         )
@@ -276,7 +278,9 @@ def _read(study: Study, folder: Path) -> Measured:
     theirs = read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
     sections = ["base", "data", "prompts", "common", *study.stages, "gpus_per_run"]
     differs = [name for name in sections if theirs.get(name) != study.settings.get(name)]
-    return Measured(runs, shared, folder, differs)
+    benchmark = folder / "gpu-check.json"
+    device = read_json(benchmark)["device"] if benchmark.exists() else ""
+    return Measured(runs, shared, folder, differs, device)
 
 
 def length(study: Study, run: Run, rows: Rows | None = None) -> tuple[int, int]:

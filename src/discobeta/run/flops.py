@@ -3,8 +3,8 @@
 A pass forward over n tokens is 2 n (weights that tokens go through) floating-point operations and, with causal
 attention over T tokens, 2 n T (layers x width of all heads) more (Kaplan et al. 2020, section 2.1); a pass backward is
 as much again where only an adapter is trained, twice as much where all weights are, and recomputed activations are one
-forward pass more. What a GPU reaches of its peak is not known here and nothing of it was measured: `UTILISATION` is a
-judgement, and so is `HOST`, what a token costs that is drawn alone. No torch: of a model only config.json is read.
+forward pass more. What a GPU reaches of its peak is not known here: `UTILISATION` is a judgement. At worst a pass takes
+what the host needs to launch its kernels, `HOST`, which was measured. No torch: of a model only config.json is read.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from discobeta.files import read_json
 CARDS = {
     "A100": (312e12, 2.0e12),
     "H100": (989e12, 3.35e12),
+    "H200": (989e12, 4.8e12),
     "L40S": (362e12, 0.864e12),
     "A10": (125e12, 0.6e12),
     "RTX4090": (165e12, 1.01e12),
@@ -34,9 +35,11 @@ CARDS = {
 UTILISATION = 0.15, 0.45
 """Of the peak, in training and in passes without gradients: at worst and at best. A judgement, not measured."""
 
-HOST = 1.5e-3
-"""Seconds that a layer takes, at worst, of one more token of a batch: Python and the launches of small kernels. At best
-it takes what reading the weights takes. A judgement, not measured."""
+HOST = 3.3e-3
+"""Seconds that a layer takes at worst, of a pass forward or of one more token of a batch, however few its tokens are:
+Python and the launches of small kernels; a pass backward takes two. Measured on one machine (results/published/
+gpu-check): a step of three passes forward and backward through 28 layers .63 to .78 s, .0025 to .0031 a layer; a ppo
+update of 28.5 s, less some 5 for judging and training, 256 tokens through as many layers, .0033."""
 
 SHAPES = {
     "Qwen/Qwen3-0.6B": {
@@ -103,8 +106,8 @@ class Arithmetic(Guess):
         long = f"rows of {rows.tokens:,.0f} tokens" if rows.tokens else "every row as long as cutoff_len lets it be"
         low, high = UTILISATION
         self.said = (
-            f"arithmetic, measured nowhere. One {card} at {low:.0%} to {high:.0%} of {self.peak / 1e12:.0f} TFLOP/s in "
-            f"bf16;\n  a sampled token of a batch between the reading of the weights and {HOST * 1e3:g} ms a layer; "
+            f"arithmetic, not measured. One {card} at {low:.0%} to {high:.0%} of {self.peak / 1e12:.0f} TFLOP/s in "
+            f"bf16;\n  at worst {HOST * 1e3:g} ms a layer of a pass or of a sampled token; "
             + long
             + ("." if rows.tokens else ",\n  which makes all of it an upper bound: --rows … tokens=N says the mean.")
         )
@@ -118,18 +121,21 @@ class Arithmetic(Guess):
         if not row.has_pairs:
             return self._updates(config, rows)
         operations = rows * self._pass(config) * self._factor(config)
+        launches = max(steps, self._passes(config, rows)) * self._launches(config)
         if config.eval_strategy != "no":
             every = config.eval_steps or config.logging_steps
             times = math.ceil(config.num_train_epochs) if config.eval_strategy == "epoch" else math.ceil(steps / every)
             operations += times * self.held_out * self._pass(config)
-        return self._of(operations)
+            launches += times * self._passes(config, self.held_out)
+        return self._of(operations, launches)
 
     def shared(self, work: str, runs: list[Run]) -> tuple[float, float] | None:
         """Of one job that many runs read: the reference pass, or the reference's answers to one seed of a stage."""
         stage = next((run for run in runs if STAGES[run.stage].reference_pass), None)
         if work == "reference" and stage is not None:
             config = self.study.config(stage)
-            return self._of((self.train + self.held_out) * self._pass(config)) if config.bf16 else None
+            rows = self.train + self.held_out
+            return self._of(rows * self._pass(config), self._passes(config, rows)) if config.bf16 else None
         answered = [self.study.config(run) for run in runs if self.study.is_answered(run)]
         if work == "answers" and answered and answered[0].bf16:
             config = answered[0]
@@ -141,7 +147,9 @@ class Arithmetic(Guess):
         if not config.bf16:
             return None
         row = STAGES[config.stage]
-        low, high = self._of(self.held_out * self._pass(config)) if row.has_pairs else (0.0, 0.0)
+        low, high = 0.0, 0.0
+        if row.has_pairs:
+            low, high = self._of(self.held_out * self._pass(config), self._passes(config, self.held_out))
         if row.is_policy and config.num_eval_generations:
             more = self._sampling(config, config.num_eval_generations * config.generations_per_prompt)
             low, high = low + more[0], high + more[1]
@@ -158,6 +166,14 @@ class Arithmetic(Guess):
         tokens, row = self._row(config), STAGES[config.stage]
         return self.shape.forward(tokens, min(tokens, config.cutoff_len), tokens / 2 if row.is_policy else 0)
 
+    def _passes(self, config: RunConfig, rows: float) -> float:
+        """Passes forward over so many rows, at the fewest."""
+        return rows * self._row(config) / config.tokens_per_pass
+
+    def _launches(self, config: RunConfig) -> float:
+        """Passes forward whose launches those of a pass in training are."""
+        return 3 + bool(config.gradient_checkpointing)
+
     def _factor(self, config: RunConfig) -> float:
         """Passes forward that a step of training is worth."""
         return 1 + (1 if config.finetuning_type == "lora" else 2) + bool(config.gradient_checkpointing)
@@ -167,7 +183,11 @@ class Arithmetic(Guess):
         times."""
         tokens = self._row(config) + config.max_new_tokens
         one = self.shape.forward(tokens, tokens, config.max_new_tokens)
-        low, high = self._of(rows * one * (3 + config.ppo_epochs * self._factor(config)))
+        passes = rows * tokens / config.tokens_per_pass
+        low, high = self._of(
+            rows * one * (3 + config.ppo_epochs * self._factor(config)),
+            passes * (3 + config.ppo_epochs * self._launches(config)),
+        )
         update = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.ppo_buffer_size
         sampled = self._sampling(config, update)
         updates = rows / update
@@ -177,10 +197,12 @@ class Arithmetic(Guess):
         """All responses are as long as max_new_tokens, 8 x per_device_eval_batch_size at a time."""
         batches = math.ceil(responses / (8 * config.per_device_eval_batch_size))
         reading = 2 * (self.shape.body + self.shape.head) / self.bandwidth
-        prompts = self._of(responses * self.shape.forward(self._row(config), self._row(config)))
+        prompts = self._of(responses * self.shape.forward(self._row(config), self._row(config)), batches)
         steps = batches * config.max_new_tokens
         return prompts[0] + steps * reading, prompts[1] + steps * max(reading, HOST * self.shape.layers)
 
-    def _of(self, operations: float) -> tuple[float, float]:
+    def _of(self, operations: float, launches: float) -> tuple[float, float]:
+        """Seconds at best and at worst. launches: as how many passes forward its kernels are launched."""
         worst, best = UTILISATION
-        return operations / self.peak / best, operations / self.peak / worst
+        at_worst = max(operations / self.peak / worst, launches * self.shape.layers * HOST)
+        return operations / self.peak / best, at_worst
