@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,6 +42,41 @@ def test_the_norms_of_a_model_are_fused_and_nothing_changes_on_a_cpu(kind, count
 
 def test_a_norm_that_is_another_is_left_alone():
     assert fused(kernels.fuse_norms(model_of("gemma"))) == []  # x (1 + w)
+
+
+class PlainRMSNorm(nn.Module):
+    def __init__(self, width=8, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(width) + 0.5), eps
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+class GatedRMSNorm(PlainRMSNorm):
+    def forward(self, x, gate=None):
+        return super().forward(x if gate is None else x * gate)
+
+
+class WeightlessRMSNorm(PlainRMSNorm):
+    def __init__(self):
+        super().__init__()
+        self.weight = None
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
+class OtherEpsRMSNorm(PlainRMSNorm):
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps + 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_only_a_norm_of_x_alone_with_a_weight_and_this_epsilon_is_fused(dtype):
+    kinds = PlainRMSNorm, GatedRMSNorm, WeightlessRMSNorm, OtherEpsRMSNorm
+    model = nn.ModuleList([kind() for kind in kinds]).to(dtype)
+    assert fused(kernels.fuse_norms(model)) == ["0"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

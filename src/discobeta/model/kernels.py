@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +58,16 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
 @torch.no_grad()
 def fuse_norms(model: nn.Module) -> nn.Module:
     """Every RMSNorm of the model, which is on the CPU, as a `FusedNorm`; not those that compute something else (Gemma's
-    1 + w). The two pass if || y_fused - y || < sqrt(eps) || y ||, eps being the distance of two numbers near 1."""
+    1 + w), or of more than x (a gate). The two pass if || y_fused - y || <= 8 eps || y ||, eps being the distance of
+    two numbers near 1: they round in different places."""
     for norm in model.modules():
-        if not type(norm).__name__.endswith("RMSNorm") or epsilon_of(norm) is None:
+        kind, weight = type(norm), getattr(norm, "weight", None)
+        if not kind.__name__.endswith("RMSNorm") or weight is None or epsilon_of(norm) is None:
             continue
-        x = torch.linspace(-2, 3, norm.weight.numel(), dtype=norm.weight.dtype)[None]
-        plain, fused = norm(x).float(), F.rms_norm(x, norm.weight.shape, norm.weight, epsilon_of(norm)).float()
-        if (fused - plain).norm() <= torch.finfo(x.dtype).eps ** 0.5 * plain.norm():
-            norm.__class__ = _fused(type(norm))
+        if weight.ndim != 1 or len(signature(kind.forward).parameters) != 2:
+            continue
+        x = torch.linspace(-2, 3, len(weight), dtype=weight.dtype)[None]
+        plain, fused = norm(x).float(), F.rms_norm(x, weight.shape, weight, epsilon_of(norm)).float()
+        if (fused - plain).norm() <= 8 * torch.finfo(x.dtype).eps * plain.norm():
+            norm.__class__ = _fused(kind)
     return model
