@@ -206,7 +206,7 @@ def test_a_difference_is_drawn_where_two_thirds_of_the_seeds_have_it():
 
 def test_a_gap_in_which_fewer_seeds_are_is_a_gap():
     point = published_point
-    spans = {1: (0, 1), 2: (0, 1), 3: (2, 3), 4: (2, 3)}
+    spans = {1: (0, 1), 2: (0, 1), 3: (2, 3), 4: (2, 3), 5: (0, 3)}  # in between there is one of the two that it takes
     arm = {seed: [point(low, 1.0, 1), point(high, 1.0, 0.1)] for seed, (low, high) in spans.items()}
     base = {seed: [point(0, 0.0, 1), point(3, 0.0, 0.1)] for seed in spans}
     kls, values = paper_figures.differences(arm, base, 3)
