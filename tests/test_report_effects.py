@@ -114,7 +114,7 @@ def test_a_seed_counts_where_all_arms_of_a_difference_are_there():
     assert frame.difference["Disco"] == pytest.approx(-0.08)  # of seed 1
     assert math.isnan(frame.ci95["Disco"])
     assert lines(made, "effects")[0][3:5] == ["1 of 2", "−0.0800 (−0.0800, –)"]
-    assert "Missing: dpo: seeds 2." in (made.directory / "tables" / "effects.md").read_text()
+    assert "Missing: dpo: seed 2." in (made.directory / "tables" / "effects.md").read_text()
     pairs = csv(made, "comparisons").set_index("contrast")
     assert pairs.n_seeds[["Disco − baseline", "LeDPO − baseline"]].tolist() == [2, 1]
 

@@ -187,7 +187,7 @@ def test_a_missing_run_is_named_and_its_cell_says_how_many_seeds_it_has():
     assert rows[BASELINE]["Seeds"] == "0 of 3"
     assert rows[BASELINE]["Accuracy\u00a0↑"] == "–"
     text = (made.directory / "tables" / "dpo.md").read_text()
-    assert "baseline: seeds 1, 2, 3 (not trained)" in text
+    assert "baseline: seeds 1–3 (not trained)" in text
     assert "disco-used_beta-absent: seed 2 (not trained)" in text
     frame = pd.read_csv(made.directory / "tables" / "dpo-grid.csv").set_index(list(FLAGS))
     assert str(frame.missing_seeds[(True, True, False, False)]).rstrip(".0") == "2"
@@ -393,7 +393,7 @@ def test_neutrality_counts_proofs_as_proofs():
         "33 of 33 proofs of an idle head equal their twin's byte for byte. A proof is trained" in text
     )  # 1 + 5 + 5 arms
     rows = [(row["Idle arm"], row["Twin"], row["Seeds"]) for row in panels(text)[0]]
-    assert ("baseline, idle Disco Head", "baseline", "1, 2, 3") in rows
+    assert ("baseline, idle Disco Head", "baseline", "1–3") in rows
     assert {"Metrics", "Examples"} & set(panels(text)[0][0]) == set()  # of which proofs have none
 
 

@@ -485,8 +485,8 @@ def test_shared_steps_are_asked_for_with_the_defaults_that_they_depend_on_and_no
 
 def test_tables_and_figures_are_made_of_runs_that_count_only(tmp_path: Path):
     done = dry_run(tmp_path, [ROOT / "config" / "smoke.yaml"], "--printshellcmds")
-    for program in ("tables", "figures", "page"):
-        assert f"| python -m discobeta {program} --strict --configfile - &> " in done.stdout
+    for words in ("tables --strict", "figures --strict", "page --strict --drawn"):
+        assert f"| python -m discobeta {words} --configfile - &> " in done.stdout
 
 
 @pytest.mark.parametrize("trust", [True, False])
