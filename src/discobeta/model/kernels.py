@@ -19,9 +19,9 @@ def choose_kernels(config: RunConfig) -> None:
     """To be called before anything is computed on a GPU.
 
     cuDNN's attention is left out: it plans anew for each shape that it has not seen, and every pass has another. With
-    `deterministic: true` kernels repeat bit for bit. Of what torch does then, two things cost most of a step and give
-    nothing to whom no value is read that was not written: it fills each new tensor with NaN, and parses `WORKSPACE`
-    at each product of matrices. It insists on this variable once; the workspaces that it then makes stay.
+    `deterministic: true` kernels repeat bit for bit. Two things that torch does then cost most of a step and are left
+    out: it fills each new tensor with NaN, which only who reads what was never written needs, and parses `WORKSPACE` at
+    each product of matrices. It insists on this variable once; the workspaces that it then makes stay.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not config.deterministic:

@@ -104,6 +104,9 @@ def differences(
     return kls.tolist(), means
 
 
+# --- hypotheses
+
+
 def forest(verdicts: list[Verdict], studies: list[Published], digest: str) -> Figure:
     """The difference of every hypothesis with its 95 % interval, a panel for each quantity.
 
