@@ -240,4 +240,4 @@ def test_published_numbers_without_a_config_are_paired_all_the_same(two_studies,
 def test_the_published_studies_are_read(capsys):
     folder = Path(__file__).parent.parent / "results" / "published"
     assert discobeta(["compare", "--studies", str(folder / "embedded"), str(folder / "hh-rlhf-tiny"), "--json"]) == 0
-    assert {row["stage"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"rm", "dpo"}
+    assert {row["stage"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"rm", "dpo", "ppo"}
