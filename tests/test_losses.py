@@ -10,6 +10,7 @@ import torch
 from discobeta.losses import (
     conservative_logistic_loss,
     earlier_probit_loss,
+    flipped_label_nll,
     ipo_loss,
     logistic_loss,
     pessimistic_scores,
@@ -96,6 +97,23 @@ def test_the_robust_loss_of_flipped_labels_is_on_average_that_of_the_true_ones()
         )
         expected = torch.log1p(torch.exp(-0.7 * margin))
         torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_flipped_labels_nll_has_values_by_hand_and_a_floor():
+    """sigmoid(log 3) = 3/4: .9 * 3/4 + .1 * 1/4 = .7, and .3 of the other label; never less likely than a flip."""
+    margin = torch.tensor([math.log(3), -math.log(3), 200.0, -200.0]) / 0.5
+    expected = [-math.log(0.7), -math.log(0.3), -math.log(0.9), -math.log(0.1)]
+    assert flipped_label_nll(margin, 0.5, 0.1).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_flipped_labels_draw_the_robust_loss_and_their_nll_to_the_same_margin():
+    """Labels of P = .8 before a quarter is flipped, .8 * .75 + .2 * .25 = .65 after: both are least at log 4, with the
+    curvatures .8 * .2 and ((1 - 2 / 4) * .8 * .2)^2 / (.65 * .35)."""
+    for loss, expected in ((robust_logistic_loss, 0.16), (flipped_label_nll, 0.08**2 / 0.2275)):
+        slope, curvature = slope_and_curvature(
+            lambda x, loss=loss: 0.65 * loss(x, 1.0, 0.25) + 0.35 * loss(-x, 1.0, 0.25), at=math.log(4)
+        )
+        assert slope == pytest.approx(0, abs=1e-6) and curvature == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_conservative_loss_is_least_where_the_probability_is_that_of_an_unflipped_label():

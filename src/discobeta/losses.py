@@ -81,6 +81,19 @@ def robust_logistic_loss(margin: Tensor, beta: Tensor | float, flips: float) -> 
     return ((1 - flips) * right - flips * flipped) / (1 - 2 * flips)
 
 
+def flipped_label_nll(margin: Tensor, beta: Tensor | float, flips: float) -> Tensor:
+    """-log P(label) where a logistic label is flipped with probability e, P = (1 - e) sigmoid(z) + e sigmoid(-z).
+
+    What rDPO believes of a label that it reads: z = beta * margin is of the label as it was before. Its mean over such
+    labels is least at the z where that of `robust_logistic_loss` is.
+    margin, beta: as for `conservative_logistic_loss`; flips: e, in (0, 1/2).
+    Returns (B,) float32, in nats; at most -log e.
+    Source: Natarajan et al. 2013, "Learning with noisy labels", whose noise of one rate for both labels this is.
+    """
+    right, flipped = logistic_loss(margin, beta), logistic_loss(-margin, beta)
+    return -torch.logaddexp(math.log1p(-flips) - right, math.log(flips) - flipped)
+
+
 def token_rewards(scores: Tensor, kl: Tensor, coefficient: Tensor | float, mask: Tensor) -> Tensor:
     """r_t = -coefficient * kl_t, plus the response's score at its last token.
 

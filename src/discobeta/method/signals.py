@@ -18,6 +18,7 @@ from discobeta.design.arms import Arm
 from discobeta.design.config import RunConfig
 from discobeta.losses import (
     conservative_logistic_loss,
+    flipped_label_nll,
     ipo_loss,
     logistic_loss,
     probit_loss,
@@ -267,16 +268,15 @@ class Signals:
     def objective(self, nll: Tensor, margin: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor | None]:
         """(B,) what is minimised, and the likelihood that a run of this loss is measured by; None where there is none.
 
-        cDPO and rDPO model the label as it was before it may have been flipped, and that is sigmoid(beta * margin) in
-        both: it orders and weighs responses, and says of held-out pairs what the baseline says of them. Their losses
-        are likelihoods of nothing: cDPO's is a cross-entropy to a soft label, rDPO's an unbiased estimate that may be
-        negative.
+        rDPO and cDPO minimise what is no likelihood: an unbiased estimate that may be negative, and a cross-entropy to
+        a soft label. rDPO has a model of the labels that it reads all the same, logistic ones of which a share is
+        flipped; cDPO has none beside sigmoid(beta * margin).
         """
         flips = self.config.dpo_label_smoothing
         if self.config.pref_loss == "ipo":
             return ipo_loss(margin, scale), None
         if self.config.pref_loss == "robust":
-            return robust_logistic_loss(margin, scale, flips), nll
+            return robust_logistic_loss(margin, scale, flips), flipped_label_nll(margin, scale, flips)
         return (conservative_logistic_loss(margin, scale, flips) if flips else nll), nll
 
 
