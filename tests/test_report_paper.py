@@ -12,7 +12,7 @@ from published_study import BASELINE, BOTH, DISCO, LEDPO, cell, sweep, write_stu
 
 from discobeta import cli
 from discobeta.errors import UserError
-from discobeta.report import hypotheses, paper, paper_figures, published, reward_kl
+from discobeta.report import across, hypotheses, paper, paper_figures, published, reward_kl
 
 HYPOTHESES = {
     "hypotheses": [
@@ -135,6 +135,76 @@ def test_macros_have_names_of_letters_and_the_printed_values(made):
     }
     assert {name: found.get(name) for name in expected} == expected
     assert "valRTwoDifference" not in found
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Studies a and b, of six and of two seeds, and c, which does not know the truth."""
+    topic, label = "posthoc/topic_scale/excess_kl", {"stages": ["rm"], "label": "ε = .1"}
+    rows = cell("rm", BASELINE, "excess_kl", [0.04, 0.06] * 3) + cell("rm", DISCO, "excess_kl", [0.03] * 6)
+    rows += cell("rm", BASELINE, topic, [0.02] * 6) + cell("rm", BASELINE, "excess_kl", [0.07] * 6, variant="probit")
+    rows += cell("rm", BASELINE, "excess_kl", [0.08] * 6, variant="smoothed")
+    rows += cell("rm", BASELINE, topic, [0.01] * 6, variant="probit")
+    rows += cell("dpo", BASELINE, "excess_kl", [0.09] * 6)
+    write_study(tmp_path, "a", rows, SEEDS, controls={"smoothed": label})
+    rows = cell("rm", BASELINE, "excess_kl", {7: 0.01, 8: 0.03}) + cell("rm", DISCO, "excess_kl", {7: 0.02, 8: 0.05})
+    rows += cell("rm", BASELINE, topic, {7: 0.0, 8: 0.01})
+    rows += cell("rm", BASELINE, "excess_kl", {8: 0.02}, variant="probit")
+    rows += cell("rm", BASELINE, topic, {7: 0.01, 8: 0.01}, variant="probit")
+    rows += cell("rm", BASELINE, "excess_kl", {7: 0.5, 8: 0.5}, variant="smoothed")
+    write_study(tmp_path, "b", rows, (7, 8), controls={"smoothed": label | {"label": "ε = .2"}})
+    write_study(tmp_path, "c", cell("rm", BASELINE, "nll", [0.6, 0.7]), (1, 2))
+    return [published.read(tmp_path, name) for name in "abc"]
+
+
+def test_studies_are_set_beside_one_another(three):
+    """What both have, under one name and label. .05 ± .0115 as above; minus .03: the same sd."""
+    found = across.shared(three, "rm")
+    names = ["Baseline", "Baseline, post-hoc scale per topic", "Baseline, probit", "Disco"]
+    assert list(found) == names and across.shared(three, "dpo") == {}
+    table = across.table(found, "rm")
+    means, differences = (panel.cells() for panel in table.panels)
+    assert means == (
+        ["Study", *names],
+        [
+            ["a", "0.0500 ± 0.0115", "0.0200 ± 0.0000", "0.0700 ± 0.0000", "0.0300 ± 0.0000"],
+            ["b", "0.0200 (0.0100, 0.0300)", "0.0050 (0.0000, 0.0100)", "0.0200 (–, 0.0200)",
+             "0.0350 (0.0200, 0.0500)"],
+        ],
+    )  # fmt: skip
+    assert differences == (
+        ["Study", *names[1:]],
+        [
+            ["a", "−0.0300 ± 0.0115", "0.0200 ± 0.0115", "−0.0200 ± 0.0115"],
+            ["b", "−0.0150 (−0.0100, −0.0200)", "−0.0100 (–, −0.0100)", "0.0150 (0.0100, 0.0200)"],
+        ],
+    )
+    rows = table.frame.set_index(["study", "label"])
+    assert rows.loc[("a", "Disco"), "p"] == 2 / 2**6  # six differences of one sign
+    assert rows.loc[("b", "Disco"), ["seed-7", "seed-8", "n_seeds"]].tolist() == pytest.approx([0.01, 0.02, 2])
+    assert math.isnan(rows.loc[("a", "Baseline"), "difference"])
+
+
+def test_the_figure_of_all_studies_shows_every_mean_and_its_interval(three):
+    (axes,) = paper_figures.across_figure({"rm": across.shared(three, "rm")}).axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a", "b"]
+    means = [(round(float(x), 6), round(float(y))) for bars in axes.containers for x, y in [*bars[0].get_xydata()]]
+    a, b = [0.05, 0.02, 0.07, 0.03], [0.02, 0.005, 0.02, 0.035]
+    assert sorted(means) == sorted([(x, 0) for x in a] + [(x, 1) for x in b])
+    baseline = axes.containers[0][2][0].get_segments()[0][:, 0]
+    assert baseline.tolist() == pytest.approx([0.05 - 0.0115, 0.05 + 0.0115], abs=1e-4)
+    marks = {(bars[0].get_marker(), bars[0].get_markerfacecolor() == "white") for bars in axes.containers}
+    assert len(marks) == 4 and sum(hollow for _, hollow in marks) == 2  # they differ in grey too
+
+
+def test_the_differences_of_all_studies_have_macros_and_a_page(three, tmp_path):
+    (tmp_path / "hypotheses.yaml").write_text(yaml.safe_dump(HYPOTHESES))
+    made = paper.write(tmp_path, hypotheses.read(tmp_path / "hypotheses.yaml"), "0123456789ab", tmp_path / "paper")
+    assert made.macros["valARmDiscoMinusBaselineExcessKl"] == "−0.0200"
+    assert made.macros["valARmDiscoMinusBaselineExcessKlCi"] == "0.0115"
+    assert made.macros["valBRmBaselinePosthocTopicScaleMinusBaselineExcessKl"] == "−0.0150"
+    page = (tmp_path / "paper" / "README.md").read_text()
+    assert "[md](across-rm.md)" in page and "![across](across.png)" in page and "across-dpo" not in page
 
 
 def test_two_numbers_with_one_name_are_refused(tmp_path):

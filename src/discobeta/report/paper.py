@@ -20,20 +20,19 @@ from discobeta.design.stages import STAGES
 from discobeta.errors import UserError
 from discobeta.files import remove, write_text
 from discobeta.folders import claim, mark_of, write_mark
-from discobeta.report import effects, frontier, hypotheses, published
+from discobeta.report import across, effects, frontier, hypotheses, published
 from discobeta.report.cells import panels_of
 from discobeta.report.controls import AS_IN_THE_GRID
 from discobeta.report.effects import p_value, with_seeds
 from discobeta.report.estimates import estimate, interval_header, interval_words
 from discobeta.report.frontier import REWARD, frontiers, has_frontier, kl_of
 from discobeta.report.hypotheses import Registered, Verdict
-from discobeta.report.measures import FURTHER, MEASURES, POSTHOC
-from discobeta.report.published import Published, Source, label_of, variant_label
+from discobeta.report.measures import FURTHER, MEASURES
+from discobeta.report.published import Published, Source, label_of, printed_rows, variant_label
 from discobeta.report.render import Column, Panel, Row, Table, count, escape, number
 from discobeta.report.statistics import INTERVAL_FROM, holm, mean_ci, sign_flip_p
 
 MADE_BY = "discobeta paper"
-POSTHOC_METRIC = re.compile(r"posthoc/([^/]+)/(.+)")
 
 
 @dataclass
@@ -68,9 +67,13 @@ def make(folder: Path, registered: Registered, digest: str) -> Paper:
         effects_there = effects_table(study)
         if len(effects_there.frame):
             tables[f"{_file(study)}-effects"] = effects_there
+    shared = {stage: found for stage in STAGES if (found := across.shared(studies, stage))}
+    tables |= {f"across-{stage}": across.table(found, stage) for stage, found in shared.items()}
     from discobeta.report import paper_figures
 
     figures = {"hypotheses": paper_figures.forest(verdicts, studies, digest)}
+    if shared:
+        figures["across"] = paper_figures.across_figure(shared)
     for study in studies:
         for stage in study.stages:
             if has_frontier(study, stage):
@@ -104,32 +107,7 @@ def _file(study: Published) -> str:
     return study.name.replace("/", "-")
 
 
-# --- rows: the arms of the grid that use their heads, their controls, and what was fitted afterwards
-
-
-@dataclass(frozen=True)
-class Printed:
-    """A row: runs, and (posthoc) under which fit their numbers are read."""
-
-    source: Source
-    posthoc: str = ""
-
-    def metric(self, name: str) -> str:
-        return f"posthoc/{self.posthoc}/{name}" if self.posthoc else name
-
-
-def printed_rows(study: Published, stage: str) -> list[Printed]:
-    """By arm; swept points and idle heads are left out."""
-    sources = [source for source in study.sources(stage) if "=" not in source.variant]
-    sources = [source for source in sources if not BY_NAME[source.arm].is_idle]
-    order = {arm.name: place for place, arm in enumerate(CORNERS)}
-    sources.sort(key=lambda source: (order[source.arm], source.variant))
-    rows = []
-    for source in sources:
-        rows.append(Printed(source))
-        found = {match[1] for name in study.metrics_of(stage, source) if (match := POSTHOC_METRIC.fullmatch(name))}
-        rows += [Printed(source, fit) for fit in sorted(found, key=lambda fit: [*POSTHOC, *sorted(found)].index(fit))]
-    return rows
+# --- a study's numbers
 
 
 def numbers_table(study: Published, stage: str) -> Table:
@@ -142,9 +120,8 @@ def numbers_table(study: Published, stage: str) -> Table:
     records = []
     for row in rows:
         record: dict[str, Any] = {"arm": row.source.arm, "variant": row.source.variant, "posthoc": row.posthoc}
-        fitted = row.posthoc and POSTHOC.get(row.posthoc, f"post-hoc {row.posthoc}")
-        record["label"] = ", ".join(filter(None, [label_of(row.source, study), fitted]))
-        record["beside"] = fitted or variant_label(row.source, study)
+        record["label"] = row.label(study)
+        record["beside"] = row.fit or variant_label(row.source, study)
         record |= _of_seeds(study, stage, row.source, {name: row.metric(name) for name in names})
         records.append(record)
     frame, printed = _frames(records)
@@ -400,6 +377,11 @@ def _macros(
             for key in ("p", "p_holm"):
                 if not math.isnan(row[key]):
                     yield macro_name(*who, key), p_value(row[key]), " ".join([*who, key])
+    for stage in STAGES:
+        for row in _rows(tables, f"across-{stage}"):
+            fit = _posthoc(row)
+            who = [row["study"], stage, BY_NAME[row["arm"]].label, row["variant"], fit, "minus baseline", across.METRIC]
+            yield from of_row([*filter(None, who)], row, "difference", MEASURES[across.METRIC].decimals)
     for verdict in verdicts:
         name, decimals = verdict.hypothesis.id, verdict.hypothesis.decimals
         yield macro_name(name, "verdict"), verdict.verdict, f"{name} verdict"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib
@@ -12,14 +13,27 @@ from matplotlib.lines import Line2D
 
 from discobeta.design.arms import CORNERS
 from discobeta.design.stages import STAGES
-from discobeta.report import frontier
+from discobeta.report import across, frontier
+from discobeta.report.across import Cell
 from discobeta.report.frontier import REWARD, Point, frontiers, kl_of
 from discobeta.report.hypotheses import Verdict
 from discobeta.report.marks import End, name_ends
 from discobeta.report.measures import MEASURES
 from discobeta.report.published import Published, Source, label_of
 from discobeta.report.reward_kl import draw_oracle, draw_points, keep_sensible, looks_of, note_of, oracle_points
-from discobeta.report.style import COLUMN, FAINT, INK, STYLE, UNITS, axis_words, say_missing, state_source, words_of
+from discobeta.report.statistics import mean_ci
+from discobeta.report.style import (
+    COLUMN,
+    FAINT,
+    INK,
+    PAGE,
+    STYLE,
+    UNITS,
+    axis_words,
+    say_missing,
+    state_source,
+    words_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,6 +116,48 @@ def differences(
         each = [np.interp(kl, *ours) - np.interp(kl, *theirs) for ours, theirs in there]
         means.append(float(np.mean(each)) if len(there) >= MOST * seeds else math.nan)
     return kls.tolist(), means
+
+
+# --- all studies
+
+
+def across_figure(found: Mapping[str, Mapping[str, Sequence[Cell]]]) -> Figure:
+    """`across.shared` of each stage: a row per study, a mark per arm (filled), control and fit; means and intervals."""
+    every = [cell for rows in found.values() for cells in rows.values() for cell in cells]
+    studies = list(dict.fromkeys(cell.study.name for cell in every))
+    labels = {label: cells[0].row for rows in found.values() for label, cells in rows.items()}
+    looks = looks_of(Source(row.source.arm, row.posthoc or row.source.variant) for row in labels.values())
+    styles = {
+        label: {
+            "color": look.colour, "marker": look.marker, "markersize": 4, "linestyle": "none",
+            "markerfacecolor": "white" if source.variant else look.colour,
+        }
+        for label, (source, look) in zip(labels, looks.items(), strict=True)
+    }  # fmt: skip
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(PAGE, 1.2 + 0.52 * len(studies)), layout="constrained")
+        grid = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+        for axes, (stage, rows) in zip(grid, found.items(), strict=True):
+            axes.grid(axis="y", visible=False)
+            for place in range(1, len(studies)):
+                axes.axhline(place - 0.5, color=FAINT, linewidth=0.4)
+            for above, (label, cells) in zip(np.linspace(-0.34, 0.34, len(rows)), rows.items(), strict=True):
+                for cell in cells:
+                    mean, half_width = mean_ci(list(cell.values.values()))
+                    place = studies.index(cell.study.name) + above
+                    bar = None if math.isnan(half_width) else half_width
+                    axes.errorbar(mean, place, xerr=bar, elinewidth=0.8, **styles[label])
+            axes.set_xlim(left=0)
+            axes.set_xlabel(words_of(across.METRIC))
+            axes.set_title(f"{STAGES[stage].title} (← better)", loc="left")
+        grid[0].set_yticks(range(len(studies)), studies)
+        grid[0].set_ylim(len(studies) - 0.5, -0.5)
+        handles = [Line2D([], [], label=label, **style) for label, style in styles.items()]
+        figure.legend(handles=handles, loc="outside upper center", ncols=4)
+        commits = dict.fromkeys(commit for cell in every for commit in cell.study.made_by["commit"].split(", "))
+        words = "Bars: 95 % interval of the mean over seeds. Differences are paired: see the table."
+        state_source(figure, {"commit": ", ".join(commits)}, f"Filled: arms; hollow: controls and fits. {words}")
+    return figure
 
 
 # --- hypotheses

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +16,17 @@ from typing import Any
 
 import pandas as pd
 
-from discobeta.design.arms import BY_NAME, Arm
+from discobeta.design.arms import BY_NAME, CORNERS, Arm
 from discobeta.design.config import FIELDS, default_of
 from discobeta.design.stages import STAGES
 from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, shown, telling
 from discobeta.files import check_regular
+from discobeta.report.measures import POSTHOC
 
 TUNED, CHOSEN_BY, SWEPT = "tuned-beta", "calibration/nll", "pref_beta"
 COORDINATES = ["stage", "arm", "variant", "seed", "metric"]
+POSTHOC_METRIC = re.compile(r"posthoc/([^/]+)/(.+)")
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,39 @@ def variant_label(source: Source, study: Published | None = None) -> str:
         return ", ".join(filter(None, [variant_label(Source(source.arm, variant), study), "β tuned"]))
     control = ((study.settings.get("controls") or {}).get(source.variant) or {}) if study else {}
     return control.get("label") or source.variant
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A row of a table: runs, and (posthoc) under which fit their numbers are read."""
+
+    source: Source
+    posthoc: str = ""
+
+    def metric(self, name: str) -> str:
+        return f"posthoc/{self.posthoc}/{name}" if self.posthoc else name
+
+    @property
+    def fit(self) -> str:
+        """What a table calls the fit; nothing of the runs as they are."""
+        return self.posthoc and POSTHOC.get(self.posthoc, f"post-hoc {self.posthoc}")
+
+    def label(self, study: Published) -> str:
+        return ", ".join(filter(None, [label_of(self.source, study), self.fit]))
+
+
+def printed_rows(study: Published, stage: str) -> list[Printed]:
+    """The arms that use their heads, their controls, and what was fitted afterwards, by arm; no swept points."""
+    sources = [source for source in study.sources(stage) if "=" not in source.variant]
+    sources = [source for source in sources if not BY_NAME[source.arm].is_idle]
+    order = {arm.name: place for place, arm in enumerate(CORNERS)}
+    sources.sort(key=lambda source: (order[source.arm], source.variant))
+    rows = []
+    for source in sources:
+        rows.append(Printed(source))
+        found = {match[1] for name in study.metrics_of(stage, source) if (match := POSTHOC_METRIC.fullmatch(name))}
+        rows += [Printed(source, fit) for fit in sorted(found, key=lambda fit: [*POSTHOC, *sorted(found)].index(fit))]
+    return rows
 
 
 def studies(folder: Path) -> list[str]:
