@@ -241,6 +241,10 @@ MISSING = [
         "adapter_name_or_path: there is no directory ./gone",
     ),
     (
+        {"data": {"world": {}}, "base": {"sft": {"model_type": "qwen3", "dataset": "gone.jsonl"}}},
+        "dataset: no such file: gone.jsonl",
+    ),
+    (
         {"stages": ["rm", "dpo"], "common": {"ground_truth": "gone/world.json"}},
         "ground_truth: gone/world.json",
     ),

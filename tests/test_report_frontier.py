@@ -131,12 +131,35 @@ def test_points_are_the_grids_own_run_and_its_sweep(tmp_path):
     write_study(tmp_path, "both", rows, [1], dpo={"pref_beta": 0.5}, controls=controls)
     study = published.read(tmp_path, "both")
     asked = {"value": "true_reward", "kl": "kl_rao_blackwell"}
-    assert frontier.swept(study, "dpo") == [Source(BASELINE), Source(BASELINE, "probit")]
+    assert list(published.swept(study, "dpo")) == [Source(BASELINE), Source(BASELINE, "probit")]
     (own, other) = frontier.points(study, "dpo", Source(BASELINE), **asked)[1]
     assert (own.kl, own.value, own.setting, own.label) == (1.0, 0.5, 0.5, "pref_beta=0.5")
     assert (other.kl, other.value, other.setting, other.label) == (2.0, 0.8, 0.35, "pref_beta=0.35")
     (own, other) = frontier.points(study, "dpo", Source(BASELINE, "probit"), **asked)[1]
     assert (own.kl, own.has_collapsed, other.kl, other.has_collapsed) == (1.5, False, 2.5, True)
+
+
+def test_a_point_with_the_settings_own_value_of_another_swept_key_is_on_the_arms_line(tmp_path):
+    """As config/quick-exp.yaml has it: the grid's own run is the point of both own values."""
+    points = {"": (1.0, 0.5), "learning_rate=0.1": (1.1, 0.6)}
+    points |= {f"pref_beta=0.3,learning_rate={rate}": (2.0, 0.7 + rate) for rate in (0.001, 0.1)}
+    points |= {f"pref_beta=0.3,lora_alpha={alpha}": (3.0, 0.9) for alpha in ("null", 8)}
+    write_study(tmp_path, "s", sweep("dpo", BASELINE, points), [1], dpo={"pref_beta": 0.5, "learning_rate": 1e-3})
+    study = published.read(tmp_path, "s")
+    asked = {"value": "true_reward", "kl": "kl_rao_blackwell"}
+    of = {source.variant: frontier.points(study, "dpo", source, **asked)[1] for source in published.along(study, "dpo")}
+    assert {name: [(point.kl, point.setting) for point in points] for name, points in of.items()} == {
+        "": [(1.0, 0.5), (2.0, 0.3), (3.0, 0.3)],
+        "learning_rate=0.1": [(1.1, 0.5), (2.0, 0.3)],
+        "lora_alpha=8": [(3.0, 0.3)],
+    }
+    assert list(published.swept(study, "dpo")) == [Source(BASELINE), Source(BASELINE, "learning_rate=0.1")]
+
+
+def test_a_sweep_over_what_is_no_number_is_named(tmp_path):
+    write_study(tmp_path, "s", sweep("dpo", BASELINE, {"": (1.0, 0.5), "pref_beta=abc": (2.0, 0.7)}), [1])
+    with pytest.raises(UserError, match="^s: dpo, baseline, pref_beta=abc: a sweep over pref_beta should be over numb"):
+        published.read(tmp_path, "s")
 
 
 def test_the_tuned_coefficient_is_chosen_on_calibration_pairs_alone(tmp_path):

@@ -191,6 +191,12 @@ def test_too_few_seeds_are_undecidable(tmp_path):
     assert judged(tmp_path, least_seeds=5).verdict == "supported"  # 1/32
 
 
+def test_seeds_that_cannot_reach_alpha_are_undecidable_for_that_reason(tmp_path):
+    """Of six seeds that all agree p is 1/64 = .0156."""
+    planted(tmp_path, [-0.01] * 6)
+    assert judged(tmp_path, alpha=0.01).why == "6 seeds can be compared, whose p is never below 0.016"
+
+
 # --- at matched KL
 
 MATCHED = {
@@ -246,6 +252,21 @@ def test_a_point_that_has_not_been_run_is_no_collapse(tmp_path):
     assert judged(tmp_path, MATCHED).why == "not complete: seed 4 (no baseline, pref_beta=0.1)"
 
 
+def test_a_point_that_no_seed_has_is_missing_where_the_study_asks_for_it(tmp_path):
+    """Of an arm that is swept, and of a control; what `arms:` leaves out is not asked for."""
+    frontiers(tmp_path)
+    config = tmp_path / "world" / "both" / "config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    of_ppo = {"pref_beta": [0.1, 0.15, 0.3]}
+    config.write_text(yaml.safe_dump(settings | {"sweep": {"ppo": of_ppo}}))
+    verdict = judged(tmp_path, MATCHED)
+    assert verdict.verdict == "undecidable"
+    assert verdict.why.startswith(f"not complete: seed 1 (no {DISCO}, pref_beta=0.15)")
+    config.write_text(yaml.safe_dump(settings | {"sweep": {"ppo": of_ppo | {"arms": [BASELINE]}}}))
+    hypotheses.published._read_one.cache_clear()
+    assert judged(tmp_path, MATCHED).why.startswith("not complete: seed 1 (no baseline, pref_beta=0.15)")
+
+
 def test_a_study_without_a_sweep_says_what_is_not_there(tmp_path):
     planted(tmp_path, [0.0] * 6, stage="ppo", metric="true_reward")
     assert judged(tmp_path, MATCHED).why == (f"both has no true_reward over kl_rao_blackwell of {DISCO}, baseline")
@@ -268,6 +289,10 @@ def test_a_study_without_a_sweep_says_what_is_not_there(tmp_path):
         ({"contrast": PAIR[:1]}, "hypotheses: R1: contrast: "),
         ({"contrast": [PAIR[0], PAIR[0]]}, "hypotheses: R1: contrast: the weights should add up to 0"),
         ({"contrast": [PAIR[0], PAIR[0] | {"weight": -1}]}, "R1: contrast: the same run stands there twice"),
+        (
+            {"contrast": [PAIR[0] | {"metric": "excess_kl"}, PAIR[0] | {"weight": -1}]},  # the hypothesis's own
+            "R1: contrast: the same run stands there twice",
+        ),
         ({"contrast": [PAIR[0], {"weight": -1, "arm": "base"}]}, "contrast[2]: arm: no arm is called 'base'"),
         ({"contrast": [PAIR[0], {"weight": -1, "arm": LEDPO}]}, f"rm trains no {LEDPO}: it is baseline there"),
         ({"study": "../secret"}, "hypotheses: R1: study should be the name of a folder"),
@@ -358,6 +383,12 @@ def test_the_pipeline_errs_as_often_as_it_says(tmp_path):
         assert abs(frame.below_alpha[name] / times - 12 / 256) < error  # 12 of 256 choices of signs are below .05
     assert 0 < frame.supported["any"] / times < 0.05 + error
     assert 0 < frame.contradicted["any"] / times < 0.05 + error
+
+
+def test_studies_of_which_nothing_is_judged_have_no_error_rates(tmp_path):
+    """A row of zeros would read as a pipeline that never errs."""
+    with pytest.raises(UserError, match="--simulate: nothing is judged of 8 seeds: 8 seeds can be compared, fewer th"):
+        error_rates.simulate(registered(tmp_path, least_seeds=9), 3, 8, error_rates.NOISES["normal"])
 
 
 def test_a_planted_null_is_none_where_it_should_not_be(tmp_path):

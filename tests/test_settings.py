@@ -624,6 +624,11 @@ def test_the_value_of_set_is_what_was_written(written, value):
     assert parse_overrides([f"key={written}"]) == {"key": value}
 
 
+def test_words_of_one_section_are_merged_as_snakemake_merges_them():
+    words = ["dpo={pref_beta: 0.3, lora_rank: 4}", "seeds=[1]", "dpo={lora_rank: 8}", "seeds=[2]"]
+    assert parse_overrides(words) == {"dpo": {"pref_beta": 0.3, "lora_rank": 8}, "seeds": [2]}
+
+
 @pytest.mark.parametrize("written", ["[a", "{a", "'a", '"a', "a\0b", "half \ud83d"])
 def test_a_value_that_is_begun_and_not_ended_is_refused(written):
     with pytest.raises(UserError, match=r"^--set key=[^\n]*: the value is n"):

@@ -641,6 +641,14 @@ REFUSALS = {
         settings(gpus_per_run=10**5000),
         "x.yaml: gpus_per_run: a very large int should be at most",
     ),
+    "truth of another world": (
+        settings(data={"world": {"own": True}}, base={"sft": {"model_type": "qwen3"}}, dpo={"ground_truth": "world"}),
+        "x.yaml: dpo: ground_truth: 'world' is another world than the study's, which says it itself: leave it out",
+    ),
+    "truth of some world": (
+        settings(data={"world": {}}, common={"ground_truth": "other/world.json"}),
+        "x.yaml: rm: ground_truth: 'other/world.json' is another world than the study's, which says it itself",
+    ),
     "dataset that is a number": (
         fixed(data={"dataset": 5, "eval_dataset": "b"}),
         "x.yaml: data: dataset: 5 should be a name, or a list of names",

@@ -202,6 +202,28 @@ def test_devices_share_the_batch_of_the_variant():
     assert study.config(study.run("rm", "baseline", 3, variant="big")).per_device_train_batch_size == 8
 
 
+def test_a_batch_that_is_written_as_text_is_shared_too():
+    """What a study takes for 8 without devices, it takes for 8 with them."""
+    for size in ("8", 8.0):
+        study = Study(settings(gpus_per_run=4, common={"per_device_train_batch_size": size}))
+        assert study.config(study.run("rm", "baseline", 3)).per_device_train_batch_size == 2
+
+
+def test_what_trains_another_run_is_no_twin():
+    """Each of these keys is read where it stands."""
+    read = {
+        "rate": {"stages": ["dpo"], "arm": DISCO, "settings": {"disco_learning_rate": 1.0}},
+        "clip": {"stages": ["dpo"], "arm": DISCO, "settings": {"head_max_grad_norm": 0.5}},
+        "scale": {"stages": ["dpo"], "settings": {"beta_rule": "learned", "beta_learning_rate": 1.0}},
+        "learned": {"stages": ["dpo"], "settings": {"beta_rule": "learned"}},
+        "alpha": {"stages": ["rm"], "settings": {"lora_alpha": 8}},
+        "value": {"stages": ["ppo"], "settings": {"value_learning_rate": 1.0, "head_max_grad_norm": 0.5}},
+        "long": {"stages": ["rm"], "settings": {"num_train_epochs": 7}},
+    }
+    study = Study(settings(controls=read))
+    assert {name for stage in ("rm", "dpo", "ppo") for _, name in beside(study, stage)} == set(read)
+
+
 # --- what may not be said
 
 
@@ -277,6 +299,27 @@ SAID = {
         control(settings={"lora_rank": 8}),
         "controls: x: x would be trained just as dpo of baseline: leave it out",
     ),
+    "its arm, by what another key decides": (
+        control(settings={"num_train_epochs": 7}) | {"dpo": {"max_steps": 3}},
+        "controls: x: x would be trained just as dpo of baseline: leave it out",
+    ),
+    "its arm, by a default that follows another key": (
+        control(settings={"lora_alpha": 16}),
+        "controls: x: x would be trained just as dpo of baseline: leave it out",
+    ),
+    "its arm, by the rate of a head that it has not": (
+        control(stages=["rm"], settings={"disco_learning_rate": 1.0}),
+        "controls: x: x would be trained just as rm of baseline: leave it out",
+    ),
+    "its arm, by the rate that a head has by default": (
+        control(arm=DISCO, settings={"disco_learning_rate": 3e-3}) | {"dpo": {"learning_rate": 1e-3}},
+        f"controls: x: x would be trained just as dpo of {DISCO}: leave it out",
+    ),
+    "a sweep that some of its arms do not read": (
+        {"sweep": {"dpo": {"disco_learning_rate": [0.1, 0.2]}}},
+        "sweep: dpo: disco_learning_rate=0.1 would be trained just as dpo of baseline: leave it out, or sweep other "
+        "arms (`arms: [...]` beside it)",
+    ),
     "a point of the sweep": (
         control(settings={"pref_beta": 0.2}) | {"sweep": {"dpo": {"pref_beta": [0.2]}}},
         "sweep: dpo: pref_beta=0.2 would be trained just as dpo of baseline, x: leave it out",
@@ -289,6 +332,36 @@ SAID = {
     "a name with a comma": ({"controls": {"a,b": {}}}, "controls: 'a,b' should be a plain folder name"),
     "a name like a seed's": ({"controls": {"seed-3": {}}}, "controls: seed-3 is the folder of the arm's own run"),
     "a name of an arm": ({"controls": {DISCO: {}}}, f"controls: {DISCO} is an arm: give it another name"),
+    "the name of a tuned beta": (
+        {"controls": {"tuned-beta": {}}},
+        "controls: tuned-beta is what tables call a tuned β: give it another name",
+    ),
+    "the label of another control": (
+        {"controls": {"x": {"stages": ["dpo"], "replicate": 1}, "y": {"stages": ["rm"], "label": "x", "replicate": 1}}},
+        "controls: x: label: 'x' is what another row of the tables is called",
+    ),
+    "the label of the grid's own run": (
+        control(label="as in the grid", replicate=1),
+        "controls: x: label: 'as in the grid' is what another row of the tables is called",
+    ),
+    "a folder's name beyond what file systems take": (
+        {
+            "controls": {"x" * 100: {"stages": ["rm"], "replicate": 1, "swept": True}},
+            "sweep": {
+                "rm": {
+                    "gradient_accumulation_steps": [2],
+                    "per_device_train_batch_size": [16],
+                    "head_max_grad_norm": [0.5],
+                    "num_train_epochs": [2],
+                }
+            },
+        },
+        f"{'x' * 40}… would be the name of a folder of 203 characters, of at most 200: sweep",
+    ),
+    "a checkpoint of one run": (
+        {"dpo": {"resume_from_checkpoint": "runs/a/checkpoint-3"}},
+        "dpo: resume_from_checkpoint may not stand here: the study sets it",
+    ),
     "a label over two lines": (control(label="a\nb", replicate=1), "controls: x: label: 'a\\nb' should be a line of"),
     "no control": ({"controls": {"x": 3}}, "controls: x should hold `key: value` lines, not 3"),
     "a list of controls": ({"controls": ["x"]}, "controls should hold `key: value` lines, not ['x']"),

@@ -439,6 +439,15 @@ def test_an_unknown_key_of_a_study_is_refused(tmp_path: Path):
     assert "unknown key 'seedz'; did you mean 'seeds'?" in refusal(tmp_path, study)
 
 
+def test_a_key_that_stands_twice_is_refused_as_by_every_other_command(tmp_path: Path):
+    """Snakemake's own reading would keep the last of them in silence."""
+    study = yaml.safe_dump(yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text()))
+    (tmp_path / "twice.yaml").write_text(study + "seeds: [2]\n")
+    done = dry_run(tmp_path, [tmp_path / "twice.yaml"])
+    message = done.stdout + done.stderr
+    assert done.returncode == 1 and "key 'seeds' stands twice" in message and "Traceback" not in message
+
+
 def test_a_missing_config_file_is_named(tmp_path: Path):
     done = dry_run(tmp_path, [tmp_path / "nowhere.yaml"])
     assert done.returncode != 0

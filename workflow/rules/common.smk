@@ -14,7 +14,7 @@ SOURCE = Path(os.path.relpath(Path(workflow.basedir).parent / "src"))
 sys.path.insert(0, str(SOURCE.resolve()))
 
 from discobeta.closure import code
-from discobeta.design.yaml_text import as_written
+from discobeta.design.yaml_text import as_written, read_yaml
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.errors import UserError
 from discobeta.files import sha256
@@ -36,6 +36,8 @@ def as_meant(value):
 
 
 try:
+    for path in workflow.overwrite_configfiles:  # which Snakemake reads as YAML does: of two equal keys the last
+        read_yaml(path)
     said = as_meant(workflow.config_settings.config or {})
     if retrained.MEANT in said:  # a word to this command, and no setting of a study
         config.pop(retrained.MEANT, None)

@@ -336,6 +336,29 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
         """
         return {name: getattr(self, name) for step in steps for name in keys_of(step, self.stage)}
 
+    def rate(self, key: str) -> float:
+        """The learning rate of a head: its own or, by default, `RATES` times the model's."""
+        own = getattr(self, key)
+        return RATES[key] * self.learning_rate if own is None else own
+
+    def as_trained(self) -> dict[str, Any]:
+        """`settings_of("training")`, equal in two configs that would be trained alike: what is left to a default is
+        written out, and what the run does not read is not there."""
+        settings = self.settings_of("training")
+        settings |= {key: self.rate(key) for key in RATES if key in settings}
+        used, row = self.arm.trained_as(self.stage).used, STAGES[self.stage]
+        unread = {"num_train_epochs"} if self.max_steps > 0 else set()
+        unread |= {"warmup_ratio"} if self.warmup_steps > 0 else set()
+        if self.finetuning_type == "full":
+            unread |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_target", "fused_lora"}
+        elif self.lora_alpha is None and self.lora_rank:
+            settings["lora_alpha"] = 2 * self.lora_rank
+        if "disco" not in used:
+            unread.add("disco_learning_rate")
+        if row.has_pairs and "beta" not in used and self.beta_rule != "learned":
+            unread |= {"beta_learning_rate"} | ({"head_max_grad_norm"} if "disco" not in used else set())
+        return {key: value for key, value in settings.items() if key not in unread}
+
     def check(self) -> None:
         arm = self.arm  # raises on a use without its head
         is_base = self.stage == BASE_STAGE
@@ -519,6 +542,10 @@ def unknown(name: str, stage: Any = None) -> str:
     near = did_you_mean(name, FIELDS) or did_you_mean(name, (*IGNORED, *REFUSED))
     listed = f" {stage}" if isinstance(stage, str) and stage in STAGE_DEFAULTS else ""
     return f"{what}{near or f'; `discobeta keys{listed}` lists them all'}"
+
+
+RATES = {"disco_learning_rate": 3, "beta_learning_rate": 5, "value_learning_rate": 5}
+"""Learning rates of heads, by default as many times the model's."""
 
 
 def default_of(name: str, stage: str) -> Any:

@@ -16,13 +16,13 @@ from typing import Any
 
 from discobeta.design import study_file, variants
 from discobeta.design.arms import Arm, State
-from discobeta.design.config import FIELDS, RunConfig, default_of, read_by
+from discobeta.design.config import FIELDS, RunConfig, default_of, read_by, value_of
 from discobeta.design.stages import BASE_STAGE, STAGES
 from discobeta.design.study_file import StudyFile
 from discobeta.design.study_sections import DATA_KEYS, HOW_ROWS_ARE_READ, MODEL_KEYS
 from discobeta.design.variants import Variant
-from discobeta.design.yaml_text import parse_overrides, read_yaml
-from discobeta.errors import UserError
+from discobeta.design.yaml_text import merge, parse_overrides, read_yaml
+from discobeta.errors import UserError, shown
 
 WORLD_STEPS = {
     "corpus": ("seed", "sft_examples", "noise", "labels", "flips", "qualities", "own"),
@@ -124,7 +124,7 @@ class Study:
             configfiles = [configfiles]
         settings: dict[str, Any] = {}
         for layer in (*map(read_yaml, configfiles), parse_overrides(list(overrides))):
-            settings = study_file.merge(settings, layer)
+            settings = merge(settings, layer)
         return cls(settings, ", ".join(map(str, configfiles)))
 
     @staticmethod
@@ -224,8 +224,11 @@ class Study:
         if self.gpus_per_run == 1:
             return {}
         for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            size = section.get(key, default_of(key, stage))
-            if isinstance(size, int) and size % self.gpus_per_run == 0:
+            try:
+                size = value_of(key, section.get(key, default_of(key, stage)))
+            except ValueError:  # a slip that the check of the runs will name
+                return {}
+            if size % self.gpus_per_run == 0:
                 return {key: size // self.gpus_per_run}
         raise UserError(
             f"{self._where}: gpus_per_run: {self.gpus_per_run} divides neither per_device_train_batch_size nor "
@@ -518,6 +521,13 @@ class Study:
         """Every run config of the study, through the same checks as `discobeta train`."""
         if self.sft:
             self.base_config()
+        known = ["none", *(truth for truth in self._truth(self.seeds[0]).values() if truth == "world")]
+        for stage in self.stages if self.world else ():
+            if (truth := self._sections[stage].get("ground_truth", "none")) not in known:
+                raise UserError(
+                    f"{self._where}: {stage}: ground_truth: {shown(truth)} is another world than the study's, which "
+                    "says it itself: leave it out"
+                )
         for run in self._runs:
             if run.seed == self.seeds[0]:
                 self.config(run)
@@ -554,10 +564,11 @@ class Study:
                 continue
             for name in ("", variant.name):
                 run = self.run(variant.stage, variant.arm, self.seeds[0], variant=name)
-                text = as_text(self.config(run).settings_of("training"))
+                text = as_text(self.config(run).as_trained())
                 if (known := trained.setdefault((run.stage, run.arm, text), name)) != name:
                     twin = ", ".join(filter(None, [run.arm.name, known]))
-                    raise UserError(f"{where}: {name} would be trained just as {run.stage} of {twin}: leave it out")
+                    cure = "leave it out" + (", or sweep other arms (`arms: [...]` beside it)" if variant.point else "")
+                    raise UserError(f"{where}: {name} would be trained just as {run.stage} of {twin}: {cure}")
 
     def _checked(self, settings: dict[str, Any], label: str) -> RunConfig:
         where = f"{self._where}: {label}"

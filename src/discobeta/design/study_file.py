@@ -317,8 +317,9 @@ def _controls(settings: Any) -> Any:
             )
         if re.fullmatch(r"seed-\d+", name, re.IGNORECASE):
             raise ValueError(f"{name} is the folder of the arm's own run: give it another name")
-        if name in ARM_NAMES:
-            raise ValueError(f"{name} is an arm: give it another name")
+        if name in (*ARM_NAMES, variants.TUNED):
+            what = "what tables call a tuned β" if name == variants.TUNED else "an arm"
+            raise ValueError(f"{name} is {what}: give it another name")
     if settings is None:
         return {}
     return {name: one for name, one in settings.items() if one is not None} if isinstance(settings, dict) else settings
@@ -444,6 +445,10 @@ class StudyKeys(Section):
                     )
         if self.data.world and self.data.world.own and not self.base.sft:
             raise ValueError("data: world: own: true needs base: sft (every world trains a base of its own)")
+        labels = [control.label or name for name, control in self.controls.items()]
+        for name, label in zip(self.controls, labels, strict=True):
+            if labels.count(label) > 1 or label == variants.AS_IN_THE_GRID:
+                raise ValueError(f"controls: {name}: label: {shown(label)} is what another row of the tables is called")
         if self.prompts and self.prompts.given() and self.data.world:
             raise ValueError("prompts: a base of the world knows the world's prompts only: leave it out")
         for key in self.common:
@@ -510,12 +515,3 @@ def _schema_at(place: tuple[str | int, ...]) -> dict[str, Any]:
             if "$ref" in option:
                 schema = whole["$defs"][option["$ref"].rpartition("/")[2]]
     return schema
-
-
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Mappings are merged key by key, anything else is replaced: what Snakemake does with its config files."""
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged

@@ -20,6 +20,7 @@ PATH_KEYS = (
     "reference_path",
     "reference_answers_path",
     "overwrite_output_dir",
+    "resume_from_checkpoint",
     "stop_after_steps",
     *READ_KEYS,
 )
@@ -37,7 +38,7 @@ BELONGS = (
 )
 """Run keys that `common:` and the stages' sections may not hold, and where they belong."""
 
-SET_OF_BASE = ("stage", "output_dir", "overwrite_output_dir")
+SET_OF_BASE = ("stage", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 """Run keys that `base: sft:` may not hold: the study sets them."""
 
 

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from discobeta.design.study_file import Control, StudyFile
 
 
+TUNED, AS_IN_THE_GRID = "tuned-beta", "as in the grid"
+"""What tables call the β that calibration pairs choose, and an arm's own run: names and labels of no control."""
+
+LONGEST_FOLDER = 200
+"""Characters of a folder's name: file systems take 255 bytes, and files beside it have its name and more."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """An arm of a stage as it is trained beside the grid; never with an idle head."""
@@ -94,6 +101,9 @@ def variants(
                     found += [_control(stage, arm, name, control, point) for point in [{}, *points * control.swept]]
             if arm in swept and not arm.is_idle:
                 found += [Variant(stage, arm, name_of("", point), _said(point), point, point) for point in points]
+    for name in (one.name for one in found if len(one.name) > LONGEST_FOLDER):
+        size = f"{len(name)} characters, of at most {LONGEST_FOLDER}"
+        raise UserError(f"{where}: {name[:40]}… would be the name of a folder of {size}: sweep fewer keys at once")
     return found
 
 

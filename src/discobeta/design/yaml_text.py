@@ -83,15 +83,27 @@ def _count_values(value: Any, counted: dict[int, int]) -> int:
     return 1
 
 
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key, anything else is replaced: what Snakemake does with its config files."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
-    """`key=value` words; the value is what was written, read as YAML where YAML reads all of it."""
-    settings = {}
+    """`key=value` words; the value is what was written, read as YAML where YAML reads all of it.
+
+    Words of one key are merged as files are, and as Snakemake merges those of its `--config`.
+    """
+    settings: dict[str, Any] = {}
     for word in overrides:
         name, sign, value = word.partition("=")
         if not sign or not name:
             raise UserError(f"--set {shorten(word, 80)}: write key=value")
         try:
-            settings[name.strip()] = as_written(value)
+            settings = merge(settings, {name.strip(): as_written(value)})
         except UserError as error:
             raise UserError(f"--set {shorten(word, 80)}: the value {error}") from None
     return settings

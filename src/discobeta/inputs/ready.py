@@ -66,9 +66,9 @@ def _models(study: Study, config: RunConfig) -> Iterator[Need]:
 
 
 def _data(study: Study, config: RunConfig) -> Iterator[Need]:
-    if study.world:
-        return
     for key, (names, split) in named(config).items():
+        if all(Path(name).is_relative_to(study.directory) for name in names.split(",")):
+            continue  # of a world, which the study makes
         try:
             for source in resolve(names, config, split):
                 yield _rows(key, source, config)

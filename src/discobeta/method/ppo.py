@@ -164,8 +164,7 @@ class ProximalPolicy(Stage):
         """The Beta Head is in none: the penalty's gradient would only ask for a smaller s."""
         groups = {"model": model_group(self.model_parameters(), self.config)}
         if hasattr(self, "value_head"):  # else it is a finished run: there is a policy, and nothing is trained
-            rate = self.config.value_learning_rate
-            rate = 5 * self.config.learning_rate if rate is None else rate
+            rate = self.config.rate("value_learning_rate")
             groups["value"] = head_group(self.value_head.parameters(), rate, self.config)
         return groups
 

@@ -97,9 +97,7 @@ class GaussianReward(Signal):
 
     def group(self) -> Group:
         """The head's mean is trained as a part of the model (`reward_map`)."""
-        rate = self.config.disco_learning_rate
-        rate = 3 * self.config.learning_rate if rate is None else rate
-        return head_group(self.head.net.parameters(), rate, self.config)
+        return head_group(self.head.net.parameters(), self.config.rate("disco_learning_rate"), self.config)
 
     def reward_map(self, score: nn.Linear) -> nn.Linear:
         """The head's mean in the place of the score, and trained like it: so that the two arms treat it alike."""
@@ -129,9 +127,7 @@ class PromptScale(Signal):
     """Dynamic beta: beta * s(x), with s from the Beta Head on the reference's state at the end of the prompt."""
 
     def group(self) -> Group:
-        rate = self.config.beta_learning_rate
-        rate = 5 * self.config.learning_rate if rate is None else rate
-        return head_group(self.head.parameters(), rate, self.config)
+        return head_group(self.head.parameters(), self.config.rate("beta_learning_rate"), self.config)
 
     def log_scale(self, prompt_features: Tensor) -> Tensor:
         return self.head.log_s(prompt_features)

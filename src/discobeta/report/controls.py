@@ -12,16 +12,14 @@ import pandas as pd
 
 from discobeta.design.arms import BY_NAME, CORNERS, Arm
 from discobeta.design.study import Run
-from discobeta.design.variants import text_of
+from discobeta.design.variants import AS_IN_THE_GRID, TUNED, text_of
 from discobeta.report import published
 from discobeta.report.cells import MEASURED, arm_row, frames, panels_of
 from discobeta.report.collect import collect, of_grid, provenance, provenance_line
 from discobeta.report.measures import METRICS, POSTHOC
-from discobeta.report.published import TUNED, Published, Source
+from discobeta.report.published import Published, Source
 from discobeta.report.render import Column, Table, count
 from discobeta.report.results import Results, enumerate_seeds
-
-AS_IN_THE_GRID = "as in the grid"
 
 
 def controls_table(results: Results, stage: str) -> Table:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from discobeta.errors import UserError
 from discobeta.report.frontier import WELL_FORMED
 from discobeta.report.hypotheses import Hypothesis, Registered, judge
 from discobeta.report.published import COORDINATES, Published, Source
@@ -97,6 +98,8 @@ def simulate(registered: Registered, times: int, n_seeds: int, noise: Noise) -> 
     for _ in range(times):
         study = {h.id: made for group in groups.values() for made in [planted(group, seeds, rng, noise)] for h in group}
         verdicts = judge(registered, lambda hypothesis, study=study: study[hypothesis.id])
+        if all(verdict.why for verdict in verdicts):
+            raise UserError(f"--simulate: nothing is judged of {n_seeds} seeds: {verdicts[0].why}")
         erred: dict[tuple[str, str], set[str]] = {}
         for verdict in verdicts:
             found = {"supported": verdict.verdict in ("supported", "equivalent")}

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from discobeta.errors import UserError
-from discobeta.report.published import Published, Source, split_variant
+from discobeta.design.variants import text_of
+from discobeta.report.published import SWEPT, Published, Source, along, control_of, swept
 
 REWARD, KL = "true_reward", ("kl_rao_blackwell", "kl_per_sequence")
 """What is compared at matched KL, and over which KL: the first that is there."""
@@ -60,38 +60,31 @@ class Matched:
     undecidable: dict[int, str] = field(default_factory=dict)
 
 
-def swept(study: Published, stage: str, key: str = "pref_beta") -> list[Source]:
-    """The arms and controls that have been run at more than one value of `key`."""
-    found: dict[Source, set[str | None]] = {}
-    for source in study.sources(stage):
-        variant, value = split_variant(source.variant, key)
-        found.setdefault(Source(source.arm, variant), set()).add(value)
-    return [source for source, values in found.items() if values != {None}]
-
-
 def points(
-    study: Published, stage: str, source: Source, *, value: str, kl: str, key: str = "pref_beta"
+    study: Published, stage: str, source: Source, *, value: str, kl: str, key: str = SWEPT
 ) -> dict[int, list[Point]]:
     """Seed -> the points of an arm or control over a sweep of `key`, in the order of their KL; collapsed ones too."""
     found: dict[int, list[Point]] = {}
-    for run in study.sources(stage):
-        variant, setting = split_variant(run.variant, key)
-        if (run.arm, variant) != (source.arm, source.variant):
-            continue
-        if setting is None:
-            setting = study.setting(stage, key, variant)
+    for run, setting in along(study, stage, key=key).get(source, {}).items():
         kls, values, formed = (study.values(stage, run, metric) for metric in (kl, value, WELL_FORMED))
         for seed in sorted(kls.keys() & values.keys()):
-            point = Point(kls[seed], values[seed], f"{key}={setting}", _number(setting, study, key), formed.get(seed))
+            point = Point(kls[seed], values[seed], _label(key, setting), setting, formed.get(seed))
             found.setdefault(seed, []).append(point)
     return {seed: sorted(of_seed, key=lambda point: (point.kl, point.label)) for seed, of_seed in found.items()}
 
 
-def _number(setting: object, study: Published, key: str) -> float:
-    try:
-        return float(setting)
-    except (TypeError, ValueError):
-        raise UserError(f"{study.name}: a sweep at matched KL should be over numbers, not {key}: {setting}") from None
+def _label(key: str, setting: float) -> str:
+    return f"{key}={text_of(setting)}"
+
+
+def asked(study: Published, stage: str, source: Source, key: str) -> set[str]:
+    """The labels of the points that the study's config asks for of an arm or a control."""
+    sweep, control = (study.settings.get("sweep") or {}).get(stage) or {}, control_of(source.variant)
+    if control:
+        is_swept = ((study.settings.get("controls") or {}).get(control) or {}).get("swept", False)
+    else:
+        is_swept = source.arm in (sweep.get("arms") or [source.arm])
+    return {_label(key, float(value)) for value in sweep.get(key) or [] if is_swept}
 
 
 def kl_of(study: Published, stage: str) -> str:
@@ -106,8 +99,7 @@ def has_frontier(study: Published, stage: str) -> bool:
 def frontiers(study: Published, stage: str) -> dict[Source, dict[int, list[Point]]]:
     """Of every arm and control that has been swept."""
     kl = kl_of(study, stage)
-    sources = swept(study, stage)
-    return {source: points(study, stage, source, value=REWARD, kl=kl) for source in sources}
+    return {source: points(study, stage, source, value=REWARD, kl=kl) for source in swept(study, stage)}
 
 
 def matched(weights: Mapping[Source, float], found: Mapping[Source, Mapping[int, Sequence[Point]]]) -> Matched:

@@ -117,7 +117,7 @@ class Hypothesis(_Mapping):
             raise ValueError("a margin belongs to direction: equivalent, and to that alone")
         if abs(sum(term.weight for term in self.contrast)) > 1e-9 or all(term.weight == 0 for term in self.contrast):
             raise ValueError("contrast: the weights should add up to 0, and not all be 0")
-        cells = [(term.source, term.metric) for term in self.contrast]
+        cells = [(term.source, term.metric or self.metric) for term in self.contrast]
         if len(set(cells)) < len(cells):
             raise ValueError("contrast: the same run stands there twice")
         for term in self.contrast:
@@ -264,9 +264,10 @@ def _at_matched_kl(hypothesis: Hypothesis, study: Published) -> Differences:
         return result
     compared = frontier.matched(weights, found)
     result.values, result.undecidable = compared.differences, compared.undecidable
-    # a run that has not been made is no collapse: every seed should have the points that any seed has
+    # a run that has not been made is no collapse: every seed should have the points that the study asks for
     for source, points in found.items():
         labels = {point.label for of_seed in points.values() for point in of_seed}
+        labels |= frontier.asked(study, hypothesis.stage, source, asked.vary)
         for seed in study.seeds:
             if lacking := sorted(labels - {point.label for point in points.get(seed, [])}):
                 result.missing.setdefault(seed, f"no {source.text}, {', '.join(lacking)}")
@@ -395,9 +396,12 @@ def _why_not(found: Differences, n: int, registered: Registered) -> str:
         first, of_first = next(iter(found.missing.items()))
         more = f", and {len(found.missing) - 1} seeds more" if len(found.missing) > 1 else ""
         return f"not complete: seed {first} ({of_first}){more}"
-    if n < registered.least_seeds or 2.0**-n > registered.alpha:
-        said = "; ".join(f"seed {seed}: {why}" for seed, why in found.undecidable.items())
-        return f"{n} seeds can be compared, fewer than {registered.least_seeds}" + (f" ({said})" if said else "")
+    said = "; ".join(f"seed {seed}: {why}" for seed, why in found.undecidable.items())
+    more = f" ({said})" if said else ""
+    if n < registered.least_seeds:
+        return f"{n} seeds can be compared, fewer than {registered.least_seeds}{more}"
+    if 2.0**-n > registered.alpha:
+        return f"{n} seeds can be compared, whose p is never below {2.0**-n:.2g}{more}"
     return ""
 
 

@@ -17,12 +17,12 @@ import pandas as pd
 
 from discobeta.design.arms import BY_NAME, CORNERS
 from discobeta.design.stages import STAGES
+from discobeta.design.variants import AS_IN_THE_GRID
 from discobeta.errors import UserError
 from discobeta.files import remove, write_text
 from discobeta.folders import claim, mark_of, write_mark
 from discobeta.report import across, effects, frontier, hypotheses, published
 from discobeta.report.cells import panels_of
-from discobeta.report.controls import AS_IN_THE_GRID
 from discobeta.report.effects import p_value, with_seeds
 from discobeta.report.estimates import estimate, interval_header, interval_words
 from discobeta.report.frontier import REWARD, frontiers, has_frontier, kl_of
@@ -60,7 +60,7 @@ def make(folder: Path, registered: Registered, digest: str) -> Paper:
     for study in studies:
         for stage in study.stages:
             tables[f"{_file(study)}-{stage}"] = numbers_table(study, stage)
-            if frontier.swept(study, stage):
+            if published.swept(study, stage):
                 tables[f"{_file(study)}-{stage}-sweep"] = sweep_table(study, stage)
             if has_frontier(study, stage):
                 tables[f"{_file(study)}-{stage}-matched"] = matched_table(study, stage)
@@ -189,12 +189,8 @@ def sweep_table(study: Published, stage: str) -> Table:
     names = [kl_of(study, stage), REWARD, "regret", "well_formed", "excess_kl"]
     names = [name for name in names if name in study.metrics(stage) and name in MEASURES]
     records = []
-    for source in frontier.swept(study, stage):
-        for run in study.sources(stage):
-            variant, setting = published.split_variant(run.variant, "pref_beta")
-            if Source(run.arm, variant) != source:
-                continue
-            setting = float(study.setting(stage, "pref_beta", variant) if setting is None else setting)
+    for source, points in published.swept(study, stage).items():
+        for run, setting in points.items():
             record = {
                 "arm": source.arm,
                 "variant": source.variant,
@@ -202,7 +198,7 @@ def sweep_table(study: Published, stage: str) -> Table:
                 "pref_beta": setting,
             }
             records.append(record | _of_seeds(study, stage, run, {name: name for name in names}))
-    order = {source.text: place for place, source in enumerate(frontier.swept(study, stage))}
+    order = {source.text: place for place, source in enumerate(published.swept(study, stage))}
     records.sort(key=lambda row: (order[Source(row["arm"], row["variant"]).text], row["pref_beta"]))
     which = [
         Column("Arm", lambda row: row["label"], is_number=False),

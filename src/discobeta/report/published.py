@@ -17,14 +17,15 @@ from typing import Any
 import pandas as pd
 
 from discobeta.design.arms import BY_NAME, CORNERS, Arm
-from discobeta.design.config import FIELDS, default_of
+from discobeta.design.config import FIELDS, default_of, value_of
 from discobeta.design.stages import STAGES
+from discobeta.design.variants import TUNED, text_of
 from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, shown, telling
 from discobeta.files import check_regular
 from discobeta.report.measures import POSTHOC
 
-TUNED, CHOSEN_BY, SWEPT = "tuned-beta", "calibration/nll", "pref_beta"
+CHOSEN_BY, SWEPT = "calibration/nll", "pref_beta"
 COORDINATES = ["stage", "arm", "variant", "seed", "metric"]
 POSTHOC_METRIC = re.compile(r"posthoc/([^/]+)/(.+)")
 
@@ -204,7 +205,7 @@ def tuned_rows(study: Published) -> list[tuple[str, str, str, int, str, float]]:
     """
     rows = []
     for stage in study.stages:
-        for source, points in swept(study, stage, study.sources(stage)).items():
+        for source, points in swept(study, stage).items():
             for seed, run in chosen(study, stage, points).items():
                 place = (stage, source.arm, ",".join(filter(None, [source.variant, TUNED])), seed)
                 rows += [
@@ -216,28 +217,50 @@ def tuned_rows(study: Published) -> list[tuple[str, str, str, int, str, float]]:
     return rows
 
 
-def swept(study: Published, stage: str, runs: Iterable[Source]) -> dict[Source, dict[Source, float]]:
-    """Arm or control -> those of its runs that differ in β alone -> β; of those that have more than one.
+def along(
+    study: Published, stage: str, runs: Iterable[Source] | None = None, key: str = SWEPT
+) -> dict[Source, dict[Source, float]]:
+    """Arm or control -> those of its runs (of all, by default) that differ in `key` alone -> its value in them.
 
     A swept setting that is the section's own is none: with a learning rate of 5e-05, `learning_rate=5e-05` is "".
     """
     found: dict[Source, dict[Source, float]] = {}
-    for run in runs:
-        variant, setting = split_variant(run.variant, SWEPT)
-        control = next((part for part in variant.split(",") if part and "=" not in part), "")
-        own = [part for part in variant.split(",") if not _is_own(study, stage, part, control)]
-        setting = study.setting(stage, SWEPT, control) if setting is None else setting
-        if setting is not None:
-            found.setdefault(Source(run.arm, ",".join(filter(None, own))), {})[run] = float(setting)
-    return {source: points for source, points in found.items() if len(points) > 1}
+    for run in study.sources(stage) if runs is None else runs:
+        variant, setting = split_variant(run.variant, key)
+        control = control_of(variant)
+        rest = [part for part in variant.split(",") if not _is_own(study, stage, part, control)]
+        setting = study.setting(stage, key, control) if setting is None else setting
+        if setting is None:
+            continue
+        try:
+            value = float(setting)
+        except (TypeError, ValueError):
+            where = f"{study.name}: {stage}, {run.text}"
+            raise UserError(f"{where}: a sweep over {key} should be over numbers, not {shown(setting)}") from None
+        found.setdefault(Source(run.arm, ",".join(filter(None, rest))), {})[run] = value
+    return found
+
+
+def swept(
+    study: Published, stage: str, runs: Iterable[Source] | None = None, key: str = SWEPT
+) -> dict[Source, dict[Source, float]]:
+    """`along`, of what has been run at more than one value of `key`."""
+    return {source: points for source, points in along(study, stage, runs, key).items() if len(points) > 1}
+
+
+def control_of(variant: str) -> str:
+    """The control that a variant is a point of; "" where it is a point of the arm's own sweep."""
+    return next((part for part in variant.split(",") if part and "=" not in part), "")
 
 
 def _is_own(study: Published, stage: str, part: str, control: str) -> bool:
     key, equals, value = part.partition("=")
-    own = study.setting(stage, key, control) if equals and key in FIELDS else None
+    if not equals or key not in FIELDS:
+        return False
+    own = study.setting(stage, key, control)
     try:
-        return own is not None and float(own) == float(value)
-    except (TypeError, ValueError):
+        return text_of(value_of(key, own)) == value
+    except ValueError:
         return str(own) == value
 
 

@@ -19,7 +19,7 @@ from discobeta.report import frontier
 from discobeta.report.collect import collect, provenance
 from discobeta.report.frontier import LEAST_WELL_FORMED, REWARD, Point, kl_of
 from discobeta.report.marks import End, name_ends
-from discobeta.report.published import Published, Source, label_of, split_variant
+from discobeta.report.published import Published, Source, along, label_of
 from discobeta.report.results import Results
 from discobeta.report.style import (
     COLUMN,
@@ -91,8 +91,7 @@ def reward_kl(results: Results, stage: str) -> Figure:
 
 def _sources(study: Published, stage: str, arms: list[str]) -> list[Source]:
     """The arms, and then the controls, each without the point of the sweep over β that it is at."""
-    there = [Source(run.arm, split_variant(run.variant, "pref_beta")[0]) for run in study.sources(stage)]
-    return sorted((source for source in dict.fromkeys(there) if source.arm in arms), key=lambda of: bool(of.variant))
+    return sorted((source for source in along(study, stage) if source.arm in arms), key=lambda of: bool(of.variant))
 
 
 def _by_judge(stage: str, arms: list[str]) -> list[tuple[str, list[str]]]:
@@ -161,11 +160,10 @@ def mean_points(by_seed: BySeed) -> list[tuple[float, float, int]]:
 
 def oracle_points(study: Published, stage: str, sources: Iterable[Source]) -> list[tuple[float, float]]:
     """(KL, true reward + regret) of every run, by KL: points of the oracle's frontier, which is the same for all."""
-    sources, found = set(sources), []
-    for run in study.sources(stage):
-        if Source(run.arm, split_variant(run.variant, "pref_beta")[0]) in sources:
-            kl, reward, regret = (study.values(stage, run, name) for name in (kl_of(study, stage), REWARD, "regret"))
-            found += [(kl[seed], reward[seed] + regret[seed]) for seed in kl.keys() & reward.keys() & regret.keys()]
+    runs, found = along(study, stage), []
+    for run in [run for source in set(sources) for run in runs.get(source, ())]:
+        kl, reward, regret = (study.values(stage, run, name) for name in (kl_of(study, stage), REWARD, "regret"))
+        found += [(kl[seed], reward[seed] + regret[seed]) for seed in kl.keys() & reward.keys() & regret.keys()]
     return sorted(found)
 
 
