@@ -6,7 +6,7 @@ import yaml
 from published_study import BASELINE, DISCO, sweep, write_study
 
 from discobeta.errors import UserError
-from discobeta.report import frontier, published
+from discobeta.report import frontier, hypotheses, published
 from discobeta.report.frontier import Point
 from discobeta.report.published import Source
 
@@ -201,21 +201,64 @@ def test_parts_of_a_study_are_put_together_unless_they_hold_the_same_run(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"), [({"seeds": 3}, "seeds: 3 should be a list"), ({"dpo": [1]}, "dpo should hold `key: value`")]
+    ("settings", "says"),
+    [
+        ({"seeds": 3}, "seeds: 3 should be a list"),
+        ({"seeds": []}, r"seeds: \[\] should be a list"),
+        ({"seeds": [1, 2, 1]}, r"seeds: \[1, 2, 1\] names a seed twice"),
+        ({"seeds": [2, 3]}, r"metrics.csv holds seed 1, which .*config.yaml does not name"),
+        ({"dpo": [1]}, "dpo should hold `key: value`"),
+        ({"controls": {"probit": 3}}, "controls: probit should hold `key: value` lines, not 3"),
+        ({"controls": {"x": {"settings": [1]}}}, r"controls: x: settings should hold `key: value` lines, not \[1\]"),
+        ({"controls": {"x": {"label": 5}}}, "controls: x: label: 5 should be text"),
+        ({"sweep": {"dpo": 3}}, "sweep: dpo should hold `key: value` lines, not 3"),
+        ({"sweep": {"dpo": {"pref_beta": 0.1}}}, "sweep: dpo: pref_beta: 0.1 should be a list of values"),
+    ],
 )
 def test_a_config_of_another_form_is_refused_in_a_line(settings, says, tmp_path):
     place = write_study(tmp_path, "x", [("rm", BASELINE, "", 1, "nll", 0.5)], [1])
-    (place / "config.yaml").write_text(yaml.safe_dump({"study": "x", **settings}))
+    (place / "config.yaml").write_text(yaml.safe_dump({"study": "x", "seeds": [1], **settings}))
     with pytest.raises(UserError, match=says):
         published.read(tmp_path, "x")
+
+
+def test_a_config_that_names_no_seeds_has_those_of_a_study_that_names_none(tmp_path):
+    """1 and 2, and not those that have come so far: then any study would be complete."""
+    place = write_study(tmp_path, "x", [("rm", BASELINE, "", 2, "nll", 0.5)], [1])
+    (place / "config.yaml").write_text("study: x\n")
+    assert published.read(tmp_path, "x").seeds == [1, 2]
+
+
+def test_a_study_is_no_folder_of_studies(tmp_path):
+    place = write_study(tmp_path, "x", [("rm", BASELINE, "", 1, "nll", 0.5)], [1])
+    for read in (published.studies, hypotheses.from_folder):
+        with pytest.raises(UserError, match=f"{place} is a study itself: name the folder above it, {tmp_path}$"):
+            read(place)
+    assert published.studies(tmp_path) == ["x"]
+
+
+HEADER = "stage,arm,variant,seed,metric,value\n"
+
+
+def test_a_file_of_nothing_yet_is_a_study_without_numbers(tmp_path):
+    """Of a study of which no run counts, `discobeta tables` writes the header."""
+    place = write_study(tmp_path, "x", [], [1])
+    (place / "metrics.csv").write_text(HEADER)
+    study = published.read(tmp_path, "x")
+    assert study.stages == [] and study.frame.value.dtype == float
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("stage,arm,variant,seed,value\n", "has no column 'metric'"),
-        ("stage,arm,variant,seed,metric,value\nrm,baseline,,1,nll,much\n", "value should be numbers"),
-        ("stage,arm,variant,seed,metric,value\nkto,baseline,,1,nll,1\n", "no stage is called 'kto'"),
+        (HEADER + "rm,baseline,,1,nll,0.5\nrm,baseline,,1,ece,much\n", "line 3: value: 'much' should be a finite num"),
+        (HEADER + "rm,baseline,,1,nll,inf\n", "line 2: value: inf should be a finite number"),
+        (HEADER + "rm,baseline,,1,nll,1e400\n", "line 2: value: inf should be a finite number"),
+        (HEADER + "rm,baseline,,1,nll,nan\n", "line 2: value: .nan. should be a finite number"),
+        (HEADER + "rm,baseline,,1,nll,0.5\nrm,baseline,,1,ec", "metrics.csv ends within a line: it is not whole"),
+        (HEADER + "kto,baseline,,1,nll,1\n", "line 2: no stage is called 'kto'"),
+        (HEADER + "rm,Disco,,1,nll,1\n", "line 2: no arm is called 'Disco'"),
         ("stage,arm,variant,seed,metric,value\nrm,baseline,,x,nll,1\n", "cannot read"),
         ("stage,arm,variant,seed,metric,value\n" + "rm,baseline,,1,nll,1\n" * 2, "holds a number twice"),
         ("", "cannot read"),

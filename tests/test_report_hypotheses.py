@@ -248,8 +248,23 @@ def test_a_point_that_has_not_been_run_is_no_collapse(tmp_path):
     frontiers(tmp_path)
     path = tmp_path / "world" / "both" / "metrics.csv"
     lines = [line for line in path.read_text().splitlines() if not line.startswith(f"ppo,{BASELINE},pref_beta=0.1,4,")]
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join([*lines, ""]))
     assert judged(tmp_path, MATCHED).why == "not complete: seed 4 (no baseline, pref_beta=0.1)"
+
+
+def test_a_point_of_which_nobody_knows_whether_it_has_collapsed_is_missing(tmp_path):
+    frontiers(tmp_path)
+    path = tmp_path / "world" / "both" / "metrics.csv"
+    without = [line for line in path.read_text().splitlines() if f"{DISCO},pref_beta=0.1,3,well_formed" not in line]
+    path.write_text("\n".join([*without, ""]))
+    assert judged(tmp_path, MATCHED).why == f"not complete: seed 3 (no well_formed of {DISCO}, pref_beta=0.1)"
+
+
+def test_points_of_one_kl_are_no_line(tmp_path):
+    alike = {"pref_beta=0.3": (1.0, 1.0), "": (1.0, 2.0), "pref_beta=0.1": (1.0, 3.0)}
+    frontiers(tmp_path, 7, alike)
+    remarks = judged(tmp_path, MATCHED).found.remarks
+    assert remarks[0] == "not compared: seed 1: baseline has 3 of 3 points left, all of one KL"
 
 
 def test_a_point_that_no_seed_has_is_missing_where_the_study_asks_for_it(tmp_path):

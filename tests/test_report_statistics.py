@@ -82,6 +82,11 @@ def test_sign_flips_of_unequal_numbers_are_all_tried():
     assert sign_flip_p(differences) == np.mean(np.array(sums) >= abs(differences.sum()) - 1e-12)
 
 
+def test_a_sum_of_nothing_is_reached_by_every_choice_of_signs():
+    """In floats .01 + .02 + .03 - .06 + .05 - .05 is 1e-17 and not 0, which no smaller sum may be told from."""
+    assert sign_flip_p([0.01, 0.02, 0.03, -0.06, 0.05, -0.05]) == 1
+
+
 def test_sign_flips_of_many_numbers_are_drawn():
     """16 of 21 equal differences are positive: twice the binomial tail. 5 standard errors of 2^20 draws."""
     p = 2 * sum(comb(21, k) for k in range(6)) / 2**21

@@ -116,7 +116,8 @@ def matched(weights: Mapping[Source, float], found: Mapping[Source, Mapping[int,
             kept = [point for point in there if not point.has_collapsed]
             lines[source] = line(kept)
             if len(lines[source][0]) < 2:
-                lacking.append(f"{source.text} has {len(kept)} of {len(there)} points left")
+                alike = ", all of one KL" if len(kept) > 1 else ""
+                lacking.append(f"{source.text} has {len(kept)} of {len(there)} points left{alike}")
         low = max((kl[0] for kl, _ in lines.values() if len(kl)), default=np.nan)
         high = min((kl[-1] for kl, _ in lines.values() if len(kl)), default=np.nan)
         if lacking:

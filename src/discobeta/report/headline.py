@@ -13,10 +13,12 @@ TITLES = {metric.name: metric for panel in PANELS.values() for metric in panel}
 def headline(study: Study) -> str:
     """Means over the seeds, and where all of it stands. Raises UserError where there are no tables."""
     frame = read_metrics(study.tables_directory / "metrics.csv")
-    frame = frame[frame.variant == ""]
+    frame = frame[(frame.variant == "") & frame.seed.isin(study.seeds)]
     lines = []
     for stage in study.stages:
-        means = frame[frame.stage == stage].groupby(["arm", "metric"]).value.mean().unstack()
+        of_stage = frame[frame.stage == stage]
+        means = of_stage.groupby(["arm", "metric"]).value.mean().unstack()
+        seeds = of_stage.groupby("arm").seed.nunique()
         metrics = [TITLES[name] for name in STAGES[stage].compared if name in means and name in TITLES]
         if not metrics:
             continue
@@ -24,7 +26,9 @@ def headline(study: Study) -> str:
         for arm in study.arms_of(stage):
             if not arm.is_idle and arm.name in means.index:
                 values = [(means.at[arm.name, metric.name], metric.decimals) for metric in metrics]
-                rows.append([f"  {arm.label}", *(f"{v:.{n}f}" if v == v else "–" for v, n in values)])
+                n, all_of_them = seeds[arm.name], len(study.seeds)
+                name = arm.label if n == all_of_them else f"{arm.label} ({n} of {all_of_them} seeds)"
+                rows.append([f"  {name}", *(f"{v:.{n}f}" if v == v else "–" for v, n in values)])
         widths = [max(map(len, column)) + 3 for column in zip(*rows, strict=True)]
         for first, *cells in rows:
             numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))

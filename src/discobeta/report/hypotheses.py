@@ -265,12 +265,16 @@ def _at_matched_kl(hypothesis: Hypothesis, study: Published) -> Differences:
     compared = frontier.matched(weights, found)
     result.values, result.undecidable = compared.differences, compared.undecidable
     # a run that has not been made is no collapse: every seed should have the points that the study asks for
+    is_judged = frontier.WELL_FORMED in study.metrics(hypothesis.stage)
     for source, points in found.items():
         labels = {point.label for of_seed in points.values() for point in of_seed}
         labels |= frontier.asked(study, hypothesis.stage, source, asked.vary)
         for seed in study.seeds:
-            if lacking := sorted(labels - {point.label for point in points.get(seed, [])}):
+            there = {point.label: point for point in points.get(seed, [])}
+            if lacking := sorted(labels - set(there)):
                 result.missing.setdefault(seed, f"no {source.text}, {', '.join(lacking)}")
+            if unknown := sorted(label for label in there if is_judged and there[label].well_formed is None):
+                result.missing.setdefault(seed, f"no {frontier.WELL_FORMED} of {source.text}, {', '.join(unknown)}")
     dropped, unordered = frontier.remarks(found)
     if dropped:
         result.remarks.append(f"dropped, of fewer than 90 % well-formed responses (their share): {dropped}")
@@ -342,8 +346,7 @@ def contrast_text(hypothesis: Hypothesis) -> str:
 
 def from_folder(folder: Path) -> Callable[[Hypothesis], Published | str]:
     """What finds the study of a hypothesis among the published ones, or says why not."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; it should hold one with metrics.csv and config.yaml of each study")
+    published.check_is_above(folder)
 
     def find(hypothesis: Hypothesis) -> Published | str:
         if absent := published.missing(folder, hypothesis.studies):

@@ -27,7 +27,7 @@ from discobeta.report.effects import p_value, with_seeds
 from discobeta.report.estimates import estimate, interval_header, interval_words
 from discobeta.report.frontier import REWARD, frontiers, has_frontier, kl_of
 from discobeta.report.hypotheses import Registered, Verdict
-from discobeta.report.measures import FURTHER, MEASURES
+from discobeta.report.measures import FURTHER, MEASURES, TESTED
 from discobeta.report.published import Published, Source, label_of, printed_rows, variant_label
 from discobeta.report.render import Column, Panel, Row, Table, count, escape, number
 from discobeta.report.statistics import INTERVAL_FROM, holm, mean_ci, sign_flip_p
@@ -285,7 +285,7 @@ def effects_table(study: Published) -> Table:
     """The factorial effects of the grid's own runs, and Holm's p over those of a stage."""
     grid = study.frame[study.frame["variant"] == ""]
     frame = effects.effects_frame(study, grid, effects.factorial())
-    tested = frame.metric.isin(["excess_kl", "nll", REWARD])
+    tested = frame.metric.isin(TESTED)
     frame["p"] = [sign_flip_p(of) if test else math.nan for of, test in zip(frame.differences, tested, strict=True)]
     frame["p_holm"] = frame.groupby("stage").p.transform(lambda p: holm(p.tolist())) if len(frame) else []
     columns = [

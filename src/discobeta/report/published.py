@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from discobeta.design.arms import BY_NAME, CORNERS, Arm
 from discobeta.design.config import FIELDS, default_of, value_of
 from discobeta.design.stages import STAGES
+from discobeta.design.study_file import StudyKeys
 from discobeta.design.variants import TUNED, text_of
 from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, shown, telling
@@ -157,6 +161,7 @@ def printed_rows(study: Published, stage: str) -> list[Printed]:
 
 def studies(folder: Path) -> list[str]:
     """Names of the studies under `folder`: the folders with a metrics.csv, nested ones with slashes."""
+    check_is_above(folder)
     return sorted(path.parent.relative_to(folder).as_posix() for path in folder.rglob("metrics.csv"))
 
 
@@ -176,6 +181,14 @@ def read(folder: Path, names: str | Iterable[str]) -> Published:
     return Published(" + ".join(names), frame, parts[0].settings | {"seeds": seeds}, made_by)
 
 
+def check_is_above(folder: Path) -> None:
+    """Refuse a folder that is none of studies."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; it should hold one with metrics.csv and config.yaml of each study")
+    if (folder / "metrics.csv").exists():
+        raise UserError(f"{folder} is a study itself: name the folder above it, {folder.resolve().parent}")
+
+
 def missing(folder: Path, names: Iterable[str]) -> list[str]:
     """Those of the studies whose numbers are not there."""
     return [name for name in names if not (folder / name / "metrics.csv").is_file()]
@@ -185,17 +198,39 @@ def missing(folder: Path, names: Iterable[str]) -> list[str]:
 def _read_one(folder: Path, name: str) -> Published:
     frame = read_metrics(folder / name / "metrics.csv")
     config = folder / name / "config.yaml"
-    settings = read_yaml(config)
-    seeds = settings.get("seeds", [])
-    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
-        raise UserError(f"{config}: seeds: {shown(seeds)} should be a list of whole numbers")
-    for key in ("common", "controls", *STAGES):
-        if not isinstance(settings.get(key) or {}, dict):
-            raise UserError(f"{config}: {key} should hold `key: value` lines, not {shown(settings[key])}")
+    settings = {"seeds": StudyKeys.model_fields["seeds"].default} | read_yaml(config)
+    _check_settings(config, settings)
+    if strange := sorted(set(frame["seed"]) - set(settings["seeds"])):
+        raise UserError(f"{folder / name / 'metrics.csv'} holds seed {strange[0]}, which {config} does not name")
     digest = hashlib.sha256(config.read_bytes()).hexdigest()[:12]
     study = Published(name, frame, settings, {"study": name, "config": digest, "commit": _commit(folder / name)})
     tuned = pd.DataFrame(tuned_rows(study), columns=[*COORDINATES, "value"])
     return replace(study, frame=pd.concat([frame, tuned], ignore_index=True)) if len(tuned) else study
+
+
+def _check_settings(config: Path, settings: dict[str, Any]) -> None:
+    """What is read of a study's config has the form that it should have."""
+    seeds = settings["seeds"]
+    if not (isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds)):
+        raise UserError(f"{config}: seeds: {shown(seeds)} should be a list of whole numbers")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"{config}: seeds: {shown(seeds)} names a seed twice")
+
+    def mapping(value: Any, *place: str) -> dict[str, Any]:
+        if not isinstance(value or {}, dict):
+            raise UserError(f"{config}: {': '.join(place)} should hold `key: value` lines, not {shown(value)}")
+        return value or {}
+
+    for key in ("common", *STAGES):
+        mapping(settings.get(key), key)
+    for name, control in mapping(settings.get("controls"), "controls").items():
+        mapping(mapping(control, "controls", name).get("settings"), "controls", name, "settings")
+        if control and not isinstance(control.get("label", ""), str):
+            raise UserError(f"{config}: controls: {name}: label: {shown(control['label'])} should be text")
+    for stage, sweep in mapping(settings.get("sweep"), "sweep").items():
+        for key, values in mapping(sweep, "sweep", stage).items():
+            if not isinstance(values or [], list):
+                raise UserError(f"{config}: sweep: {stage}: {key}: {shown(values)} should be a list of values")
 
 
 def tuned_rows(study: Published) -> list[tuple[str, str, str, int, str, float]]:
@@ -235,8 +270,10 @@ def along(
         try:
             value = float(setting)
         except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
             where = f"{study.name}: {stage}, {run.text}"
-            raise UserError(f"{where}: a sweep over {key} should be over numbers, not {shown(setting)}") from None
+            raise UserError(f"{where}: a sweep over {key} should be over numbers, not {shown(setting)}")
         found.setdefault(Source(run.arm, ",".join(filter(None, rest))), {})[run] = value
     return found
 
@@ -291,15 +328,23 @@ def read_metrics(path: Path) -> pd.DataFrame:
     check_regular(path)
     with telling(f"cannot read {path}"):
         frame = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]}, dtype={"seed": "int64"})
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        if stream.read() != b"\n":
+            raise UserError(f"{path} ends within a line: it is not whole")
     frame = frame if "variant" in frame else frame.assign(variant="")
     for name in (*COORDINATES, "value"):
         if name not in frame:
             raise UserError(f"{path} has no column {name!r}: is it a metrics.csv that `discobeta tables` has written?")
-    if not pd.api.types.is_numeric_dtype(frame["value"]):
-        raise UserError(f"{path}: value should be numbers")
-    frame = frame[[*COORDINATES, "value"]].dropna(subset="value")
-    if len(unknown := frame[~frame["stage"].isin(list(STAGES))]):
-        raise UserError(f"{path}: no stage is called {shown(unknown['stage'].iloc[0])}")
+    there = frame["value"].notna()
+    values = pd.to_numeric(frame["value"], errors="coerce").astype(float)
+    if len(bad := frame[there & ~np.isfinite(values)]):
+        line, value = bad.index[0] + 2, shown(bad["value"].tolist()[0])
+        raise UserError(f"{path} line {line}: value: {value} should be a finite number")
+    frame = frame.assign(value=values)[[*COORDINATES, "value"]][there]
+    for name, known in (("stage", STAGES), ("arm", BY_NAME)):
+        if len(unknown := frame[~frame[name].isin(list(known))]):
+            raise UserError(f"{path} line {unknown.index[0] + 2}: no {name} is called {shown(unknown[name].iloc[0])}")
     if frame.duplicated(COORDINATES).any():
         raise UserError(f"{path} holds a number twice: {frame[frame.duplicated(COORDINATES)].iloc[0].to_dict()}")
     return frame

@@ -77,11 +77,11 @@ def sign_flip_p(differences: Sequence[float], direction: Direction = "different"
         return math.nan
     total = math.fsum(differences)
     if direction == "different":
-        side, observed = np.abs, abs(total) * (1 - 1e-9)  # sums of the same numbers differ in their last bits
+        side, observed = np.abs, abs(total)
     else:
         towards = 1.0 if direction == "greater" else -1.0
-        side = functools.partial(np.multiply, towards)
-        observed = towards * total - 1e-9 * math.fsum(map(abs, differences))
+        side, observed = functools.partial(np.multiply, towards), towards * total
+    observed -= 1e-9 * math.fsum(map(abs, differences))  # sums of the same numbers differ in their last bits
     if len(differences) <= EXACT:
         sums = np.zeros(1)
         for value in differences:
