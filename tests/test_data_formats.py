@@ -152,6 +152,8 @@ UNUSABLE = [
     (GOOD, {"chosen": "half a pair: \ud83d"}, "not UTF-8"),
     (GOOD, {"prompt": "\ud83d"}, "not UTF-8"),
     (GOOD, {"truth": {"topic": "\ud83d"}}, "not UTF-8"),
+    (GOOD, {"tools": [{"name": "f", "description": "\ud83d"}]}, "not UTF-8"),
+    (GOOD, {"chat_template_kwargs": {"date": "\ud83d"}}, "not UTF-8"),
     (GOOD, {"truth": {"\ud83d": 1}}, "not UTF-8"),
     (GOOD, {"truth": {"noise": {"a": 1}}}, "wrong types"),
     (GOOD, {"truth": "noise"}, "wrong types"),

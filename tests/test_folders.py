@@ -85,9 +85,22 @@ def test_a_run_does_not_remove_what_it_reads(run, pairs, base):
     (path.parent / "link").symlink_to(path / "adapter")
     cases.append(("dpo", {"adapter_name_or_path": str(path.parent / "link")}, "adapter_name_or_path"))
     for stage, changes, key in cases:
-        with pytest.raises(UserError, match=f"would be replaced, and this run reads {key}|no dpo run|not a dpo run"):
+        says = f"would be replaced, and this run reads {key}|is {key}, which this run reads|no dpo run|not a dpo run"
+        with pytest.raises(UserError, match=says):
             run(stage, learning_rate=2e-3, overwrite_output_dir=True, **changes)
         assert contents(path, rm) == before, key
+
+
+@pytest.mark.parametrize("finetuning", ["lora", "full"])
+def test_no_run_is_written_into_its_own_base(run, base, tmp_path, finetuning):
+    """Else the base is no longer what was read, and refused from then on."""
+    own = shutil.copytree(base, tmp_path / "own")
+    (tmp_path / "link").symlink_to(own)
+    before = contents(own)
+    for name in (own, tmp_path / "link"):
+        with pytest.raises(UserError, match=f"output_dir: {own} is model_name_or_path, which this run reads"):
+            run("dpo", name="own", model_name_or_path=str(name), finetuning_type=finetuning)
+        assert contents(own) == before
 
 
 def test_a_base_in_the_folder_of_its_run_is_kept(settings, run, base, tmp_path):

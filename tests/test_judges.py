@@ -512,6 +512,27 @@ def test_a_judge_with_another_tokenizer_reads_texts_anew(run, tmp_path):
     check_rewards(measured(run("ppo", reward_model=str(tmp_path / "judge"), **MORE)), model, words_of)
 
 
+def test_prompts_of_ones_own_are_judged_anew_too(run, tmp_path):
+    """No row of the run's data is this prompt."""
+    from discobeta.run.samples import samples
+
+    model = other_judge(tmp_path / "judge", OTHER)
+    directory = run("ppo", reward_model=str(tmp_path / "judge"), **MORE)
+    for one in samples(directory, [{"prompt": "user green green red blue assistant"}])["rows"]:
+        for side in ("", "reference_"):
+            words = f"{one['prompt']} {one[f'{side}response']}".split() + ["<eos>"] * (one[f"{side}length"] < 12)
+            with torch.no_grad():
+                expected = model(
+                    torch.tensor(
+                        [
+                            [OTHER.index(word) for word in words if word != "<eos>"]
+                            + [OTHER.index("<eos>")] * ("<eos>" in words)
+                        ]
+                    )
+                ).logits.item()
+            assert one[f"{side}reward"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_rollout_is_judged_in_the_judges_tokens_and_valued_in_the_policys(settings, talking, tmp_path):
     model = other_judge(tmp_path / "judge", OTHER, TEMPLATE)
     config, _ = RunConfig.from_mapping(

@@ -740,7 +740,7 @@ def test_ppo_takes_reward_models_of_all_makes(go, upstream, tmp_path):
     merged.score = merged.score.modules_to_save["default"] if hasattr(merged.score, "modules_to_save") else merged.score
     merged.save_pretrained(tmp_path / "merged")
     judge.tokenizer.save_pretrained(tmp_path / "merged")
-    whole = go(name="merged", reward_model=str(tmp_path / "merged"))
+    whole = go(name="whole", reward_model=str(tmp_path / "merged"))
     assert log_of(whole)[0]["reward"] == pytest.approx(log_of(ours)[0]["reward"], rel=1e-4)
 
 
@@ -811,6 +811,17 @@ def test_no_penalty_is_the_run_without_it_bit_for_bit(go, upstream):
     for name in FILES:
         assert (plain / name).read_bytes() == (zero / name).read_bytes() != (some / name).read_bytes()
     assert "uncertainty" in log_of(some)[0] and "uncertainty" not in log_of(plain)[0]
+
+
+@pytest.mark.parametrize("twin", ["another spelling", "copy"])
+def test_one_reward_model_does_not_count_as_two(go, upstream, tmp_path, twin):
+    """Their variance would be zero, and the penalty nothing."""
+    one = upstream["rm"]
+    other = f"{one.parent}/./{one.name}"
+    if twin == "copy":
+        other = str(shutil.copytree(one, tmp_path / "copy"))
+    with pytest.raises(UserError, match=f"reward_model: {one} and {other} are one model and say what one says"):
+        go(reward_model=f"{one},{other}", **SEVERAL)
 
 
 def test_several_reward_models_give_the_mean_less_their_disagreement(started, three):

@@ -289,6 +289,16 @@ def test_a_conversation_is_scored_as_the_chat_template_says_it(judge):
         ([{"role": "assistant", "content": "a"}], RESPONSE, "ends with the assistant's turn"),
         ([PROMPT], [7], "response 0 should be a text or a message"),
         (PROMPT, "", "empty response"),
+        (" \n", RESPONSE, "prompt 0 is empty"),
+        ([{"role": "system", "content": "a"}], RESPONSE, "prompt 0 is empty"),
+        (
+            [{"role": "human", "content": "a"}],
+            RESPONSE,
+            r"or a conversation: .*\(roles: assistant, system, tool, user\)",
+        ),
+        ("half \ud83d", RESPONSE, "prompt 0 holds characters that no text has"),
+        (PROMPT, "half \ud83d", "response 0 holds characters that no text has"),
+        (PROMPT, None, "responses should be a text, a message or a list of such, not None"),
     ],
 )
 def test_what_cannot_be_scored_is_one_line(judge, prompts, responses, says):
@@ -319,6 +329,52 @@ def test_a_run_is_measured_on_other_rows_in_a_folder_of_their_own(moved, tmp_pat
     expected = pd.read_parquet(directory / "examples.parquet")["nll"][:4].mean()
     measured = json.loads((tmp_path / "four/metrics.json").read_text())
     assert measured["examples"] == 4 and measured["nll"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_several_other_rows_are_named_as_in_a_config(moved, tmp_path):
+    for name in ("one", "two"):
+        shutil.copy(moved / "shared/data/eval.jsonl", tmp_path / f"{name}.jsonl")
+    directory = moved / "runs/dpo/a/seed-3"
+    evaluate(directory, {"eval_dataset": [f"{tmp_path}/one.jsonl", f"{tmp_path}/two.jsonl"]})
+    assert json.loads((directory / "evaluations/one-two/metrics.json").read_text())["examples"] == 2 * 12
+
+
+def test_no_run_is_measured_on_what_it_was_trained_on(moved, tmp_path):
+    """Under its name, as a copy, and, where the rows are no longer here, by their tokens."""
+    directory, trained_on = moved / "runs/dpo/a/seed-3", moved / "shared/data/train.jsonl"
+    shutil.copy(trained_on, tmp_path / "copy.jsonl")
+    shutil.copy(moved / "shared/data/eval.jsonl", tmp_path / "other.jsonl")
+    before = contents(moved)
+    for rows in (trained_on, tmp_path / "copy.jsonl"):
+        with pytest.raises(UserError, match=f"--set eval_dataset={rows}: the run was trained on these rows"):
+            evaluate(directory, {"eval_dataset": str(rows)})
+    fitted = {"eval_dataset": f"{tmp_path}/other.jsonl", "calibration_dataset": f"{tmp_path}/copy.jsonl"}
+    with pytest.raises(UserError, match="--set calibration_dataset=.*/copy.jsonl: the run was trained on these rows"):
+        evaluate(directory, fitted)
+    assert contents(moved) == before
+    trained_on.unlink()
+    for settings in ({"eval_dataset": f"{tmp_path}/copy.jsonl"}, fitted):
+        with pytest.raises(UserError, match="/copy.jsonl: the run was trained on these rows"):
+            evaluate(directory, settings)
+    assert not (directory / "evaluations").exists()
+
+
+def test_rows_of_one_name_do_not_overwrite_one_another(moved, tmp_path):
+    directory, rows = moved / "runs/dpo/a/seed-3", (moved / "shared/data/eval.jsonl").read_text().splitlines()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "other.jsonl").write_text("\n".join(rows))
+    (tmp_path / "sub/other.jsonl").write_text("\n".join(rows[:4]))
+    evaluate(directory, {"eval_dataset": f"{tmp_path}/other.jsonl"})
+    before = contents(directory)
+    with pytest.raises(
+        UserError, match=r"evaluations/other holds what was measured of other rows \(eval_dataset=.*--outp"
+    ):
+        evaluate(directory, {"eval_dataset": f"{tmp_path}/sub/other.jsonl"})
+    with pytest.raises(UserError, match="holds what was measured of other rows"):
+        evaluate(directory, {"eval_dataset": f"{tmp_path}/other.jsonl", "max_samples": 4})
+    assert contents(directory) == before
+    evaluate(directory, {"eval_dataset": f"{tmp_path}/other.jsonl", "temperature": 0.5})  # of the same rows, again
+    assert contents(directory / "evaluations/other")["metrics.json"] != before["evaluations/other/metrics.json"]
 
 
 def test_an_evaluation_with_an_output_leaves_the_runs_own(moved, tmp_path):
@@ -422,13 +478,58 @@ def test_a_reward_model_scores_what_it_is_given(moved, capsys, tmp_path):
     assert [row["mean"] for row in told] == means.tolist()
     assert [row["sigma"] ** 2 for row in told] == pytest.approx(variances.tolist())
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": PROMPT, "chosen": RESPONSE, "rejected": "two ?"}])
-    assert asked(capsys, str(directory), "--file", str(path), "--json")["rows"] == told
+    of_pairs = asked(capsys, str(directory), "--file", str(path), "--json")["rows"]
+    assert of_pairs == [row | {"side": side} for row, side in zip(told, ("chosen", "rejected"), strict=True)]
     held_out = asked(capsys, str(directory), "--count", "1", "--json")["rows"]
     assert [row["side"] for row in held_out] == ["chosen", "rejected"]
     first = json.loads((moved / "shared/data/eval.jsonl").read_text().splitlines()[0])
     assert held_out[0]["prompt"] == first["prompt"] and held_out[0]["response"] == f"{first['chosen']} <eos>"
     mean, _ = model.score(first["prompt"], first["chosen"])
     assert held_out[0]["mean"] == pytest.approx(float(mean), rel=1e-5)
+
+
+def test_so_many_prompts_are_shown_as_are_asked_for(moved, capsys, tmp_path):
+    """A pair is one prompt, which a policy answers once and of which a reward model scores both responses."""
+    rows = [{"prompt": f"user {word} assistant", "chosen": "one .", "rejected": "two ."} for word in ("red", "blue")]
+    path = write_rows(tmp_path / "pairs.jsonl", [*rows, *rows])
+    policy, judge = moved / "runs/dpo/a/seed-3", moved / "runs/rm/a/seed-3"
+    told = asked(capsys, str(policy), "--file", str(path), "--count", "3", "--json")["rows"]
+    assert [row["prompt"] for row in told] == ["user red assistant", "user blue assistant", "user red assistant"]
+    told = asked(capsys, str(judge), "--file", str(path), "--count", "1", "--json")["rows"]
+    assert [(row["response"], row["side"]) for row in told] == [("one .", "chosen"), ("two .", "rejected")]
+    evaluate(policy, {"generations_per_prompt": 2})
+    told = asked(capsys, str(policy), "--count", "2", "--json")["rows"]
+    lines = [json.loads(line) for line in (policy / "generations.jsonl").read_text().splitlines()]
+    assert len(told) == 4 and told == lines[:4] and len({row["prompt"] for row in told}) == 2
+
+
+def test_a_text_file_of_prompts_may_begin_with_a_mark(moved, capsys, tmp_path):
+    (tmp_path / "bom.txt").write_bytes("\ufeffuser red assistant\r\nuser blue assistant\r\n".encode())
+    told = asked(capsys, str(moved / "runs/dpo/a/seed-3"), "--file", f"{tmp_path}/bom.txt", "--json")["rows"]
+    assert [row["prompt"] for row in told] == ["user red assistant", "user blue assistant"]
+
+
+FILES = {
+    "nothing": ("", "holds no prompt"),
+    "only a system": ('{"prompt": [{"role": "system", "content": "a"}]}', "prompt is empty"),
+    "a role that there is not": (
+        '{"prompt": [{"role": "human", "content": "a"}]}',
+        "should be a text, or a conversation",
+    ),
+    "half a pair": ('{"prompt": "\\ud83d"}', "holds characters that no text has"),
+    "a system": ('{"prompt": "a", "system": "b"}', "system is not read here: write the prompt as a conversation"),
+    "tools": ('{"prompt": "a", "tools": [{"name": "f"}]}', "tools is not read here"),
+    "a response": ('{"prompt": "a", "response": "b"}', "is a policy, which answers itself"),
+    "a response that is none": ('{"prompt": "a", "chosen": 3, "rejected": "b"}', "its responses should be texts"),
+}
+
+
+@pytest.mark.parametrize(("text", "says"), FILES.values(), ids=FILES)
+def test_a_file_of_prompts_that_cannot_be_asked_is_one_line(moved, tmp_path, capsys, text, says):
+    (tmp_path / "rows.jsonl").write_text(text)
+    assert main(["samples", str(moved / "runs/dpo/a/seed-3"), "--file", str(tmp_path / "rows.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert says in said and len(said.splitlines()) == 1
 
 
 def test_responses_stand_side_by_side_and_stacked_where_it_is_narrow():
@@ -453,6 +554,9 @@ def test_responses_stand_side_by_side_and_stacked_where_it_is_narrow():
         ("dpo", ["--count", "0"], "at least 1"),
         ("dpo", ["--prompt", "a", "b", "--response", "c", "d", "e"], "3 --response for 2 --prompt"),
         ("dpo", ["--file", "nowhere.txt"], "nowhere.txt"),
+        ("dpo", ["--prompt", "a", "--response", "b"], "is a policy, which answers itself"),
+        ("dpo", ["--prompt", " "], "--prompt is empty"),
+        ("rm", ["--prompt", "", "--response", "b"], "--prompt is empty"),
     ],
 )
 def test_a_question_that_is_none_is_one_line(moved, stage, words, says, capsys):

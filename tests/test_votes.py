@@ -94,9 +94,33 @@ def test_votes_that_cannot_be_or_say_something_else_than_the_row_make_it_unusabl
     assert read(PAIR | {"annotators": annotators}, "supervised", others=others).chosen == "hello"
 
 
-@pytest.mark.parametrize("annotators", [["ann", "bob"], "ann", {"name": "ann"}, 3, None])
-def test_a_column_of_that_name_without_votes_is_not_read(annotators):
-    assert read(PAIR | {"annotators": annotators}).votes is None
+FORMS = [["ann", "bob"], "ann", {"name": "ann"}, 3, '{"chosen": 3}', {"Chosen": 3, "Rejected": 1}, [("chosen", 3)]]
+
+
+@pytest.mark.parametrize("annotators", [*FORMS, None])
+def test_a_column_of_that_name_without_votes_is_not_read_and_said(annotators):
+    row = PAIR | {"annotators": annotators}
+    assert read(row).votes is None
+    for kind, entry in (("pairs", {}), ("prompts", {})):
+        named = "annotators" if annotators is not None and kind == "pairs" else None
+        assert find_layout([PAIR, row], entry, kind, "data").no_votes == named
+    report = RowReport("data", no_votes=["annotators"])
+    assert report.lines()[1] == "  not read: annotators, which holds no {chosen: 3, rejected: 1}, numbers of people"
+
+
+def test_votes_that_an_entry_does_not_name_are_said_to_be_not_read():
+    row = {"question": "hi", "good": "hello", "bad": "go away", "annotators": {"chosen": 2, "rejected": 1}}
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    layout = find_layout([row], {"columns": columns}, "pairs", "data")
+    assert (layout.annotators, layout.not_read, layout.no_votes) == (None, ("annotators",), None)
+    named = find_layout([row], {"columns": columns | {"annotators": "annotators"}}, "pairs", "data")
+    assert (named.annotators, named.not_read, named.no_votes) == ("annotators", (), None)
+
+
+def test_ties_alone_are_votes():
+    """As a data set of nothing but undecided pairs is: none of them is usable."""
+    with pytest.raises(Unusable, match="no majority"):
+        read(PAIR | {"annotators": {"tie": 4}})
 
 
 def test_an_entry_that_names_columns_names_that_of_the_votes_too():

@@ -66,6 +66,9 @@ def open_run(config: RunConfig) -> bool:
     run that cannot start leaves no trace, and leaves the run that it would have replaced (see `begin`).
     """
     directory = writable(config)
+    for key, read in _inputs(config):
+        if key in FOLDERS and os.path.realpath(read) == os.path.realpath(directory):
+            raise UserError(f"output_dir: {directory} is {key}, which this run reads; give another output_dir")
     if not _there(directory):
         return True
     _check_ours(directory)

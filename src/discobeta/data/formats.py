@@ -59,7 +59,7 @@ def read_example(row: Any, layout: Layout, kind: Kind, source: str = "") -> Exam
         prompt, responses = "", [_text(_value(row, layout.text), layout.text)]
     else:
         prompt, responses = _prompt_and_responses(row, layout, kind)
-        if not _has_words(prompt):
+        if not has_words(prompt):
             raise Unusable(Reason.EMPTY_PROMPT)
         if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
             raise Unusable(Reason.ENDS_WITH_ASSISTANT)
@@ -73,7 +73,7 @@ def read_example(row: Any, layout: Layout, kind: Kind, source: str = "") -> Exam
         prompt, *responses, truth=truth, source=source,
         tools=_tools(row, layout), variables=_variables(row, layout), votes=_votes(row, layout, kind),
     )  # fmt: skip
-    _check_encodable([*example.texts(), *truth, *map(str, truth.values())])
+    _check_encodable([*example.texts(), *truth, *map(str, truth.values()), _rest_of(example)])
     return example
 
 
@@ -339,11 +339,17 @@ def _text(value: Any, column: str) -> str:
     return value
 
 
-def _has_words(prompt: Prompt) -> bool:
+def has_words(prompt: Prompt) -> bool:
     """Whether anybody but the system says something."""
     if isinstance(prompt, str):
         return bool(prompt.strip())
     return any((turn["content"] or "").strip() for turn in prompt if turn["role"] != "system")
+
+
+def _rest_of(example: Example) -> str:
+    """What else the chat template is given: tools, its variables, names and calls of messages."""
+    turns = [turn for turn in (example.prompt, example.chosen, example.rejected) if not isinstance(turn, str)]
+    return json.dumps([example.tools, example.variables, turns], ensure_ascii=False, default=str)
 
 
 def _check_encodable(texts: list[str]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from discobeta.data import votes
-from discobeta.data.examples import Kind
+from discobeta.data.examples import Kind, Votes
 from discobeta.errors import UserError, shorten, shown
 
 KNOWN: dict[Kind, str] = {
@@ -56,7 +56,9 @@ class Layout:
     content_key: str | None = None
     roles: tuple[tuple[str, str], ...] = tuple(ROLES.items())
     not_read: tuple[str, ...] = ()
-    """Columns that would shape the prompt if the dataset's entry named them."""
+    """Columns that would shape the prompt, or count votes, if the dataset's entry named them."""
+    no_votes: str | None = None
+    """A column that is called like one of votes, and holds none."""
 
     @property
     def in_turns(self) -> bool:
@@ -81,14 +83,15 @@ def find_layout(rows: Iterable[dict[str, Any]], entry: dict[str, Any], kind: Kin
     """
     columns: dict[str, None] = {}
     filled: set[str] = set()
-    ranked_output = has_votes = False
+    ranked_output = has_votes = has_people = False
     named = {role: name for role, name in (entry.get("columns") or {}).items() if name}
     output, people = named.get("response", "output"), named.get("annotators", "annotators")
     for row in rows:
         columns.update(dict.fromkeys(row))
         filled.update(name for name in SHAPING if name not in filled and is_given(row.get(name)))
         ranked_output = ranked_output or isinstance(row.get(output), list)
-        has_votes = has_votes or (isinstance(row.get(people), dict) and bool({"chosen", "rejected"} & set(row[people])))
+        has_people = has_people or is_given(row.get(people))
+        has_votes = has_votes or (isinstance(row.get(people), dict) and bool(set(Votes._fields) & set(row[people])))
     there = f"{where} has the columns {shorten(', '.join(map(str, columns))) or '(none)'}"
 
     def column(role: str, default: str) -> str | None:
@@ -135,7 +138,12 @@ def find_layout(rows: Iterable[dict[str, Any]], entry: dict[str, Any], kind: Kin
             fields["variables"] = "chat_template_kwargs"
     read = set(filter(None, (fields.get(name) for name in ("instruction", "query", "history", "system", "tools",
                                                            "variables", "prompt", "text"))))  # fmt: skip
-    layout = Layout(**fields, not_read=tuple(name for name in SHAPING if name in filled - read))
+    unread = [name for name in SHAPING if name in filled - read]
+    is_lost = has_people and kind == "pairs" and not (fields.get("annotators") or judged)
+    if is_lost and entry.get("columns"):
+        unread.append(people)
+    fields["no_votes"] = people if is_lost and not entry.get("columns") else None
+    layout = Layout(**fields, not_read=tuple(unread))
     if not layout.holds(kind):
         raise UserError(f"{there}, which is no known format of {kind}{_unnamed(entry, columns)}.\nKnown: {KNOWN[kind]}")
     return layout

@@ -21,7 +21,9 @@ class RowReport:
     first: dict[str, list[str]] = field(default_factory=dict)
     """Reason -> where the first few such rows stand."""
     not_read: list[str] = field(default_factory=list)
-    """Columns that would shape the prompt, and that the dataset's entry does not name."""
+    """Columns that would shape the prompt, or count votes, and that the dataset's entry does not name."""
+    no_votes: list[str] = field(default_factory=list)
+    """Columns that are called like one of votes, and hold none."""
     forged: dict[str, int] = field(default_factory=dict)
     """Control token -> rows whose texts spell it, so that it becomes the token itself."""
     first_forged: list[str] = field(default_factory=list)
@@ -62,6 +64,8 @@ class RowReport:
     def _warnings(self) -> Iterator[str]:
         if self.not_read:
             yield f"  not read: {', '.join(self.not_read)} (not named by the dataset's entry in its `columns`)"
+        for name in self.no_votes:
+            yield f"  not read: {name}, which holds no {{chosen: 3, rejected: 1}}, numbers of people"
         if self.forged:
             spelt = ", ".join(f"{token!r} in {count} rows" for token, count in sorted(self.forged.items())[:5])
             yield (
@@ -91,7 +95,8 @@ class RowReport:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"usable": self.usable}
+        saved = asdict(self) | {"usable": self.usable}
+        return saved if self.no_votes else {name: value for name, value in saved.items() if name != "no_votes"}
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> RowReport:

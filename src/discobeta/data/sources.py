@@ -92,6 +92,7 @@ def read_examples(names: str, config: RunConfig, *, split: str, kind: Kind) -> t
         layout = find_layout(readable, source.entry, kind, source.name) if readable else None
         if layout is not None:
             report.not_read += [name for name in layout.not_read if name not in report.not_read]
+            report.no_votes += [name for name in (layout.no_votes,) if name and name not in report.no_votes]
         for where, row in rows:
             own.total, report.total = own.total + 1, report.total + 1
             try:
@@ -145,7 +146,7 @@ def check_apart(config: RunConfig) -> None:
     roles = [(key, source) for key, (names, split) in named(config).items() for source in resolve(names, config, split)]
     for place, (key, source) in enumerate(roles):
         for other_key, other in roles[:place]:
-            if key != other_key and _is_same(source, other):
+            if key != other_key and is_same(source, other):
                 names = other.name if source.name == other.name else f"{other.name} and {source.name}"
                 what = f"split {source.split} of {source.hub}" if source.hub else str(source.path)
                 instead = "another split or file" if source.hub else "another file"
@@ -158,7 +159,7 @@ def check_apart(config: RunConfig) -> None:
                 )
 
 
-def _is_same(a: Source, b: Source) -> bool:
+def is_same(a: Source, b: Source) -> bool:
     if a.path and b.path:
         if os.path.samefile(a.path, b.path):
             return True

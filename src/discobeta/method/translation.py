@@ -49,10 +49,14 @@ class Translation:
 
     def _read(self, config: RunConfig, names: str, split: str) -> None:
         rows, report = read_examples(names, config, split=split, kind="prompts")
-        examples = [replace(example, source=str(i)) for i, example in enumerate(rows)]
+        self.add(rows, config, report, f"{names} for reward_model {config.reward_model}")
+
+    def add(self, prompts: Sequence[Example], config: RunConfig, report: RowReport, name: str) -> None:
+        """Learn what these prompts are to the judge. name: of them, in an error. Raises UserError as at the start."""
+        examples = [replace(example, source=str(i)) for i, example in enumerate(prompts)]
         policy_rows = encode(examples, self.policy, config.cutoff_len, "prompts", report)
         asked = [examples[int(number)] for number in policy_rows.source]
-        report = RowReport(f"{names} for reward_model {config.reward_model}", len(asked))
+        report = RowReport(name, len(asked))
         judge_rows = encode(asked, self.judge, self.context, "prompts", report)
         report.check(0.0)
         for ids, translated, example in zip(policy_rows.prompt_ids, judge_rows.prompt_ids, asked, strict=True):

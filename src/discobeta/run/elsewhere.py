@@ -9,8 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from discobeta import folders, lock
-from discobeta.design.config import RunConfig, keys_of, read_by
+from discobeta import files, folders, lock
+from discobeta.data.sources import is_same, named, resolve
+from discobeta.design.config import RunConfig, keys_of, read_by, value_of
 from discobeta.errors import UserError, did_you_mean, shown
 from discobeta.record import EVALUATION
 
@@ -36,6 +37,7 @@ def with_settings(config: RunConfig, settings: dict[str, Any]) -> tuple[RunConfi
             hint = hint or f"; of a run of {config.stage} it may be {', '.join((*keys, *others))}"
             raise UserError(f"--set {shown(name)}: this is no setting of an evaluation{hint}")
     rows = rows_of(settings)
+    settings = settings | rows
     if rows and not settings.get("eval_dataset"):
         raise UserError(f"--set {next(iter(rows))}: of which rows? Say eval_dataset=NAME, too: a file or hub id")
     if not rows:
@@ -55,8 +57,33 @@ def with_settings(config: RunConfig, settings: dict[str, Any]) -> tuple[RunConfi
 
 
 def rows_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """What settings say of other rows; nothing if these are the run's own."""
-    return {name: settings[name] for name in OTHER_ROWS if name in settings}
+    """What settings say of other rows, typed; nothing if these are the run's own."""
+    rows = {}
+    for name in OTHER_ROWS:
+        if name in settings:
+            try:
+                rows[name] = value_of(name, settings[name])
+            except ValueError as error:
+                raise UserError(f"--set {name}: {error}") from None
+    return rows
+
+
+def check_unseen(own: RunConfig, config: RunConfig) -> None:
+    """Refuse rows that a run was trained on. own: its config as it was; config: that of the rows that are asked for."""
+    try:
+        trained_on = resolve(own.dataset, own, own.split) if own.dataset else []
+    except UserError:  # they are not here: what of them is known are the tokens' hashes
+        return
+    for key, (names, split) in named(config).items():
+        for source in resolve(names, config, split):
+            if any(is_same(source, other) for other in trained_on):
+                raise seen("eval_dataset" if key == "dataset" else key, source.name)
+
+
+def seen(key: str, name: str) -> UserError:
+    return UserError(
+        f"--set {key}={name}: the run was trained on these rows, so it would be measured on what it has seen"
+    )
 
 
 def output_of(directory: Path, output: str | Path | None, other_rows: dict[str, Any]) -> Path:
@@ -67,7 +94,11 @@ def output_of(directory: Path, output: str | Path | None, other_rows: dict[str, 
     if output is None and not other_rows:
         return directory
     if output is None:
-        return directory / EVALUATIONS / _name_of(other_rows["eval_dataset"])
+        output = directory / EVALUATIONS / _name_of(other_rows["eval_dataset"])
+        if (there := _rows_in(output)) not in (None, other_rows):
+            said = ", ".join(f"{name}={value}" for name, value in there.items())
+            raise UserError(f"{output} holds what was measured of other rows ({said}): give another folder by --output")
+        return output
     output = Path(output)
     if os.path.realpath(output) == os.path.realpath(directory) and not other_rows:
         return directory
@@ -79,6 +110,14 @@ def output_of(directory: Path, output: str | Path | None, other_rows: dict[str, 
     if foreign := [name for name in EVALUATION if name not in mark["parts"] and os.path.lexists(output / name)]:
         raise UserError(f"--output {output}: {foreign[0]} is there, and discobeta has not written it; move it away")
     return output
+
+
+def _rows_in(output: Path) -> dict[str, Any] | None:
+    """Of which rows the folder holds an evaluation; None if it holds none that can be read."""
+    try:
+        return files.read_sealed(output / "evaluation.json").get("rows")
+    except UserError:
+        return None
 
 
 def _name_of(rows: str) -> str:

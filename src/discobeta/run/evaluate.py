@@ -64,7 +64,9 @@ def evaluate(
     with lock.holding(directory):
         reader = {"base": base, "trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
         run = runs.read_run(directory, *STAGES, **reader)
-        run = replace(run, config=elsewhere.with_settings(run.config, settings)[0])
+        own, run = run.config, replace(run, config=elsewhere.with_settings(run.config, settings)[0])
+        if other_rows:
+            elsewhere.check_unseen(own, run.config)
         if output == directory:
             measured = _evaluate(run, asked, directory)
             card.write(directory)
@@ -87,6 +89,9 @@ def _evaluate(
     data = load_or_tokenise(config, tokenizer, write=False)
     facts: dict[str, Any] = data.keys()
     if other_rows:
+        for name, key in (("data", "eval_dataset"), ("calibration", "calibration_dataset")):
+            if facts.get(name) == run.facts["data"]:
+                raise elsewhere.seen(key, other_rows[key])
         data = replace(data, held_out=data.train)
         facts = {"rows": other_rows, "held_out": facts["data"]}
     else:

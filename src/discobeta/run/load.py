@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from discobeta import identity, record
-from discobeta.data.examples import Message, Prompt
+from discobeta.data.examples import Message, Prompt, Response, texts_of
+from discobeta.data.formats import has_words
+from discobeta.data.layouts import ROLES
 from discobeta.design.config import RunConfig
 from discobeta.design.stages import REWARD_STAGE, STAGES
-from discobeta.errors import UserError
+from discobeta.errors import UserError, shown
 from discobeta.method import reward
 from discobeta.run import places
 
@@ -52,8 +55,10 @@ class RewardModel(reward.RewardModel):
         is_one = isinstance(responses, str | dict)
         if is_one:
             prompts, responses = [prompts], [responses]
+        elif not isinstance(responses, Iterable):
+            raise UserError(f"score: responses should be a text, a message or a list of such, not {shown(responses)}")
         elif isinstance(prompts, str):
-            raise UserError(f"score: one prompt and {len(responses)} responses: give a list of as many prompts")
+            raise UserError(f"score: one prompt and {len(list(responses))} responses: give a list of as many prompts")
         prompts, responses = list(prompts), list(responses)
         if len(prompts) != len(responses):
             raise UserError(
@@ -63,6 +68,7 @@ class RewardModel(reward.RewardModel):
             check_prompt(prompt, f"score: prompt {place}")
             if not _is_message(response) and not isinstance(response, str):
                 raise UserError(f"score: response {place} should be a text or a message, not {type(response).__name__}")
+            check_text(response, f"score: response {place}")
         mean, variance = super().score(prompts, responses, batch_size)
         if is_one:
             mean, variance = mean[0], None if variance is None else variance[0]
@@ -70,17 +76,32 @@ class RewardModel(reward.RewardModel):
 
 
 def check_prompt(prompt: Any, what: str) -> None:
-    """Refuse what is neither a text nor a conversation that somebody is to answer."""
-    if isinstance(prompt, str):
-        return
-    if not isinstance(prompt, list) or not prompt or not all(map(_is_message, prompt)):
-        raise UserError(f'{what} should be a text, or a conversation: a list of {{"role": "user", "content": "…"}}, …')
-    if prompt[-1]["role"] == "assistant":
+    """Refuse what is neither a text nor a conversation that somebody is to answer, and what says nothing."""
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and all(map(_is_message, prompt))):
+        roles = ", ".join(sorted(set(ROLES.values())))
+        raise UserError(
+            f'{what} should be a text, or a conversation: a list of {{"role": "user", "content": "…"}}, … (roles: '
+            f"{roles})"
+        )
+    if not has_words(prompt):
+        raise UserError(f"{what} is empty")
+    for turn in [prompt] if isinstance(prompt, str) else prompt:
+        check_text(turn, what)
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         raise UserError(f"{what} ends with the assistant's turn, and the response is one: leave it to the response")
 
 
+def check_text(turn: Response, what: str) -> None:
+    """Refuse a text or a message that no tokenizer takes: JSON can spell half a surrogate pair ("\\ud83d")."""
+    try:
+        "".join(texts_of(turn)).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what} holds characters that no text has: {shown(turn)}") from None
+
+
 def _is_message(turn: Any) -> bool:
-    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+    is_message = isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+    return is_message and turn["role"] in ROLES.values()
 
 
 def load_policy(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import textwrap
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,9 @@ import numpy as np
 
 from discobeta import metrics, record
 from discobeta.data.examples import Example, Prompt
+from discobeta.data.layouts import SHAPING, is_given
 from discobeta.data.local_files import file_rows
+from discobeta.data.row_report import RowReport
 from discobeta.design.config import RunConfig
 from discobeta.design.stages import STAGES
 from discobeta.errors import UserError, did_you_mean, shown, telling
@@ -31,7 +35,7 @@ COUNT = 5
 """Prompts that are shown, unless it is said how many."""
 
 Asked = dict[str, Any]
-"""`prompt`, a text or a conversation, and of a reward model `response`."""
+"""`prompt`, a text or a conversation, and of a reward model `response`; `side` of a row of pairs: chosen, rejected."""
 
 
 def samples(
@@ -48,7 +52,8 @@ def samples(
     """What `discobeta samples` shows: `{"run", "stage", "arm", "from", "rows"}`.
 
     asked: prompts (of a reward model: prompts and responses); without them the responses that the run's evaluation has
-    left (generations.jsonl), and where there are none, held-out prompts of the run's data. `count` of them at most.
+    left (generations.jsonl), and where there are none, held-out prompts of the run's data. `count` prompts at most,
+    those of pairs once.
     settings: how is sampled (`SETTINGS`); nothing stored is shown then. reward_model: a judge of the responses
     (`load_reward_model`), in the place of the one that a ppo run has.
 
@@ -66,6 +71,8 @@ def samples(
     if not row.is_policy and (settings or reward_model):
         raise UserError(f"{directory} is a reward model: it scores, and samples nothing (--set and --reward-model)")
     told = {"run": str(directory), "stage": run.config.stage, "arm": run.config.arm.name}
+    if row.is_policy and any("response" in one and "side" not in one for one in asked or ()):
+        raise UserError(f"{directory} is a policy, which answers itself: responses are for a reward model")
     count = count or (len(asked) if asked else COUNT)
     if row.is_policy and not (asked or settings or reward_model) and (rows := _stored(directory, count)):
         return {**told, "from": "generations.jsonl, of its evaluation", "rows": rows}
@@ -74,7 +81,7 @@ def samples(
     if asked and not row.is_policy and not all("response" in one for one in asked):
         raise UserError(f"{directory} is a reward model: give responses too (--response, or `response` in rows)")
     told["from"] = "what was asked" if asked else "held-out rows of its data"
-    asked = asked[:count] if asked else None
+    asked = _first(asked, count, once=row.is_policy) if asked else None
     if row.is_policy:
         return {**told, "rows": _sampled(run, asked, count, reward_model)}
     return {**told, "rows": _scored(run, asked, count, base, reader)}
@@ -89,12 +96,22 @@ def _with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
 
 
 def _stored(directory: Path, count: int) -> list[dict[str, Any]]:
-    """The first rows of generations.jsonl, of an evaluation that counts."""
+    """What generations.jsonl holds of its first prompts, of an evaluation that counts."""
     path = directory / "generations.jsonl"
     if not path.is_file() or record.measurement_fault(directory) is not None:
         return []
     with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
+        return _first(map(json.loads, lines), count)
+
+
+def _first(rows: Iterable[Asked], count: int, *, once: bool = False) -> list[Asked]:
+    """The rows of the first `count` prompts, a prompt's in a row; once: of the two of a pair only one."""
+    found: list[Asked] = []
+    for prompt, of_prompt in itertools.islice(itertools.groupby(rows, key=lambda row: row["prompt"]), count):
+        for place, row in enumerate(of_prompt):
+            if not (once and place and "side" in row):
+                found.append({"prompt": prompt} if once else row)
+    return found
 
 
 # --- reward models
@@ -114,7 +131,7 @@ def _scored(run: record.Record, asked: list[Asked] | None, count: int, base: Any
         ]
         mean, variance = judge.score_ids(prompts, responses)
     else:
-        texts = [{"prompt": one["prompt"], "response": one["response"]} for one in asked]
+        texts = [dict(one) for one in asked]
         mean, variance = judge.score([one["prompt"] for one in asked], [one["response"] for one in asked])
     sigma = [None] * len(mean) if variance is None else variance.sqrt().tolist()
     return [text | {"mean": mu, "sigma": s} for text, mu, s in zip(texts, mean.tolist(), sigma, strict=True)]
@@ -136,7 +153,8 @@ def _sampled(
     config = run.config
     choose_kernels(config)
     tokenizer = load_tokenizer(config)
-    prompts = _prompt_ids(run, asked, count, tokenizer)
+    examples = [Example(one["prompt"], source=f"prompt {place}") for place, one in enumerate(asked or (), 1)]
+    prompts = _prompt_ids(run, examples, count, tokenizer)
     stage = runs.load_stage(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     each = config.generations_per_prompt
@@ -160,7 +178,10 @@ def _sampled(
     else:
         judges = runs.load_reward_models(config)
     if judges:
-        scores = [_scores(judges, config, stage, reference, tokenizer, repeated, texts) for texts in (own, other)]
+        translations = [judge.translation(config, reference, tokenizer) for judge in judges]
+        for translation in filter(None, translations):
+            translation.add(examples, config, RowReport("prompts", len(examples)), "prompts for the reward model")
+        scores = [_scores(judges, translations, config, stage, repeated, texts) for texts in (own, other)]
         for side, values in zip(("", "reference_"), metrics.mean_scores(*scores), strict=True):
             for row, value in zip(rows, values.tolist(), strict=True):
                 row[f"{side}reward"] = value
@@ -175,27 +196,25 @@ def _sampled(
 
 
 def _scores(
-    judges: list[runs.RewardModel], config: RunConfig, stage: Stage, reference: Any, tokenizer: Any,
+    judges: list[runs.RewardModel], translations: list[Any], config: RunConfig, stage: Stage,
     prompts: list[np.ndarray], responses: list[np.ndarray],
 ) -> np.ndarray:  # fmt: skip
     """(N, M) scores of N responses by M reward models."""
     columns = []
-    for judge in judges:
+    for judge, translation in zip(judges, translations, strict=True):
         judge.stage.to(stage.device)
-        translation = judge.translation(config, reference, tokenizer)
         texts = (prompts, responses) if translation is None else translation(prompts, responses)
         columns.append(judge.score_ids(*texts, config.per_device_eval_batch_size)[0].double().numpy())
     return np.stack(columns, 1)
 
 
-def _prompt_ids(run: record.Record, asked: list[Asked] | None, count: int, tokenizer: Any) -> list[np.ndarray]:
-    if asked is None:
+def _prompt_ids(run: record.Record, examples: list[Example], count: int, tokenizer: Any) -> list[np.ndarray]:
+    """Of what is asked or, where nothing is, of held-out rows."""
+    if not examples:
         rows = _held_out(run, tokenizer, count)
         return list(rows.prompt_ids)
     from discobeta.data.encode import encode
-    from discobeta.data.row_report import RowReport
 
-    examples = [Example(one["prompt"], source=f"prompt {place}") for place, one in enumerate(asked, 1)]
     report = RowReport("prompts", len(examples))
     rows = encode(examples, tokenizer, run.config.cutoff_len, "prompts", report)
     report.check(0.0)
@@ -228,6 +247,8 @@ def asked_for(prompts: list[str], responses: list[str], path: Path | None, *, ch
         asked = [{"prompt": a, "response": b} for a, b in zip(repeated, responses, strict=True)]
     else:
         asked = [{"prompt": prompt} for prompt in prompts]
+    for one in asked:
+        runs.check_prompt(one["prompt"], "--prompt")
     asked += [] if path is None else read_prompts(path)
     if chat:
         for one in asked:
@@ -241,10 +262,11 @@ def read_prompts(path: Path) -> list[Asked]:
     `response` or `responses`; of any other file every line that is not empty is a prompt."""
     check_regular(path)
     if path.name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")):
-        return [one for where, row in file_rows(path) for one in _of_row(row, where)]
-    with telling(f"cannot read {path}"):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    found = [{"prompt": line} for line in lines if line.strip()]
+        found = [one for where, row in file_rows(path) for one in _of_row(row, where)]
+    else:
+        with telling(f"cannot read {path}"):
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        found = [{"prompt": line} for line in lines if line.strip()]
     if not found:
         raise UserError(f"{path} holds no prompt")
     return found
@@ -256,10 +278,17 @@ def _of_row(row: Any, where: str) -> list[Asked]:
     if "prompt" not in row:
         raise UserError(f"{where}: a row needs `prompt`, a text or a conversation; it has {', '.join(map(str, row))}")
     runs.check_prompt(row["prompt"], f"{where}: prompt")
-    responses = row.get("responses", [row[name] for name in ("response", "chosen", "rejected") if name in row])
-    if not isinstance(responses, list) or not all(isinstance(response, str) for response in responses):
-        raise UserError(f"{where}: its responses should be texts")
-    return [{"prompt": row["prompt"], "response": response} for response in responses] or [{"prompt": row["prompt"]}]
+    if lost := [name for name in SHAPING if is_given(row.get(name))]:
+        raise UserError(f"{where}: {lost[0]} is not read here: write the prompt as a conversation, or leave it out")
+    responses = row.get("responses", [row["response"]] if "response" in row else [])
+    sides = {side: row[side] for side in ("chosen", "rejected") if side in row and not responses}
+    for response in [responses] if not isinstance(responses, list) else [*responses, *sides.values()]:
+        if not isinstance(response, str):
+            raise UserError(f"{where}: its responses should be texts")
+        runs.check_text(response, f"{where}: a response")
+    asked = [{"response": response} for response in responses]
+    asked += [{"response": response, "side": side} for side, response in sides.items()]
+    return [{"prompt": row["prompt"], **one} for one in asked or [{}]]
 
 
 # --- shown
