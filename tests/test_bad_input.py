@@ -61,6 +61,15 @@ def refused(settings, tmp_path, capsys):
         ({"output_dir": "/proc/version"}, "output_dir: /proc/version is a file"),
         ({"adapter_name_or_path": "./no/adapter"}, "./no/adapter"),
         ({"learning_rate": 1e30, "max_steps": 20, "max_grad_norm": 0}, "training diverged at step"),
+        (
+            {"learning_rate": 1e39, "max_steps": 1},
+            "training diverged at step 1 (28 of 28 weights hold numbers that",
+        ),
+        ({"adam_epsilon": 0}, "adam_epsilon: 0.0 should be at least 1e-16"),
+        (
+            {"lr_scheduler_type": "polynomial", "learning_rate": 1e-7},
+            "polynomial ends at 1e-07, so learning_rate",
+        ),
         ({"num_train_epochs": 0, "max_steps": -1}, "leave nothing to train"),
     ],
 )

@@ -200,6 +200,29 @@ def test_cutting_a_step_into_passes_leaves_the_run_the_same(run, stage, flags, t
         assert abs(logs[0][-1]["log_sigma"]) > 1e-4  # the head says something
 
 
+def test_what_a_shell_says_to_accelerate_changes_nothing(run, monkeypatch):
+    """It would divide every gradient by 4, before it is clipped."""
+    changes = {"max_steps": 3, "logging_steps": 1, "max_grad_norm": 0.5}
+    plain = run("dpo", name="plain", **changes)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    other = run("dpo", name="other", **changes)
+    for name in ("log.jsonl", "adapter/adapter_model.safetensors"):
+        assert (plain / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_schedules_are_transformers_own_and_warm_up_that_never_ends_is_said(run, capsys):
+    """Polynomial from 1e-3 to 1e-7 in 4 steps: what is left is 3/4, 1/2, 1/4 of the way. Warm-up of 9: k/9."""
+    short = {"max_steps": 4, "logging_steps": 1, "learning_rate": 1e-3}
+    found = run("dpo", name="a", lr_scheduler_type="polynomial", **short)
+    rates = [json.loads(line)["learning_rate"] for line in (found / "log.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([1e-3, *(1e-7 + left * (1e-3 - 1e-7) for left in (0.75, 0.5, 0.25))], rel=1e-12)
+    assert "are warm-up" not in capsys.readouterr().out
+    found = run("dpo", name="b", warmup_steps=9, **short)
+    rates = [json.loads(line)["learning_rate"] for line in (found / "log.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([0, 1e-3 / 9, 2e-3 / 9, 3e-3 / 9], rel=1e-12)
+    assert "all 4 steps are warm-up: the learning rate never reaches 0.001" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_entropies_are_those_of_the_whole_distribution(settings, temperature):
     """Against the plain definition, from transformers' own logits, one response at a time."""

@@ -245,6 +245,13 @@ def test_the_context_is_what_the_config_says_it_is():
     assert context_of(Qwen3Config(max_position_embeddings=128, rope_parameters=yarn)) == 512  # 4 x 128
     assert context_of(Qwen3Config(max_position_embeddings=256, rope_parameters=llama3)) == 256  # already scaled
     assert context_of(Qwen3Config(max_position_embeddings=128, rope_parameters=linear)) == 256
+    # angles by the longest row of a pass: beyond the original context a row changes what is said of those beside it
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert context_of(Qwen3Config(max_position_embeddings=128, rope_parameters=dynamic)) == 128
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+    of_phi = {"max_position_embeddings": 256, "original_max_position_embeddings": 64}
+    assert context_of(Qwen3Config(**of_phi, rope_parameters=longrope | {"original_max_position_embeddings": 64})) == 64
+    assert context_of(AutoConfig.for_model("phi3", **of_phi, pad_token_id=0)) == 256  # nothing is scaled
     assert context_of(FalconConfig(max_position_embeddings=128, alibi=True)) is None
     assert context_of(AutoConfig.for_model("mpt", max_seq_len=48)) == 48
     assert context_of(AutoConfig.for_model("bloom")) is None

@@ -74,6 +74,34 @@ def test_log_probabilities_and_gradients_are_those_of_the_plain_form(rows, kind,
         assert (of_shared[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
+LONG_AND_SHORT = Rows([[5, 6, 7, 8], [5]], [[9, 10, 11, 12, 13, 14], [8]], [[14, 13, 12, 11, 10, 9], [4]])
+"""Sequences of 10 and of 2 tokens; in a shared pass the second is 3 of 16 and the rest is padding."""
+
+
+def test_padding_has_no_position_that_no_token_has():
+    batch = Pairs(LONG_AND_SHORT, shared=True).batch(np.arange(2))
+    assert batch.position_ids[0].tolist() == [*range(10), *range(4, 10)]
+    assert batch.position_ids[1].tolist() == [0, 1, 1, *range(2, 10), *[9] * 5]
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt2", CAN["gpt2"] | {"n_positions": 10}),  # an index beyond the table
+        ("qwen3", CAN["qwen3"] | {"max_position_embeddings": 10, "rope_parameters":
+                                  {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),  # other angles for all
+    ],
+)  # fmt: skip
+def test_a_pass_that_is_wider_than_the_context_reads_rows_that_fit(kind, settings):
+    model = model_of(kind, settings)
+    plain, gradients = said_by(model, Pairs(LONG_AND_SHORT))
+    shared, of_shared = said_by(model, Pairs(LONG_AND_SHORT, shared=True))
+    torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        assert (of_shared[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
 def test_a_mask_that_leaks_would_be_seen(rows, monkeypatch):
     """The rejected response after the chosen one, without a mask of ours: other log-probabilities."""
     model = model_of("qwen3", CAN["qwen3"])

@@ -84,6 +84,7 @@ def pack(
     segment = (place >= begins[:, :, None]).sum(0)  # (R, T) 0 in the prompt; of padding on the right, the last one's
     shift = np.concatenate([np.zeros_like(begins[:1]), begins - of_prompt])  # by which a segment stands further right
     positions = place - np.take_along_axis(shift.T, segment, 1)
+    last = (positions * real).max()  # padding has none beyond: a model may have none, or turn otherwise if it has one
 
     row, column = np.nonzero(real & (segment > 0))
     nth = segment[row, column] - 1
@@ -96,7 +97,7 @@ def pack(
 
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.from_numpy(positions.clip(0)),
+        position_ids=torch.from_numpy(positions.clip(0, last)),
         attention_mask=torch.from_numpy(real.astype(np.int64)) if side == "left" else None,
         segment_ids=torch.from_numpy(segment) if len(responses) > 1 else None,
         prompt_end=torch.from_numpy(np.tile(prompt_end, len(responses))),

@@ -179,7 +179,7 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
     optim: Literal["adamw_torch"] = option("adamw_torch", "optimiser")
     adam_beta1: float = option(0.9, "AdamW", least=0, most=0.999999)
     adam_beta2: float = option(0.999, "AdamW", least=0, most=0.999999)
-    adam_epsilon: float = option(1e-8, "AdamW", least=0)
+    adam_epsilon: float = option(1e-8, "AdamW", least=1e-16)
     weight_decay: float = option(0.0, "AdamW, also of biases and norms (sft: as HF's Trainer, not); no head's", least=0)
     max_grad_norm: float = option(1.0, "clipping of the model's gradient", least=0)
     bf16: bool = option(False, "bf16 autocast; sums, losses and heads stay float32")
@@ -364,6 +364,11 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
         is_base = self.stage == BASE_STAGE
         if is_base and arm != Arm():
             raise UserError(f"stage {BASE_STAGE} trains the base, before any head: leave {', '.join(FLAGS)} out")
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise UserError(
+                f"lr_scheduler_type: polynomial ends at {POLYNOMIAL_END:g}, so learning_rate should be above it, not "
+                f"{self.learning_rate:g}"
+            )
         if self.val_size and self.eval_dataset:
             raise UserError("val_size and eval_dataset contradict each other: give one of them")
         if self.eval_strategy != "no" and not (self.val_size or self.eval_dataset or self.tokenized_path):
@@ -543,6 +548,9 @@ def unknown(name: str, stage: Any = None) -> str:
     listed = f" {stage}" if isinstance(stage, str) and stage in STAGE_DEFAULTS else ""
     return f"{what}{near or f'; `discobeta keys{listed}` lists them all'}"
 
+
+POLYNOMIAL_END = 1e-7
+"""Learning rate at which transformers' polynomial schedule ends."""
 
 RATES = {"disco_learning_rate": 3, "beta_learning_rate": 5, "value_learning_rate": 5}
 """Learning rates of heads, by default as many times the model's."""

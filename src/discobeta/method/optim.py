@@ -42,6 +42,7 @@ def optimizer_of(groups: dict[str, Group], config: RunConfig) -> torch.optim.Opt
             {"params": group.weights, "lr": group.learning_rate, "weight_decay": group.weight_decay}
             for group in groups.values()
         ],
+        lr=config.learning_rate,  # every group has its own; a schedule may ask for it
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=True,

@@ -224,12 +224,17 @@ def name_of(model: nn.Module) -> str:
     return unwrapped(model).config.name_or_path or type(unwrapped(model)).__name__
 
 
+BY_THE_PASS = {"dynamic", "longrope"}
+"""Kinds of rotary scaling whose angles transformers chooses for all rows of a pass, by the largest position in it."""
+
+
 def context_of(config: PreTrainedConfig) -> int | None:
     """Positions that the model has, or was trained on, prompt and response together; None where nothing says so.
 
     Beyond it a learned table ends in an error; rotary positions compute on, with angles that no training has seen,
-    and are refused all the same: the log-probabilities would be of no use. What a rotary scaling adds (YaRN, linear,
-    dynamic) counts; ALiBi has no limit.
+    and are refused all the same: the log-probabilities would be of no use. What a rotary scaling adds (YaRN, linear)
+    counts, unless the longest sequence of a pass decides its angles (`BY_THE_PASS`): what such a model says of a text
+    beyond its original context, or beside one, depends on how rows are cut into passes. ALiBi has no limit.
     """
     config = config.get_text_config()
     if getattr(config, "alibi", False):
@@ -240,6 +245,10 @@ def context_of(config: PreTrainedConfig) -> int | None:
         return None
     scalings = [getattr(config, name, None) or {} for name in ("rope_parameters", "rope_scaling")]
     scalings += [part for scaling in scalings for part in scaling.values() if isinstance(part, dict)]  # per layer type
+    by_the_pass = [scaling for scaling in scalings if {scaling.get("rope_type"), scaling.get("type")} & BY_THE_PASS]
+    if by_the_pass:
+        named = [scaling.get("original_max_position_embeddings") for scaling in (*by_the_pass, vars(config))]
+        return min([context, *filter(None, named)])
     scaled = [
         int(scaling["factor"] * (scaling.get("original_max_position_embeddings") or context))
         for scaling in scalings

@@ -149,6 +149,8 @@ def fit(
         return {"seconds": spent.get("seconds", 0.0) + time.monotonic() - started, **counts}
 
     what, unit = f"{config.stage} {config.arm.name}", STAGES[config.stage].step
+    if warmup >= steps:
+        accelerator.print(f"all {steps} steps are warm-up: the learning rate never reaches {config.learning_rate:g}")
     bar = progress.bar(stop, what, unit, done=done, shown=accelerator.is_main_process)
     with bar, closing(log), closing(speed):
         for step in range(done, stop):
@@ -201,6 +203,7 @@ def fit(
                 accelerator.log(values, step=now)
             if config.save_steps and now % config.save_steps == 0 and now < stop:
                 saver.save(now, cost(), accelerator)
+    saver.check_finite(stop)  # the last update is in no loss
     stage.eval()
     return cost()
 
@@ -262,6 +265,7 @@ class Checkpoints:
         if self.hold is None:
             return
         self.hold.confirm()
+        self.check_finite(step)
         state = {
             "identity": self.identity,
             "step": step,
@@ -280,6 +284,12 @@ class Checkpoints:
                 raise UserError(f"cannot write a checkpoint to {self.folder} (is the disk full?): {error}") from None
         for path in earlier:
             path.unlink(missing_ok=True)
+
+    def check_finite(self, step: int) -> None:
+        """Refuse weights that are no finite numbers."""
+        if bad := [name for name, weight in self.trained.items() if not weight.isfinite().all()]:
+            what = f"{len(bad)} of {len(self.trained)} weights hold numbers that are not finite, {bad[0]} first"
+            raise UserError(f"training diverged at step {step} ({what}); a lower learning_rate may help")
 
     def paths(self) -> list[Path]:
         numbered = {path: path.stem.partition("-")[2] for path in self.folder.glob("step-*.pt")}

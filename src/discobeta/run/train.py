@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+OF_DEVICES = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")
+"""Variables of accelerate that say where is computed, and not what."""
+
+
 def train(config: RunConfig) -> None:
     """Train `config` and leave its run directory."""
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -32,10 +36,13 @@ def train(config: RunConfig) -> None:
     if config.report_to != "none" and find_spec(config.report_to) is None:
         raise UserError(f"report_to: {config.report_to} is not installed (pip install {config.report_to})")
     stage_class(config.stage).check(config)
+    # what a shell or `accelerate config` has set (accumulation, precision, a compiler) decides nothing here
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_") and name not in OF_DEVICES]:
+        del os.environ[name]
     # the first process tokenises and computes the reference pass while the others wait
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = Accelerator(
-        mixed_precision="no",  # the stages' own autocast decides, whatever `accelerate config` has written down
+        mixed_precision="no",  # the stages' own autocast decides
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=Path(config.output_dir) / "tracker",
         kwargs_handlers=[patience],
