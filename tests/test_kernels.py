@@ -105,6 +105,7 @@ def test_deterministic_is_asked_for_and_nothing_is_filled(settings, monkeypatch)
     monkeypatch.delenv(kernels.WORKSPACE, raising=False)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
+    torch.use_deterministic_algorithms(False)  # whatever another test's study has asked for
     try:
         kernels.choose_kernels(RunConfig.from_mapping(settings("dpo"))[0])
         assert not torch.are_deterministic_algorithms_enabled() and kernels.WORKSPACE not in os.environ

@@ -512,7 +512,7 @@ def test_what_a_config_asks_a_pass_to_return_is_set_aside(run, made, tmp_path):
     base = made("llama")
     talkative = {"return_dict": False, "output_attentions": True, "output_hidden_states": True}
     other = changed(base, tmp_path / "other", **talkative)
-    first, second = (run("dpo", name=path.name, model_name_or_path=str(path)) for path in (base, other))
+    first, second = (run("dpo", name=f"run-{path.name}", model_name_or_path=str(path)) for path in (base, other))
     assert losses(first) == losses(second)
 
 

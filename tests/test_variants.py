@@ -209,6 +209,15 @@ def test_a_batch_that_is_written_as_text_is_shared_too():
         assert study.config(study.run("rm", "baseline", 3)).per_device_train_batch_size == 2
 
 
+def test_controls_of_different_stages_may_have_one_label():
+    both = {
+        f"slow-{stage}": {"stages": [stage], "label": "slow", "settings": {"learning_rate": 1e-6}}
+        for stage in ("rm", "dpo")
+    }
+    study = Study(settings(controls=both))
+    assert (beside(study, "rm"), beside(study, "dpo")) == ([("baseline", "slow-rm")], [("baseline", "slow-dpo")])
+
+
 def test_what_trains_another_run_is_no_twin():
     """Each of these keys is read where it stands."""
     read = {
@@ -337,8 +346,13 @@ SAID = {
         "controls: tuned-beta is what tables call a tuned β: give it another name",
     ),
     "the label of another control": (
-        {"controls": {"x": {"stages": ["dpo"], "replicate": 1}, "y": {"stages": ["rm"], "label": "x", "replicate": 1}}},
-        "controls: x: label: 'x' is what another row of the tables is called",
+        {
+            "controls": {
+                "x": {"stages": ["rm", "dpo"], "replicate": 1},
+                "y": {"stages": ["dpo", "ppo"], "label": "x", "replicate": 1},
+            }
+        },
+        "controls: y: label: 'x' is what another row of the tables is called",
     ),
     "the label of the grid's own run": (
         control(label="as in the grid", replicate=1),

@@ -66,9 +66,10 @@ SHIPPED = {
     | {"train_dpo": 72, "evaluate": 72},
     # 12 seeds, each a world of its own; 2 arms of rm and 4 of dpo, and probit in both
     "world": ALWAYS | {name: 12 for name in OWN} | {"answers": 24, "train_rm": 36, "train_dpo": 60, "evaluate": 96},
+    # and cDPO and rDPO
     "world worlds/flips": ALWAYS
     | {name: 12 for name in OWN}
-    | {"answers": 24, "train_rm": 36, "train_dpo": 60, "evaluate": 96},
+    | {"answers": 24, "train_rm": 36, "train_dpo": 84, "evaluate": 120},
     # rm: 2 arms, probit, 2 replicates; dpo: 4 arms and probit at 4 β, 6 controls; ppo: 4 arms and µ - σ at 4 β, 1 more
     "world worlds/both": ALWAYS
     | {name: 16 for name in (*OWN, "prepare_prompts")}

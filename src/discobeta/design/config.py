@@ -353,11 +353,15 @@ class RunConfig(dataclasses.make_dataclass("_Flags", _FLAGS, bases=(_WhatIsTrain
             unread |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_target", "fused_lora"}
         elif self.lora_alpha is None and self.lora_rank:
             settings["lora_alpha"] = 2 * self.lora_rank
-        if "disco" not in used:
-            unread.add("disco_learning_rate")
-        if row.has_pairs and "beta" not in used and self.beta_rule != "learned":
-            unread |= {"beta_learning_rate"} | ({"head_max_grad_norm"} if "disco" not in used else set())
+        # an idea's head, or what stands in its place
+        trained = {idea.key for idea in IDEAS if idea.key in used or any(self._says(name) for name in idea.decides)}
+        unread |= {f"{idea.key}_learning_rate" for idea in IDEAS if idea.key not in trained}
+        if row.has_pairs and not trained:
+            unread.add("head_max_grad_norm")
         return {key: value for key, value in settings.items() if key not in unread}
+
+    def _says(self, name: str) -> bool:
+        return getattr(self, name) != FIELDS[name].default
 
     def check(self) -> None:
         arm = self.arm  # raises on a use without its head

@@ -445,10 +445,13 @@ class StudyKeys(Section):
                     )
         if self.data.world and self.data.world.own and not self.base.sft:
             raise ValueError("data: world: own: true needs base: sft (every world trains a base of its own)")
-        labels = [control.label or name for name, control in self.controls.items()]
-        for name, label in zip(self.controls, labels, strict=True):
-            if labels.count(label) > 1 or label == variants.AS_IN_THE_GRID:
+        rows: set[tuple[str, str]] = {(stage, variants.AS_IN_THE_GRID) for stage in STAGES}
+        for name, control in self.controls.items():
+            own = {(stage, control.label or name) for stage in control.stages}
+            if own & rows:
+                label = control.label or name
                 raise ValueError(f"controls: {name}: label: {shown(label)} is what another row of the tables is called")
+            rows |= own
         if self.prompts and self.prompts.given() and self.data.world:
             raise ValueError("prompts: a base of the world knows the world's prompts only: leave it out")
         for key in self.common:

@@ -134,8 +134,8 @@ class ProximalPolicy(Stage):
         self.reference = load_reference(config)
         known: dict[str, str] = {}
         for model, name in zip((judge, *others), config.reward_models, strict=True):
-            if (twin := known.setdefault(model.fingerprint, name)) != name:
-                raise UserError(f"reward_model: {twin} and {name} are one model and say what one says: leave one out")
+            if (same := known.setdefault(model.fingerprint, name)) != name:
+                raise UserError(f"reward_model: {same} and {name} are one model and say what one says: leave one out")
         self.reward_fingerprint = identity.one_of([model.fingerprint for model in (judge, *others)])
         if others and any(is_needed(self.tokenizer, model.tokenizer) for model in (judge, *others)):
             raise UserError(
