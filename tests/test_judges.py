@@ -512,13 +512,16 @@ def test_a_judge_with_another_tokenizer_reads_texts_anew(run, tmp_path):
     check_rewards(measured(run("ppo", reward_model=str(tmp_path / "judge"), **MORE)), model, words_of)
 
 
-def test_prompts_of_ones_own_are_judged_anew_too(run, tmp_path):
-    """No row of the run's data is this prompt."""
+def test_prompts_of_ones_own_are_judged_anew_as_held_out_ones_are(run, tmp_path):
+    """No row of the run's data is one's own prompt."""
     from discobeta.run.samples import samples
 
     model = other_judge(tmp_path / "judge", OTHER)
     directory = run("ppo", reward_model=str(tmp_path / "judge"), **MORE)
-    for one in samples(directory, [{"prompt": "user green green red blue assistant"}])["rows"]:
+    held_out = samples(directory, count=2, settings={"temperature": 0.9})["rows"]
+    own = samples(directory, [{"prompt": "user green green red blue assistant"}])["rows"]
+    assert len(held_out) == 2 and len(own) == 1
+    for one in [*held_out, *own]:
         for side in ("", "reference_"):
             words = f"{one['prompt']} {one[f'{side}response']}".split() + ["<eos>"] * (one[f"{side}length"] < 12)
             with torch.no_grad():

@@ -95,8 +95,7 @@ class RowReport:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        saved = asdict(self) | {"usable": self.usable}
-        return saved if self.no_votes else {name: value for name, value in saved.items() if name != "no_votes"}
+        return asdict(self) | {"usable": self.usable}
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> RowReport:
