@@ -179,10 +179,9 @@ def _sampled(
         judges = runs.load_reward_models(config)
     if judges:
         translations = [judge.translation(config, reference, tokenizer) for judge in judges]
-        for translation in filter(
-            None, translations if examples else ()
-        ):  # else they are rows of its data, which it has
-            translation.add(examples, config, RowReport("prompts", len(examples)), "prompts for the reward model")
+        if examples:  # a translation knows the rows of the run's data
+            for translation in filter(None, translations):
+                translation.add(examples, config, RowReport("prompts", len(examples)), "prompts for the reward model")
         scores = [_scores(judges, translations, config, stage, repeated, texts) for texts in (own, other)]
         for side, values in zip(("", "reference_"), metrics.mean_scores(*scores), strict=True):
             for row, value in zip(rows, values.tolist(), strict=True):
