@@ -68,7 +68,7 @@ class DiscoHead(nn.Module):
         nn.init.zeros_(self.net[-1].weight)
         self.register_buffer("state_mean", torch.zeros(hidden_size))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.sums = torch.zeros(hidden_size + 1, dtype=torch.float64)  # of this step's states so far, and their number
+        self.seen: list[tuple[Tensor, int]] = []  # sum and number of states of each pass of this step
         self.mean = None
         if score_weight is not None:
             self.mean = nn.Linear(hidden_size, 1, bias=False)
@@ -89,23 +89,22 @@ class DiscoHead(nn.Module):
         return {"hidden_size": len(self.state_mean), "mean": self.mean is not None, "centred": True}
 
     def log_sigma(self, hidden: Tensor) -> Tensor:
-        """(N,) float32, l = log(sigma / sigma0). In training, what `end_step` averages is added up."""
+        """(N,) float32, l = log(sigma / sigma0). In training, what `end_step` averages is kept."""
         with full_precision(hidden):
             states = hidden.float()
             if self.training and torch.is_grad_enabled():
-                ones = states.new_ones(len(states), 1)
-                self.sums = self.sums.to(states.device) + torch.cat([states.detach(), ones], 1).double().sum(0)
+                self.seen.append((states.detach().double().sum(0), len(states)))
             is_centred = self.steps > 0
             return self.net(states - self.state_mean).squeeze(-1) * is_centred
 
     @torch.no_grad()
     def end_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Move m by the mean state of the optimiser step that ends. reduce: the sum of a tensor over all processes."""
-        total = reduce(self.sums)
-        self.steps += 1
-        newest = (1 / self.steps).clamp_min(NEWEST)
-        self.state_mean += newest * (total[:-1] / total[-1] - self.state_mean).float()
-        self.sums = torch.zeros_like(total)
+        sums, numbers = zip(*self.seen, strict=True)
+        self.seen.clear()
+        total = reduce(torch.cat([sum(sums), sums[0].new_full((1,), sum(numbers))]))
+        newest = (1 / self.steps.add_(1)).clamp_min(NEWEST)
+        self.state_mean.add_(newest * (total[:-1] / total[-1] - self.state_mean).float())
 
 
 class BetaHead(nn.Module):

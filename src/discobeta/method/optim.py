@@ -59,6 +59,8 @@ def clip_gradients(groups: dict[str, Group]) -> dict[str, Tensor]:
         for name, group in groups.items()
     }
     for name, group in groups.items():
-        for weight in group.weights if group.rounding else ():
-            weight.grad.mul_(norms[name] > group.rounding)
+        if group.rounding:
+            is_more = norms[name] > group.rounding
+            for weight in group.weights:
+                weight.grad.mul_(is_more)
     return norms

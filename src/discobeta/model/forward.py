@@ -82,26 +82,32 @@ def logits_of(model: nn.Module, states: Tensor) -> Tensor:
 
 
 class _Selected(torch.autograd.Function):
-    """(M,) log softmax(logits)[target] of (M, V) float32 logits, which become exp(logits - max): one exponential for
-    value and gradient, and no second tensor of this size. Whoever made the logits has no more use for them.
+    """(M,) log softmax(logits)[target] of (M, V) float32 logits, and on demand (M,) the entropy of softmax(logits),
+    without gradient: log sum(w) - sum(w d) / sum(w) with d = logits - max, w = exp(d).
 
-    d/d logits = one_hot(target) - softmax(logits).
+    One exponential for all of it. Whoever made the logits has no more use for them: they become w, or w d, and
+    without entropy there is no second tensor of this size. d/d logits = one_hot(target) - softmax(logits).
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, logits: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         largest = logits.amax(-1, keepdim=True)
         chosen = logits.gather(-1, targets[:, None]) - largest
-        weights = logits.sub_(largest).exp_()
+        below = logits.sub_(largest)
+        weights = below.exp() if with_entropy else below.exp_()
         total = weights.sum(-1, keepdim=True)
+        entropy = None
+        if with_entropy:
+            entropy = (total.log() - below.mul_(weights).sum(-1, keepdim=True) / total).squeeze(-1)
+            ctx.mark_non_differentiable(entropy)
         ctx.save_for_backward(weights, targets, total)
-        return (chosen - total.log()).squeeze(-1)
+        return (chosen - total.log()).squeeze(-1), entropy
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None, None]:
         weights, targets, total = ctx.saved_tensors
         grad = grad[:, None]
-        return weights.mul_(-grad / total).scatter_add_(-1, targets[:, None], grad), None
+        return weights.mul_(-grad / total).scatter_add_(-1, targets[:, None], grad), None, None
 
 
 def token_logps(
@@ -117,14 +123,8 @@ def token_logps(
     size = max(1, LOGITS_AT_ONCE // unwrapped(model).get_output_embeddings().weight.shape[0])
 
     def of_chunk(part: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits, entropy = logits_of(model, part), None
-        if temperature != 1:
-            logits = logits / temperature
-        if with_entropy:  # first: the logits are gone after the other
-            with torch.no_grad():
-                of_all = logits.log_softmax(-1)
-                entropy = -torch.einsum("mv,mv->m", of_all.exp(), of_all)
-        return _Selected.apply(logits, targets), entropy
+        logits = logits_of(model, part)
+        return _Selected.apply(logits if temperature == 1 else logits / temperature, targets, with_entropy)
 
     parts = list(zip(states.split(size), batch.target_ids.split(size), strict=True))
     if len(parts) == 1 or not torch.is_grad_enabled():

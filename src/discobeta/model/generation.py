@@ -103,7 +103,7 @@ class InverseCDF:
     def __call__(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         self.uniforms = self.uniforms.to(logits.device)  # once: a copy for every token would wait for the device
         u = self.uniforms[:, input_ids.shape[1] - self.prompt_width]
-        weights = ((logits.double() / self.temperature).softmax(-1) * self.UNIT).long()
+        weights = logits.double().div_(self.temperature).softmax(-1).mul_(self.UNIT).long()
         if self.top_k or self.top_p < 1:
             weights, tokens = weights.sort(dim=-1, descending=True, stable=True)
             before = weights.cumsum(-1) - weights
