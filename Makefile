@@ -4,7 +4,7 @@
 # make smoke        a study in small, for real   make dry-run   every shipped study, planned only
 # make slurm-test   the same on a real Slurm of one node, which is installed, started and removed (root, Debian)
 # make documents-test   pages in a real browser, tables in a real LaTeX, which are installed if missing (root, Debian)
-# make test-faults  kills and hostile inputs, an hour of them on two cores; FAULTS=0.1: a tenth
+# make test-faults  kills and hostile inputs, half an hour of them on two cores; FAULTS=0.1: a tenth
 # make bench        speed beside TRL, a quarter of an hour on two cores; BENCH="--quick" only tries whether it works
 # make keys         the pages and JSON schemas of all keys, from the source
 # make report       tables, figures and results/<study>/report.html of a study, from the runs that are there

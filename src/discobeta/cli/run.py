@@ -25,7 +25,7 @@ def add_to(commands) -> None:
     )
     run_command(commands, "prepare", prepare, "tokenise the data of a run into its tokenized_path")
     run_command(commands, "reference", reference, "compute the reference pass of a dpo run into its reference_path")
-    run_command(commands, "answers", answers, "sample the reference's answers for the evaluation of a dpo or ppo run")
+    run_command(commands, "answers", answers, "sample the reference's answers for the evaluation of a run")
 
     sub = command(commands, "evaluate", evaluate, "measure a finished run on its held-out rows")
     sub.add_argument("directory", type=Path, metavar="RUN_DIR")
