@@ -1,13 +1,17 @@
 """The peak of a GPU's memory that is worked out ahead, against bytes counted by hand and what a pass must keep."""
 
 import gc
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, MixtralConfig
 
 from discobeta import cli
+from discobeta.data.batches import cut
 from discobeta.design.config import RunConfig
+from discobeta.model import kernels
 from discobeta.run import memory
 
 LAYERS, WIDTH, MIDDLE, WORDS, RANK = 2, 32, 64, 19, 4  # of the base of conftest.py; 4 heads of 8, 2 of keys and values
@@ -63,6 +67,48 @@ def test_a_pass_of_more_tokens_needs_more_and_checkpointing_less(base, stage):
     assert weights < again < long and weights < short < long
 
 
+@pytest.mark.parametrize("stage", ["dpo", "rm", "ppo"])
+def test_the_pass_is_the_fullest_that_there_can_be(base, stage):
+    """Against every length that rows may have, cut as a step cuts them: the most tokens of a first pass."""
+    for share, budget, cutoff, step in [(True, 256, 48, 8), (True, 256, 129, 8), (False, 256, 80, 8), (True, 64, 48, 8),
+                                        (True, 4096, 48, 3), (True, 256, 48, 1)]:  # fmt: skip
+        config = config_of(
+            base, stage, cutoff_len=cutoff, per_device_train_batch_size=step, tokens_per_pass=budget,
+            share_prompt=share, max_new_tokens=8,
+        )  # fmt: skip
+        if stage == "ppo":
+            rows = range(9, cutoff + 8 + 1)
+        else:
+            rows = range(3, 2 * cutoff) if share else range(4, 2 * cutoff + 1, 2)
+        most = max(row * len(cut(np.arange(step), np.full(step, row), budget)[0]) for row in rows)
+        made = memory.shell(config, AutoConfig.from_pretrained(base))
+        found = memory.first_pass(made, config).input_ids.numel()
+        assert most - 2 * step < found <= most  # two equal responses of a row may leave a token of it free
+
+
+def test_a_card_that_suffices_for_longer_rows_suffices_for_shorter_ones(base):
+    """A little above half of the budget a pass holds one row of the longest, or two of the second longest."""
+    found = [
+        peaks(base, cutoff_len=length, tokens_per_pass=256, per_device_train_batch_size=8)["training"]
+        for length in (40, 60, 64, 66, 90, 127, 129, 200)
+    ]
+    assert all(shorter <= 1.06 * longer for shorter, longer in pairwise(found)), found  # one token in 40 may be left
+
+
+def test_a_norm_is_one_kernel_that_keeps_what_it_is_given(base):
+    """Of n states of width 32 in bf16: the result, and a float32 a row; not the float32 copies of a plain norm."""
+    norm = memory.shell(config_of(base), AutoConfig.from_pretrained(base)).model.get_base_model().model.norm
+    assert type(norm).__mro__[1] is kernels.FusedNorm
+    with memory.counting() as peak:
+        memory.materialise(norm)
+        states = torch.zeros(4096, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+        before = peak.live
+        given = norm(states)
+        assert peak.live - before == 4096 * (2 * WIDTH + 4) and given.dtype == torch.bfloat16
+        given.sum().backward()
+        assert states.grad.shape == states.shape
+
+
 @pytest.mark.parametrize("rule", ["learned", "mallows", "batch"])
 def test_a_rule_of_beta_needs_a_few_numbers_more(base, rule):
     fixed, ruled = peaks(base), peaks(base, beta_rule=rule)
@@ -72,9 +118,9 @@ def test_a_rule_of_beta_needs_a_few_numbers_more(base, rule):
 def test_a_pass_keeps_at_least_what_its_layers_need_in_backward(base):
     """Of each token and layer, in bf16: the inputs of three groups of linear layers (two norms' outputs, the product of
     the gate), q, k, v and what attention gives; and no (T, T) weights, which would be more than all of it."""
-    length, pairs = 64, 8
+    length, pairs = 32, 16
     found = peaks(base, cutoff_len=length, per_device_train_batch_size=pairs)
-    tokens = pairs * 1.5 * length  # the prompt is half of a sequence, and may be there once for both
+    tokens = pairs * (2 * length - 1)  # the prompt is one token, once for both
     least = tokens * LAYERS * 2 * (WIDTH + WIDTH + MIDDLE + 32 + 16 + 16 + 32)
     assert found["training"] - found["weights"] > least
     longer = peaks(base, cutoff_len=4 * length, per_device_train_batch_size=pairs // 4)
@@ -84,7 +130,7 @@ def test_a_pass_keeps_at_least_what_its_layers_need_in_backward(base):
 
 def test_sampling_holds_keys_and_values_of_every_response(base):
     """8 x per_device_eval_batch_size responses; keys and values of 2 heads of 8 in bf16, of each token and layer."""
-    found = [peaks(base, num_eval_generations=1, max_new_tokens=new)["sampling"] for new in (1000, 2000)]
+    found = [peaks(base, num_eval_generations=16, max_new_tokens=new)["sampling"] for new in (1000, 2000)]
     assert found[1] - found[0] == 1000 * 16 * LAYERS * 2 * 2 * 8 * 2
     assert "sampling" not in peaks(base, num_eval_generations=0)
     assert "sampling" in peaks(base, "ppo", num_eval_generations=0)
@@ -118,6 +164,50 @@ def test_cost_says_whether_a_card_suffices(base, size, verdict, tmp_path, monkey
     assert len(lines) == 2 and all("training" in line for line in lines)
     assert all((verdict or "training") in line for line in lines)
     assert "fit" in text if size else "fit" not in text
+
+
+def test_a_stage_that_cannot_be_worked_out_is_a_line_of_its_own(tmp_path, monkeypatch, capfd):
+    """torch has no shapes of products of groups of matrices in float32: Mixtral's experts, trained as a whole."""
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    MixtralConfig(**shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4).save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    study = STUDY.format(base=tmp_path).replace("bf16: true}", "bf16: true, finetuning_type: full}")
+    (tmp_path / "study.yaml").write_text(study)
+    assert cli.main(["cost", "--configfile", "study.yaml", "--memory", "2GB"]) == 0
+    said, complaint = capfd.readouterr()
+    assert "  dpo: cannot be worked out: " in said and "  rm: cannot be worked out: " in said
+    assert "Traceback" not in complaint
+
+
+def test_no_more_is_sampled_at_once_than_at_all(base):
+    """Keys and values of all 16 responses, or of 8 x per_device_eval_batch_size; ppo's of an update, or of the first
+    256, whose scores are standardised."""
+    of_one = 1000 * LAYERS * 2 * 2 * 8 * 2  # bytes of 1,000 tokens, as in the test above
+
+    def grown(stage, **changes):
+        found = [peaks(base, stage, max_new_tokens=new, **changes)["sampling"] for new in (1000, 2000)]
+        return (found[1] - found[0]) / of_one
+
+    assert grown("dpo", num_eval_generations=8, generations_per_prompt=2, per_device_eval_batch_size=4) == 16
+    assert grown("dpo", num_eval_generations=300, per_device_eval_batch_size=4) == 32
+    small = {"per_device_train_batch_size": 8, "ppo_buffer_size": 2, "per_device_eval_batch_size": 64}
+    assert grown("ppo", num_eval_generations=0, ppo_score_norm=False, **small) == 16
+    assert grown("ppo", num_eval_generations=0, ppo_score_norm=True, **small) == 256
+
+
+def test_what_is_there_beside_the_policy(base):
+    """A finished policy has no optimiser, and whole weights a whole reference beside them; ppo a reference and each of
+    its reward models: an adapter, or whole too."""
+    of_models = [{"reward_model": models, "ppo_score_norm": True} for models in ("a", "a,b,c")]
+    one, three = (peaks(base, "ppo", finetuning_type="full", **models)["weights"] for models in of_models)
+    in_block = [out * inner for out, inner in linears()] + [WIDTH, WIDTH, 8, 8]
+    whole = sum(blocks(4 * size) for size in [WORDS * WIDTH, *in_block * LAYERS, WIDTH]) + 2 * blocks(4 * 4)
+    assert three - one == 2 * whole
+    adapter = sum(blocks(4 * size) for out, inner in linears() for size in (RANK * inner, out * RANK)) * LAYERS
+    lora = [peaks(base, "ppo", **models)["weights"] for models in of_models]
+    assert 0 < lora[1] - lora[0] <= 2 * adapter
+    few = {"num_eval_generations": 1, "max_new_tokens": 1, "cutoff_len": 8, "finetuning_type": "full"}
+    assert peaks(base, **few)["sampling"] < peaks(base, **few)["weights"]  # twice the weights, and not four times
 
 
 @pytest.mark.parametrize("size", ["24XB", "many", "-3GB", "0GB", "GB", "24", "٢٤GB"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from discobeta.data.batches import Batch
+from discobeta.model import kernels
 
 TAKES_A_MASK = ("sdpa", "eager")
 """Attention implementations that take any mask. Flash attention takes none."""
@@ -25,7 +26,7 @@ def mask_of(model: nn.Module, batch: Batch) -> Tensor | None:
     mask is given too, to models that obey it and see all that is before a token: without one, transformers waits for
     the device in every forward pass, to learn whether positions start anew within a row.
     """
-    spares_a_wait = batch.input_ids.is_cuda and OBEYS.get(model, False) and window_of(model.config) is None
+    spares_a_wait = kernels.on_gpu(batch.input_ids) and OBEYS.get(model, False) and window_of(model.config) is None
     if batch.segment_ids is None and not spares_a_wait:
         return batch.attention_mask
     place = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)

@@ -161,14 +161,15 @@ def _reads_left_padded(model: PreTrainedModel, settings: GenerationConfig) -> bo
         ids, mask = _left_padded([[1, 2, 3], [1, 2, 3, 4, 1]], settings.pad_token_id)
         one = copy(settings)
         one.update(max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
-        padded, alone = (
-            model.generate(
-                input_ids=ids[:1, start:].to(model.device),
-                attention_mask=mask[:1, start:].to(model.device),
-                generation_config=one,
-            ).logits[0].float()
-            for start in (0, 2)
-        )  # fmt: skip
+        with torch.autocast(model.device.type, enabled=False):  # whose rounding may be coarser than the weights' own
+            padded, alone = (
+                model.generate(
+                    input_ids=ids[:1, start:].to(model.device),
+                    attention_mask=mask[:1, start:].to(model.device),
+                    generation_config=one,
+                ).logits[0].float()
+                for start in (0, 2)
+            )  # fmt: skip
         _LEFT_PADDED[model] = bool((padded - alone).norm() < torch.finfo(model.dtype).eps ** 0.5 * alone.norm())
     return _LEFT_PADDED[model]
 

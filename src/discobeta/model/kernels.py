@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from functools import cache
 from inspect import signature
 
@@ -37,11 +38,16 @@ def choose_kernels(config: RunConfig) -> None:
         del os.environ[WORKSPACE]
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether what is computed from the tensor is computed by a GPU's kernels."""
+    return tensor.is_cuda
+
+
 class FusedNorm(nn.Module):
     """Mixed into a model's RMSNorm, y = w x / sqrt(mean(x^2) + eps): on a GPU one kernel instead of six."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cuda or x.dtype != self.weight.dtype:
+        if not on_gpu(x) or x.dtype != self.weight.dtype:
             return super().forward(x)
         return F.rms_norm(x, self.weight.shape, self.weight, epsilon_of(self)).to(x.dtype)
 
@@ -57,17 +63,19 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
 
 @torch.no_grad()
 def fuse_norms(model: nn.Module) -> nn.Module:
-    """Every RMSNorm of the model, which is on the CPU, as a `FusedNorm`; not those that compute something else (Gemma's
-    1 + w), or of more than x (a gate). The two pass if || y_fused - y || <= 8 eps || y ||, eps being the distance of
-    two numbers near 1: they round in different places."""
+    """Every RMSNorm of the model, which is on the CPU or without values, as a `FusedNorm`; not those that compute
+    something else (Gemma's 1 + w), or of more than x (a gate). The two pass if || y_fused - y || <= 8 eps || y ||, eps
+    being the distance of two numbers near 1: they round in different places."""
     for norm in model.modules():
         kind, weight = type(norm), getattr(norm, "weight", None)
         if not kind.__name__.endswith("RMSNorm") or weight is None or epsilon_of(norm) is None:
             continue
         if weight.ndim != 1 or len(signature(kind.forward).parameters) != 2:
             continue
-        x = torch.linspace(-2, 3, len(weight), dtype=weight.dtype)[None]
-        plain, fused = norm(x).float(), F.rms_norm(x, weight.shape, weight, epsilon_of(norm)).float()
+        tried = deepcopy(norm).to_empty(device="cpu")  # with weights of its own: it may have none yet
+        tried.weight.copy_(torch.linspace(0.5, 1.5, len(weight), device="cpu"))
+        x = torch.linspace(-2, 3, len(weight), dtype=weight.dtype, device="cpu")[None]
+        plain, fused = tried(x).float(), F.rms_norm(x, weight.shape, tried.weight, epsilon_of(norm)).float()
         if (fused - plain).norm() <= 8 * torch.finfo(x.dtype).eps * plain.norm():
             norm.__class__ = _fused(kind)
     return model

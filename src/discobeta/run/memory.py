@@ -8,9 +8,10 @@ is read, and a model of .6 billion parameters takes some ten seconds.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,10 @@ from discobeta.data.batches import Pairs, PerToken
 from discobeta.data.rows import Rows
 from discobeta.design.config import RunConfig
 from discobeta.design.stages import STAGES
-from discobeta.errors import telling
+from discobeta.errors import UserError, telling
 from discobeta.method.optim import optimizer_of
 from discobeta.method.stage import Stage, stage_class
+from discobeta.model import kernels
 from discobeta.model.attention import OBEYS
 from discobeta.model.forward import logits_of, trunk, unwrapped, width
 from discobeta.model.layout import pairs_for
@@ -39,8 +41,7 @@ if TYPE_CHECKING:
     from discobeta.design.study import Study
 
 RESERVED = 0.1, 1e9
-"""Share of the peak and bytes that are kept free beside it: fragmentation, context, workspaces. A judgement. Measured
-peaks of rm and dpo were .9 of the estimate on an H200, whose norms are one kernel and count as several here."""
+"""Share of the peak and bytes that are kept free beside it: fragmentation, context, workspaces. A judgement."""
 
 
 class Peak(TorchDispatchMode):
@@ -96,19 +97,40 @@ def attention_on_gpu(
     )[0]
 
 
+class NormOnGPU(torch.autograd.Function):
+    """torch's rms_norm by the one kernel of a GPU, which keeps its input and one number a row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, shape: torch.Size, weight: Tensor, eps: float | None) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None, torch.empty_like(weight) if ctx.needs_input_grad[2] else None, None
+
+
 @contextmanager
 def counting() -> Iterator[Peak]:
-    """In it, what is made has no values, and its bytes are counted."""
+    """In it, what is made has no values, and its bytes are counted, as those of a GPU's kernels."""
     import transformers.utils.import_utils as of_transformers
 
-    attention, is_fake = nn.functional.scaled_dot_product_attention, of_transformers.is_fake_tensor
-    nn.functional.scaled_dot_product_attention = attention_on_gpu
-    of_transformers.is_fake_tensor = lambda tensor: False  # or its masks are others than those of a run
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), Peak() as peak:
-            yield peak
-    finally:
-        nn.functional.scaled_dot_product_attention, of_transformers.is_fake_tensor = attention, is_fake
+    replaced = [
+        (nn.functional, "scaled_dot_product_attention", attention_on_gpu),
+        (nn.functional, "rms_norm", NormOnGPU.apply),
+        (kernels, "on_gpu", lambda tensor: True),
+        (of_transformers, "is_fake_tensor", lambda tensor: False),  # or its masks are others than those of a run
+    ]
+    of_torch = logging.getLogger("torch._subclasses.fake_tensor")  # which prints the trace of what it then raises
+    with ExitStack() as stack:
+        stack.callback(of_torch.setLevel, of_torch.level)
+        of_torch.setLevel(logging.CRITICAL)
+        for owner, name, other in replaced:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, other)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield stack.enter_context(Peak())
 
 
 def architecture_of(study: Study) -> PreTrainedConfig:
@@ -154,7 +176,7 @@ def shell(config: RunConfig, architecture: PreTrainedConfig) -> Stage:
         architecture.num_labels = 1
     maker = AutoModelForSequenceClassification if is_scorer else AutoModelForCausalLM
     with torch.device("meta"), telling(f"--memory: {config.model_name_or_path}"):
-        model = maker.from_config(architecture, **weight_arguments(config))
+        model = kernels.fuse_norms(maker.from_config(architecture, **weight_arguments(config)))
         if is_scorer:
             model.score.float()
         model = add_adapter(model, fresh, kind.task)
@@ -179,58 +201,80 @@ def materialise(module: nn.Module) -> None:
                 place[name] = moved[id(tensor)][1]
 
 
-def longest_pairs(stage: Stage, config: RunConfig, hidden_size: int) -> Pairs:
-    """The pairs of one optimiser step, all of them as long as can be: cutoff_len, half of it the prompt's."""
+def fullest(longest: int, config: RunConfig) -> tuple[int, int]:
+    """Rows of the pass of an optimiser step with the most tokens that there can be, and tokens of each.
+
+    longest: tokens that a row has at most. Somewhat shorter rows fill `tokens_per_pass`, where so many of the longest
+    would leave room for a part of one; a single row may be longer than it.
+    """
+    of_a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    rows = min(of_a_step, -(-config.tokens_per_pass // longest))
+    return rows, longest if rows == 1 else min(longest, config.tokens_per_pass // rows)
+
+
+def fullest_pairs(stage: Stage, config: RunConfig, hidden_size: int) -> Pairs:
+    """The pairs of one optimiser step, all as long as those of the fullest pass: a token of prompt, the rest responses'
+    (a shared prompt takes the fewest places if it is short)."""
     count = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    prompt = config.cutoff_len // 2
-    prompts, responses = (np.ones((count, size), np.int32) for size in (prompt, config.cutoff_len - prompt))
     columns = {"reference_logps": torch.zeros(count, 2), "prompt_features": torch.zeros(count, hidden_size)}
     if config.beta_rule == "mallows":
         columns["entropy"] = torch.zeros(count)
     OBEYS[unwrapped(stage.model)] = True  # which a model without values cannot be asked
-    return pairs_for(stage.model, config, Rows(prompts, responses, responses), columns)
+
+    def pairs(tokens: int) -> Pairs:
+        """tokens: of each response."""
+        prompts, responses = (np.ones((count, size), np.int32) for size in (1, tokens))
+        return pairs_for(stage.model, config, Rows(prompts, responses, responses), columns)
+
+    longest = pairs(max(1, config.cutoff_len - 1))
+    of_prompts = int(longest.places[0]) - 2 * (config.cutoff_len - 1)
+    _, places = fullest(int(longest.places[0]), config)
+    return pairs(max(1, (places - of_prompts) // 2))
 
 
-def longest_responses(config: RunConfig, hidden_size: int) -> Any:
-    """The responses of one optimiser step of ppo, each of max_new_tokens to a prompt of cutoff_len."""
+def fullest_responses(config: RunConfig, hidden_size: int) -> Any:
+    """The responses of the fullest pass of ppo, each of max_new_tokens to a prompt of up to cutoff_len."""
     from discobeta.method.ppo import Rollouts
 
-    count = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    prompts, responses = (np.ones((count, size), np.int64) for size in (config.cutoff_len, config.max_new_tokens))
+    count, length = fullest(config.cutoff_len + config.max_new_tokens, config)
+    sizes = np.full(count, min(config.max_new_tokens, length - 1))
+    prompts, responses = (np.ones((count, size), np.int64) for size in (length - sizes[0], sizes[0]))
     shapes = dict.fromkeys(("logps", "values", "returns", "advantages"), ()) | {"states": (hidden_size,)}
-    sizes = np.full(count, config.max_new_tokens)
     columns = {name: PerToken(torch.zeros(sizes.sum(), *shape), sizes) for name, shape in shapes.items()}
     return Rollouts(prompts, responses, columns)
 
 
 def first_pass(stage: Stage, config: RunConfig) -> Any:
-    """The batch of the first forward pass of an optimiser step on rows that are all as long as can be."""
+    """The batch of the first forward pass of an optimiser step, on rows that fill it."""
     hidden_size = width(stage.model)
     if STAGES[config.stage].has_pairs:
-        pairs = longest_pairs(stage, config, hidden_size)
+        pairs = fullest_pairs(stage, config, hidden_size)
         alone = SimpleNamespace(process_index=0, num_processes=1, reduce=lambda values, reduction: values)
         work = stage.collect(0, pairs, stage.schedule(pairs, 1), alone)
         return work.material.batch(work.minibatches[0][0])
-    rows, length = longest_responses(config, hidden_size), config.cutoff_len + config.max_new_tokens
-    count = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    count = min(count, max(1, config.tokens_per_pass // length))
-    return rows.batch(np.arange(count))
+    OBEYS[unwrapped(stage.model)] = True
+    rows = fullest_responses(config, hidden_size)
+    return rows.batch(np.arange(len(rows.prompts)))
 
 
 def peaks(config: RunConfig, architecture: PreTrainedConfig) -> dict[str, int]:
     """Bytes at the peak, by what is done: `training`, and where the policy is sampled from, `sampling`; and `weights`,
     what is there all the time: weights, gradients, the optimiser's states.
 
-    ppo: with a reward model on the same base, so that what is frozen is there once.
+    ppo: with reward models on the same base, so that what is frozen is there once. A policy is sampled from beside its
+    reference. Raises UserError where the model does not go through without values.
     """
     stage = shell(config, architecture)
     found = {}
-    with counting() as peak:
-        materialise(stage)
+    with telling("cannot be worked out"), counting() as peak:
+        materialise(stage.model)
         base = peak.live
+        for part in stage.children():
+            if part is not stage.model:
+                materialise(part)
         optimizer = optimizer_of(stage.parameter_groups(), config)
         trained = [weight for group in optimizer.param_groups for weight in group["params"]]
-        beside = others_of(config, base, trained)
+        beside = others_of(config, base, stage.model_parameters())
         for weight in trained:
             weight.grad = torch.zeros_like(weight)
         optimizer.step()
@@ -240,38 +284,58 @@ def peaks(config: RunConfig, architecture: PreTrainedConfig) -> dict[str, int]:
         stage(batch)[0].sum().backward()
         found["training"] = peak.most + beside
         del batch
-        if STAGES[config.stage].is_policy and (config.num_eval_generations or not STAGES[config.stage].has_pairs):
-            found["sampling"] = sampling(stage, config, peak) + beside
+        if count := most_sampled(config):
+            for weight in trained:
+                weight.grad = None  # in ppo they are gone when a step begins
+            if STAGES[config.stage].has_pairs:  # it is sampled from when it is finished, beside its reference
+                optimizer.state.clear()
+                beside = base if config.finetuning_type == "full" else 0
+            found["sampling"] = sampling(stage, config, count, peak) + beside
     return found
 
 
-def others_of(config: RunConfig, base: int, trained: list[nn.Parameter]) -> int:
-    """Bytes of the models that ppo holds beside its policy: with LoRA they share the base, and the reward model has an
-    adapter of its own; without it reference and reward model are whole."""
+def others_of(config: RunConfig, base: int, adapter: list[nn.Parameter]) -> int:
+    """Bytes of the models that ppo holds beside its policy: with LoRA they share the base, and each reward model has an
+    adapter of its own; without it reference and reward models are whole."""
     if STAGES[config.stage].has_pairs:
         return 0
     if config.finetuning_type == "full":
-        return 2 * base
-    return sum(weight.numel() * weight.element_size() for weight in trained)
+        return (1 + len(config.reward_models)) * base
+    return len(config.reward_models) * sum(weight.numel() * weight.element_size() for weight in adapter)
+
+
+def most_sampled(config: RunConfig) -> int:
+    """Responses that are sampled at once, at most; 0 of a run that samples none."""
+    row = STAGES[config.stage]
+    if not row.is_policy:
+        return 0
+    at_once = [config.num_eval_generations * config.generations_per_prompt]
+    if not row.has_pairs:
+        from discobeta.method.ppo import SCORED_FOR_SCALE
+
+        of_a_minibatch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        at_once += [of_a_minibatch * config.ppo_buffer_size, SCORED_FOR_SCALE if config.ppo_score_norm else 0]
+    return min(8 * config.per_device_eval_batch_size, max(at_once))
 
 
 @torch.no_grad()
-def sampling(stage: Stage, config: RunConfig, peak: Peak) -> int:
-    """The peak while responses are sampled: prompts of cutoff_len are read, then max_new_tokens drawn, one by one."""
+def sampling(stage: Stage, config: RunConfig, count: int, peak: Peak) -> int:
+    """The peak while `count` responses are sampled: prompts of cutoff_len are read, then max_new_tokens drawn, one by
+    one."""
     from discobeta.model.generation import InverseCDF
 
-    count, prompt = 8 * config.per_device_eval_batch_size, config.cutoff_len
+    prompt = config.cutoff_len
     stage.eval()
-    for weight in stage.parameters():  # a policy that is measured has none; in ppo they are gone when a step begins
-        weight.grad = None
     peak.most = peak.live
     ids, body = torch.zeros(count, prompt, dtype=torch.int64), trunk(stage.model)
     draw = InverseCDF(np.zeros((count, 1)), prompt, config.temperature, config.top_p, config.top_k)
     with stage.autocast():
         read = body(input_ids=ids, use_cache=True)
         draw(ids, logits_of(stage.model, read.last_hidden_state[:, -1]))
-        cache, reading = read.past_key_values, peak.most
+        cache, reading = getattr(read, "past_key_values", None), peak.most
         del read
+        if cache is None:  # a recurrent state, whose size does not grow
+            return reading
         before = peak.live
         peak.most = peak.live
         step = body(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
@@ -291,7 +355,11 @@ def report(study: Study, card: float | None) -> list[str]:
     configs, architecture = map(study.config, study.largest_runs()), architecture_of(study)
     lines = ["Peak of a GPU's memory, GB, from the code and the shapes (rows as long as cutoff_len allows):"]
     for config in configs:
-        found = peaks(config, architecture)
+        try:
+            found = peaks(config, architecture)
+        except UserError as error:  # of a kind of model that does not go through without values
+            lines.append(f"  {config.stage}: {error}")
+            continue
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.items() if name != "weights")
         line = f"  {config.stage}: {parts} (of which weights and optimiser {found['weights'] / 1e9:.1f})"
         if card is None:
