@@ -15,12 +15,11 @@ from discobeta.design.arms import CORNERS, Arm
 from discobeta.design.stages import STAGES
 from discobeta.report.collect import collect, of_grid
 from discobeta.report.compare import EQUAL
-from discobeta.report.effects import contrasts, effects_frame, factorial, p_value
+from discobeta.report.effects import contrasts, factorial, p_value, tested_effects
 from discobeta.report.measures import METRICS, TESTED, Metric
 from discobeta.report.neutrality import neutrality_frame
 from discobeta.report.render import number
 from discobeta.report.results import Results
-from discobeta.report.statistics import holm, sign_flip_p
 
 LEVEL = 0.05
 """Of the tests, corrected for being several."""
@@ -178,23 +177,16 @@ def _seeds(count: int) -> str:
 
 def findings(results: Results) -> list[Finding]:
     """By effect, stage and metric: what is tested, and of what is not, what must be said beside it."""
-    frame = effects_frame(results.study, collect(results), factorial())
-    tested = frame.metric.isin(TESTED)
-    frame["p"] = [
-        sign_flip_p(values) if test else math.nan for values, test in zip(frame.differences, tested, strict=True)
-    ]
-    found = []
-    for stage, part in frame.groupby("stage", sort=False):
-        adjusted = holm(part.p.tolist())
-        count = int(part.p.notna().sum())
-        for row, p_holm in zip(part.to_dict("records"), adjusted, strict=True):
-            if row["metric"] in (*TESTED, *STANDS_FOR, AT_WHICH):
-                found.append(
-                    Finding(
-                        stage, row["contrast"], METRICS[row["metric"]], row["differences"], row["n_expected"],
-                        row["p"], p_holm, count,
-                    )
-                )  # fmt: skip
+    frame = tested_effects(results.study, collect(results))
+    tests = frame.groupby("stage").p.count()
+    found = [
+        Finding(
+            row["stage"], row["contrast"], METRICS[row["metric"]], row["differences"], row["n_expected"],
+            row["p"], row["p_holm"], int(tests[row["stage"]]),
+        )
+        for row in frame.to_dict("records")
+        if row["metric"] in (*TESTED, *STANDS_FOR, AT_WHICH)
+    ]  # fmt: skip
     order = list(factorial())
     return sorted(found, key=lambda finding: (order.index(finding.effect), results.study.stages.index(finding.stage)))
 

@@ -144,14 +144,21 @@ def per_seed(values: pd.DataFrame, contrast: Contrast) -> pd.Series:
     return difference.where(difference.abs() > rounding, 0.0)
 
 
+def tested_effects(study: Study, metrics: pd.DataFrame) -> pd.DataFrame:
+    """`effects_frame` of the factorial effects, with p of the sign-flip test and Holm's over the tests of a stage.
+
+    NaN stands beside what is not tested.
+    """
+    frame = effects_frame(study, metrics, factorial())
+    tested = frame.metric.isin(TESTED)
+    frame["p"] = [sign_flip_p(of) if test else math.nan for of, test in zip(frame.differences, tested, strict=True)]
+    frame["p_holm"] = frame.groupby("stage").p.transform(lambda p: holm(p.tolist())) if len(frame) else []
+    return frame
+
+
 def effects_table(results: Results) -> Table:
     """The factorial effects, tested by sign flips; Holm's correction is over the tests of a stage."""
-    frame = effects_frame(results.study, collect(results), factorial())
-    tested = frame.metric.isin(TESTED)
-    frame["p"] = [
-        sign_flip_p(values) if test else math.nan for values, test in zip(frame.differences, tested, strict=True)
-    ]
-    frame["p_holm"] = frame.groupby("stage").p.transform(lambda p: holm(p.tolist())) if len(frame) else []
+    frame = tested_effects(results.study, collect(results))
     n = int(frame.n_seeds.max()) if len(frame) else 0
     least = f"; of {n} seed{'s' * (n > 1)} it cannot be below {p_value(2.0 ** (1 - n))}" if n else ""
     columns = [

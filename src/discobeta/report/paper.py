@@ -27,10 +27,10 @@ from discobeta.report.effects import p_value, with_seeds
 from discobeta.report.estimates import estimate, interval_header, interval_words
 from discobeta.report.frontier import REWARD, frontiers, has_frontier, kl_of
 from discobeta.report.hypotheses import Registered, Verdict
-from discobeta.report.measures import FURTHER, MEASURES, TESTED
+from discobeta.report.measures import FURTHER, MEASURES
 from discobeta.report.published import Published, Source, label_of, printed_rows, variant_label
 from discobeta.report.render import Column, Panel, Row, Table, count, escape, number
-from discobeta.report.statistics import INTERVAL_FROM, holm, mean_ci, sign_flip_p
+from discobeta.report.statistics import INTERVAL_FROM, mean_ci, sign_flip_p
 
 MADE_BY = "discobeta paper"
 
@@ -283,11 +283,7 @@ def matched_table(study: Published, stage: str) -> Table:
 
 def effects_table(study: Published) -> Table:
     """The factorial effects of the grid's own runs, and Holm's p over those of a stage."""
-    grid = study.frame[study.frame["variant"] == ""]
-    frame = effects.effects_frame(study, grid, effects.factorial())
-    tested = frame.metric.isin(TESTED)
-    frame["p"] = [sign_flip_p(of) if test else math.nan for of, test in zip(frame.differences, tested, strict=True)]
-    frame["p_holm"] = frame.groupby("stage").p.transform(lambda p: holm(p.tolist())) if len(frame) else []
+    frame = effects.tested_effects(study, study.frame)
     columns = [
         Column("Stage", lambda row: row["stage"], is_number=False),
         Column("Metric", lambda row: MEASURES[row["metric"]].header.replace("\n", " "), is_number=False),
