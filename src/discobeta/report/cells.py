@@ -19,9 +19,9 @@ from discobeta.design.study import Run, Study
 from discobeta.report.collect import collect, of_grid, provenance, provenance_line
 from discobeta.report.compare import EQUAL
 from discobeta.report.estimates import estimate, interval_words
-from discobeta.report.measures import LANDMARKS, METRICS, PANELS, arm_text
+from discobeta.report.measures import LANDMARKS, MEASURES, METRICS, PANELS, arm_text
 from discobeta.report.neutrality import neutrality_frame
-from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number, yes_no
+from discobeta.report.render import NOTHING, Column, Panel, Row, Table, number, seeds_column, yes_no
 from discobeta.report.results import Results, overlap_note
 from discobeta.report.statistics import mean_ci
 
@@ -77,26 +77,31 @@ def arm_row(arm: Arm, metrics: pd.DataFrame, expected: Sequence[int], there: Seq
     """metrics: of the arm's runs in one stage. expected, there: seeds."""
     missing = [seed for seed in expected if seed not in there]
     row = {"arm": arm.name, "label": arm.label, "n_seeds": len(there), "n_expected": len(expected)}
-    return row | {"missing_seeds": " ".join(map(str, missing))} | estimates(metrics)
+    return row | {"missing_seeds": " ".join(map(str, missing))} | estimates(_by_seed(metrics))
 
 
-def estimates(metrics: pd.DataFrame) -> dict[str, Any]:
-    """Of everything that is tabled: values by seed, their mean, half-width of its interval, their number."""
+def _by_seed(metrics: pd.DataFrame) -> dict[str, dict[int, float]]:
+    """Of everything that is tabled: its values by seed."""
+    found = {name: metrics[metrics.metric == name] for name in MEASURED}
+    return {name: dict(zip(of.seed.tolist(), of.value.tolist(), strict=True)) for name, of in found.items()}
+
+
+def estimates(by_seed: dict[str, dict[int, float]]) -> dict[str, Any]:
+    """Of each metric the mean of its values, half-width of the mean's interval, their number, and the values."""
     row: dict[str, Any] = {}
-    for name in MEASURED:
-        of = metrics[metrics.metric == name]
-        values = dict(zip(of.seed.tolist(), of.value.tolist(), strict=True))
+    for name, values in by_seed.items():
         row[name], row[f"{name}_ci95"] = mean_ci(list(values.values()))
         row[f"{name}_n"], row[f"{name}_values"] = len(values), values
     return row
 
 
-def frames(rows: list[dict[str, Any]], columns: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def frames(rows: list[dict[str, Any]], columns: Sequence[str] = ()) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Of rows with `estimates`: what the CSV holds, without metrics that no row has, and what is printed."""
-    printed = pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
-    absent = [name for name in MEASURED if name in printed and not (printed[f"{name}_n"] > 0).any()]
-    away = [f"{name}_values" for name in MEASURED] + [c for name in absent for c in (name, f"{name}_ci95", f"{name}_n")]
-    return printed.drop(columns=away, errors="ignore"), printed
+    printed = pd.DataFrame(rows) if rows else pd.DataFrame(columns=list(columns))
+    names = [name for name in printed if f"{name}_n" in printed]
+    absent = [name for name in names if not (printed[f"{name}_n"] > 0).any()]
+    away = [f"{name}_values" for name in names] + [c for name in absent for c in (name, f"{name}_ci95", f"{name}_n")]
+    return printed.drop(columns=away), printed
 
 
 def panels_of(stage: str, which: list[Column], title: str, seeds: Sequence[int]) -> list[Panel]:
@@ -114,7 +119,8 @@ def panels_of(stage: str, which: list[Column], title: str, seeds: Sequence[int])
 
 
 def metric_column(name: str, seeds: Sequence[int]) -> Column:
-    metric = METRICS[name]
+    """A cell with fewer seeds than its row says so."""
+    metric = MEASURES[name]
     return Column(
         metric.header, lambda row: estimate(row.get(f"{name}_values", {}), seeds, metric.decimals, row["n_seeds"])
     )
@@ -124,7 +130,7 @@ def arm_columns(rows: list[dict[str, Any]]) -> list[Column]:
     """What a row is of; the number of its seeds where it is not what the caption says."""
     columns = [Column("Arm", lambda row: row["label"], is_number=False)]
     if any(row["n_seeds"] != row["n_expected"] for row in rows):
-        columns.append(Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])))
+        columns.append(seeds_column())
     return columns
 
 
@@ -164,7 +170,7 @@ def grid_table(results: Results, stage: str) -> Table:
     title = f"{STAGES[stage].title} ({stage})"
     which = [
         Column("Arm", lambda row: arm_text(row["arm"]) if row["arm"] else NOTHING, is_number=False),
-        Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
+        seeds_column(),
     ]
     cells = [Column(flag, lambda row, flag=flag: yes_no(row[flag]), is_number=False) for flag in FLAGS]
     cells += [Column("Status", _status, is_number=False), which[0], which[1]]
@@ -185,7 +191,7 @@ def grid_table(results: Results, stage: str) -> Table:
             notes.append(f"{words}: {reasons}.")
     if missing := results.describe_missing(run for run in study.grid_runs() if run.stage == stage):
         notes.append(f"Missing: {missing}.")
-    (frame, printed), made_by = frames(rows, []), provenance(results)
+    (frame, printed), made_by = frames(rows), provenance(results)
     title = f"{STAGES[stage].title}: all settings of the flags"
     notes.append(provenance_line(results))
     return Table(frame, panels, notes, made_by, list(FLAGS[:2]), printed=printed, title=title)
@@ -215,7 +221,7 @@ def _cell_row(
         status = "missing"
     row = {**cell.flags, "status": status, "arm": cell.arm or "", "shown": shown or "", "reason": cell.reason}
     row |= {"n_seeds": len(runs) - len(missing), "n_expected": len(runs), "missing_seeds": " ".join(map(str, missing))}
-    return row | estimates(metrics[metrics.arm == shown])
+    return row | estimates(_by_seed(metrics[metrics.arm == shown]))
 
 
 def _proved(study: Study, proofs: pd.DataFrame) -> tuple[str, str | None]:

@@ -18,7 +18,7 @@ from discobeta.report.cells import MEASURED, arm_row, frames, panels_of
 from discobeta.report.collect import collect, of_grid, provenance, provenance_line
 from discobeta.report.measures import METRICS, POSTHOC
 from discobeta.report.published import Published, Source
-from discobeta.report.render import Column, Table, count
+from discobeta.report.render import Column, Table, seeds_column
 from discobeta.report.results import Results, enumerate_seeds
 
 
@@ -42,10 +42,10 @@ def controls_table(results: Results, stage: str) -> Table:
         Column("Variant", lambda row: row["label"], is_number=False),
     ]
     if any(row["n_seeds"] != row["n_expected"] for row in rows):
-        which.append(Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])))
+        which.append(seeds_column())
     title = f"Controls and sweeps beside the grid of {stage}"
     panels = panels_of(stage, which, title, study.seeds)
-    frame, printed = frames(rows, [])
+    frame, printed = frames(rows)
     notes, made_by = [*_notes(results, stage, tuned, printed), provenance_line(results)], provenance(results)
     return Table(frame, panels, notes, made_by, ["arm"], printed, f"Beside the grid of {stage}: controls and sweeps")
 

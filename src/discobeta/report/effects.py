@@ -28,7 +28,7 @@ from discobeta.design.study import Study
 from discobeta.report.collect import collect, of_grid, provenance, provenance_line
 from discobeta.report.estimates import estimate, interval_header
 from discobeta.report.measures import MEASURES, METRICS, TESTED
-from discobeta.report.render import NOTHING, Column, Panel, Row, Table, count, number
+from discobeta.report.render import NOTHING, Column, Panel, Row, Table, number, seeds_column
 from discobeta.report.results import Results, enumerate_seeds
 from discobeta.report.statistics import INTERVAL_FROM, bootstrap, holm, mean_ci, sign_flip_p
 
@@ -196,7 +196,7 @@ def _columns(results: Results, header: str) -> list[Column]:
         Column("Stage", lambda row: row["stage"], is_number=False),
         Column("Metric", lambda row: METRICS[row["metric"]].header.replace("\n", " "), is_number=False),
         Column(header, lambda row: row["contrast"], is_number=False),
-        Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
+        seeds_column(),
         Column(interval_header(seeds), lambda row: difference(row, seeds)),
         Column("Bootstrap\n95 % CI", _interval),
     ]

@@ -22,14 +22,14 @@ from discobeta.errors import UserError
 from discobeta.files import remove, write_text
 from discobeta.folders import claim, mark_of, write_mark
 from discobeta.report import across, effects, frontier, hypotheses, published
-from discobeta.report.cells import panels_of
+from discobeta.report.cells import estimates, frames, metric_column, panels_of
 from discobeta.report.effects import p_value, with_seeds
 from discobeta.report.estimates import estimate, interval_header, interval_words
 from discobeta.report.frontier import REWARD, frontiers, has_frontier, kl_of
 from discobeta.report.hypotheses import Registered, Verdict
 from discobeta.report.measures import FURTHER, MEASURES
 from discobeta.report.published import Published, Source, label_of, printed_rows, variant_label
-from discobeta.report.render import Column, Panel, Row, Table, count, escape, number
+from discobeta.report.render import Column, Panel, Row, Table, escape, number, seeds_column
 from discobeta.report.statistics import INTERVAL_FROM, mean_ci, sign_flip_p
 
 MADE_BY = "discobeta paper"
@@ -124,17 +124,17 @@ def numbers_table(study: Published, stage: str) -> Table:
         record["beside"] = row.fit or variant_label(row.source, study)
         record |= _of_seeds(study, stage, row.source, {name: row.metric(name) for name in names})
         records.append(record)
-    frame, printed = _frames(records)
+    frame, printed = frames(records)
     printed = printed[(printed.posthoc == "") | (printed.variant == "")]
     which = [Column("Arm", lambda row: BY_NAME[row["arm"]].label, is_number=False)]
     if printed.beside.any():
         which.append(Column("Variant", lambda row: row["beside"] or AS_IN_THE_GRID, is_number=False))
     if printed.n_seeds.nunique() > 1 or (printed.n_seeds != len(study.seeds)).any():
-        which.append(_seeds_column())
+        which.append(seeds_column())
     title = f"{STAGES[stage].title}, {study.name}"
     panels = panels_of(stage, which, title, study.seeds)
     further = [metric for metric in FURTHER if not metric.name.startswith("posthoc/")]
-    columns = [*which, *(_metric_column(metric.name, study.seeds) for metric in further)]
+    columns = [*which, *(metric_column(metric.name, study.seeds) for metric in further)]
     panels.append(
         Panel(f"{title}: what else is known of the runs. {interval_words(study.seeds)}", columns, "more", len(which))
     )
@@ -147,38 +147,14 @@ def numbers_table(study: Published, stage: str) -> Table:
     if any((frame[name].between(1, frame.n_seeds - 1)).any() for name in frame if name.endswith("_n")):
         notes.append("(n of N): what is measured is undefined in the other seeds, e.g. a correlation with a constant.")
     notes.append(study.made_by_line)
-    return Table(frame, panels, notes, study.made_by, ["arm"], printed, title)
+    return Table(frame.drop(columns="beside"), panels, notes, study.made_by, ["arm"], printed, title)
 
 
 def _of_seeds(study: Published, stage: str, source: Source, metrics: dict[str, str]) -> dict[str, Any]:
-    """Of metrics (what they are called in the table -> in the file): values by seed, mean, half-width, number."""
-    record: dict[str, Any] = {}
-    for name, metric in metrics.items():
-        values = study.values(stage, source, metric)
-        record[name], record[f"{name}_ci95"] = mean_ci(list(values.values()))
-        record[f"{name}_n"], record[f"{name}_values"] = len(values), values
-    n = max((record[f"{name}_n"] for name in metrics), default=0)
-    return record | {"n_seeds": n, "n_expected": len(study.seeds)}
-
-
-def _frames(records: list[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What the CSV holds, without metrics that no row has, and what is printed."""
-    printed = pd.DataFrame(records)
-    names = [name for name in MEASURES if name in printed]
-    absent = [name for name in names if not (printed[f"{name}_n"] > 0).any()]
-    away = [*(f"{name}_values" for name in names), "beside"]
-    away += [column for name in absent for column in (name, f"{name}_ci95", f"{name}_n")]
-    return printed.drop(columns=away, errors="ignore"), printed
-
-
-def _seeds_column() -> Column:
-    return Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"]))
-
-
-def _metric_column(name: str, seeds: list[int]) -> Column:
-    """A cell with fewer seeds than its row says so."""
-    metric = MEASURES[name]
-    return Column(metric.header, lambda row: estimate(row[f"{name}_values"], seeds, metric.decimals, row["n_seeds"]))
+    """`estimates` of metrics (what they are called in the table -> in the file), and of how many seeds they are."""
+    by_seed = {name: study.values(stage, source, metric) for name, metric in metrics.items()}
+    n = max(map(len, by_seed.values()), default=0)
+    return estimates(by_seed) | {"n_seeds": n, "n_expected": len(study.seeds)}
 
 
 # --- sweeps and what is matched
@@ -204,10 +180,10 @@ def sweep_table(study: Published, stage: str) -> Table:
         Column("Arm", lambda row: row["label"], is_number=False),
         Column("β", lambda row: f"{row['pref_beta']:g}"),
     ]
-    frame, printed = _frames(records)
+    frame, printed = frames(records)
     if (printed.n_seeds != len(study.seeds)).any():
-        which.append(_seeds_column())
-    columns = [*which, *(_metric_column(name, study.seeds) for name in names)]
+        which.append(seeds_column())
+    columns = [*which, *(metric_column(name, study.seeds) for name in names)]
     title = f"{STAGES[stage].title}, {study.name}: the sweep over β"
     panels = [Panel(f"{title}. {interval_words(study.seeds)}", columns, keys=len(which))]
     return Table(frame, panels, [study.made_by_line], study.made_by, ["label"], printed, title)
@@ -260,7 +236,7 @@ def matched_table(study: Published, stage: str) -> Table:
     decimals = MEASURES[REWARD].decimals
     columns = [
         Column("Difference", lambda row: row["contrast"], is_number=False, widest=0.4),
-        Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"])),
+        seeds_column(),
         Column("Common KL\n(nats)", lambda row: f"{number(row['kl_low'], 2)} to {number(row['kl_high'], 2)}"),
         Column(
             interval_header(study.seeds, "Mean difference"),
@@ -288,7 +264,7 @@ def effects_table(study: Published) -> Table:
         Column("Stage", lambda row: row["stage"], is_number=False),
         Column("Metric", lambda row: MEASURES[row["metric"]].header.replace("\n", " "), is_number=False),
         Column("Effect", lambda row: row["contrast"], is_number=False),
-        _seeds_column(),
+        seeds_column(),
         Column(interval_header(study.seeds), lambda row: effects.difference(row, study.seeds)),
         Column("p", lambda row: p_value(row["p"])),
         Column("p\n(Holm)", lambda row: p_value(row["p_holm"])),

@@ -297,5 +297,9 @@ def count(n: int, expected: int) -> str:
     return NOTHING if expected == 0 else str(n) if n == expected else f"{n} of {expected}"
 
 
+def seeds_column() -> Column:
+    return Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"]))
+
+
 def yes_no(value: bool) -> str:
     return "yes" if value else "no"
