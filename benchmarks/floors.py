@@ -5,24 +5,9 @@ python benchmarks/floors.py
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from discobeta.run.flops import SHAPES, Shape, shape_of
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Weights that multiply every token (body) and those that multiply a predicted one (head)."""
-
-    body: int
-    head: int
-
-    @classmethod
-    def of(cls, *, hidden: int, layers: int, intermediate: int, query: int, key_value: int, vocabulary: int) -> Shape:
-        """query, key_value: width of all query heads, and of all key (or value) heads, together."""
-        attention = hidden * query + 2 * hidden * key_value + query * hidden
-        return cls(layers * (attention + 3 * hidden * intermediate), hidden * vocabulary)
-
-
-QWEN3_0_6B = Shape.of(hidden=1024, layers=28, intermediate=3072, query=2048, key_value=1024, vocabulary=151_936)
+QWEN3_0_6B = shape_of(SHAPES["Qwen/Qwen3-0.6B"])
 HARMLESS = (113, 39, 49)
 """Mean tokens of prompt, chosen and rejected in hh-rlhf's harmless subset, by Qwen3's tokenizer."""
 

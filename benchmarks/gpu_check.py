@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from floors import Shape, flops_per_pair
+from floors import flops_per_pair
 
 from discobeta.design.arms import Arm
 from discobeta.design.config import RunConfig
@@ -38,13 +39,11 @@ from discobeta.design.study import Run, Study
 from discobeta.files import write_json, write_text
 from discobeta.record import source_state
 from discobeta.report.compare import EQUAL, compare
+from discobeta.run import flops
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {
-    "qwen3-0.6b": {
-        "vocab_size": 151_936, "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16,
-        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072, "max_position_embeddings": 40_960,
-    },
+    "qwen3-0.6b": flops.SHAPES["Qwen/Qwen3-0.6B"] | {"max_position_embeddings": 40_960},
     "small": {
         "vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 384, "max_position_embeddings": 1024,
@@ -61,8 +60,6 @@ RUNS = {
 """What is trained: stage and arm, and the settings that are multiplied."""
 LENGTHS = {"prompt": (113, 300), "chosen": (39, 200), "rejected": (49, 200)}
 """Tokens of a pair: the mean of a geometric distribution, and the most."""
-FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
-"""Dense bf16 FLOP a second at most, by what stands in the device's name (NVIDIA's data sheets)."""
 TUNED = {"checkpointing": False, "cudnn": False}
 TRL = {
     "TRL dpo A1": TUNED,
@@ -188,15 +185,11 @@ def run_trl(wanted: dict) -> dict:
 def utilisation(stage: str, pairs_per_second: float, lengths: list[float], shape: dict[str, int], device: str):
     """Share of the device's FLOP that the work needs: of a LoRA step with a cached reference, each prompt once
     (`floors.flops_per_pair`). What is computed beyond it does not count, so that all can be compared; None in ppo."""
-    most = next((flops for name, flops in FLOPS.items() if name in device), None)
+    device = device.replace("RTX ", "RTX")
+    most = next((peak for name, (peak, _) in flops.CARDS.items() if re.search(rf"{name}\b", device)), None)
     if most is None or stage == "ppo":
         return None
-    found = Shape.of(
-        hidden=shape["hidden_size"], layers=shape["num_hidden_layers"], intermediate=shape["intermediate_size"],
-        query=shape["num_attention_heads"] * shape["head_dim"],
-        key_value=shape["num_key_value_heads"] * shape["head_dim"],
-        vocabulary=shape["vocab_size"] if stage == "dpo" else 0,
-    )  # fmt: skip
+    found = flops.shape_of(shape if stage == "dpo" else shape | {"vocab_size": 0})
     return pairs_per_second * flops_per_pair(found, lengths, live_reference=False, shared_prompt=True) / most
 
 

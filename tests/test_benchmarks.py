@@ -74,6 +74,9 @@ def test_utilisation_is_worked_out_by_hand(gpu_check):
     assert share == pytest.approx(0.03580, abs=1e-5)  # no output layer
     assert gpu_check.utilisation("ppo", 100, [113, 39, 49], shape, "NVIDIA H200") is None
     assert gpu_check.utilisation("dpo", 100, [113, 39, 49], gpu_check.SHAPES["small"], "cpu") is None
+    names = ("NVIDIA L40S", "NVIDIA L40", "NVIDIA GeForce RTX 4090", "NVIDIA A10G")  # 362, 181, 165, not known
+    shares = [gpu_check.utilisation("dpo", 362, [113, 39, 49], shape, name) for name in names]
+    assert shares[:3] == pytest.approx([0.4089, 0.8177, 0.8970], abs=1e-3) and shares[3] is None
 
 
 def bench(code: str, *words: str) -> subprocess.CompletedProcess:
