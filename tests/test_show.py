@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from discobeta import cli, lock
-from discobeta.report import show
+from discobeta.report import states
 
 
 @pytest.fixture
@@ -223,4 +223,4 @@ def test_a_base_and_a_broken_log_are_shown(shown, tmp_path, monkeypatch):
     )
     Path("b").mkdir()
     Path("b/log.jsonl").write_text('{"step": 2, "epoch": 0.5}\n{"step": 3, "ep')
-    assert show._last_step(Path("b")) == 2
+    assert states.last_step(Path("b")) == 2

@@ -214,6 +214,9 @@ def test_steps_of_a_run_of_epochs_are_counted_by_its_log(study):
     config = config_of(study).replace(max_steps=-1, num_train_epochs=2.5)
     assert state_of(directory, config).steps == 125
     assert state_of(directory, config.replace(stop_after_steps=20)).steps == 20
+    held_out = "".join(json.dumps({"step": n, "eval_loss": 1.0}) + "\n" for n in range(31, 71))  # which say no epoch
+    write(directory / "log.jsonl", (directory / "log.jsonl").read_text() + held_out)
+    assert state_of(directory, config).steps == 125 and state_of(directory, config).kind == "interrupted"
     write(directory / "log.jsonl", "")
     assert state_of(directory, config).steps is None
 

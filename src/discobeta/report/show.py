@@ -133,7 +133,7 @@ def state_of(directory: Path, config: RunConfig) -> State:
         return replace(state, steps=steps)
     if (directory / "provenance.json").exists():
         fault = record.fault(directory, config, weights=True) or _outdated(directory, config)
-        step = _last_step(directory) or steps
+        step = states.last_step(directory) or steps
         return State("failed" if fault else "done", step, steps, detail=fault or "sealed, and as it was written")
     if state.kind == "interrupted" and (different := record.difference_in(directory, config)):
         return State("waiting", None, steps, detail=f"{directory} holds another run, interrupted ({different})")
@@ -152,38 +152,12 @@ def _outdated(directory: Path, config: RunConfig) -> str | None:
     return None
 
 
-def _log(directory: Path) -> list[dict[str, Any]]:
-    try:
-        lines = (directory / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            values = json.loads(line)
-        except ValueError:  # the last line of a process that was killed while writing it
-            continue
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
-            found.append(values)
-    return found
-
-
-def _last_step(directory: Path) -> int | None:
-    return max((line["step"] for line in _log(directory)), default=None)
-
-
-def _steps_of(directory: Path | None, config: RunConfig) -> int | None:
+def _steps_of(directory: Path, config: RunConfig) -> int | None:
     """How many steps the run has: by its settings and rows, or where these are unknown by its log's epochs."""
-    if config.max_steps > 0:
-        steps = config.max_steps
-    elif (rows := _rows(config)) is not None:
+    if config.max_steps <= 0 and (rows := _rows(config)) is not None:
         steps = total_steps(config, schedule_of(config, rows[0], 1))
-    else:
-        line = next((line for line in _log(directory) if line.get("epoch")), None) if directory else None
-        if line is None:
-            return None
-        steps = math.ceil(round(config.num_train_epochs * line["step"] / line["epoch"], 6))
-    return min(steps, config.stop_after_steps or steps)
+        return min(steps, config.stop_after_steps or steps)
+    return states.steps_of(directory, config)
 
 
 def _rows(config: RunConfig) -> tuple[int, str] | None:

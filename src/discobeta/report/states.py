@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,16 +77,16 @@ def state_of(directory: str | Path, config: RunConfig | None = None, *, log: Pat
     config: what is to be trained there; without it, whatever its config.yaml says. log: what the job printed.
     """
     directory = Path(directory)
-    steps = _steps(directory, config)
+    steps = steps_of(directory, config)
     if (directory / "provenance.json").exists() and (config is None or not (why := _other(directory, config))):
         return State("done", steps, steps)
     if (holder := living_holder(directory)) is not None:
-        return State("running", _last_step(directory) or 0, steps, _pace(directory), said_of(holder))
+        return State("running", last_step(directory) or 0, steps, _pace(directory), said_of(holder))
     if (directory / "provenance.json").exists():
         return State("waiting", None, steps, detail=why)
     if log is not None and (complaint := complaint_in(log)):
-        return State("failed", _last_step(directory), steps, detail=complaint)
-    if _last_step(directory) is not None or (directory / lock.NAME).exists():
+        return State("failed", last_step(directory), steps, detail=complaint)
+    if last_step(directory) is not None or (directory / lock.NAME).exists():
         kept = max(map(_number, directory.glob("checkpoints/step-*.pt")), default=0)
         return State("interrupted", kept, steps, _pace(directory), f"goes on from step {kept}" if kept else "")
     if log is not None and _is_fresh(log):
@@ -161,7 +162,7 @@ def _other(directory: Path, config: RunConfig) -> str:
     return f"trained with other settings ({different})" if different else ""
 
 
-def _steps(directory: Path, config: RunConfig | None) -> int | None:
+def steps_of(directory: Path, config: RunConfig | None) -> int | None:
     """How many steps the run has: as its settings say, or, where they give epochs, as its log counts them."""
     if config is None:
         try:
@@ -177,14 +178,15 @@ def _steps(directory: Path, config: RunConfig | None) -> int | None:
     return min(steps, config.stop_after_steps or steps)
 
 
-def _last_step(directory: Path) -> int | None:
+def last_step(directory: Path) -> int | None:
     step = _last_line(directory / "log.jsonl", "step").get("step")
     return step if isinstance(step, int) else None
 
 
 def _last_line(path: Path, key: str) -> dict[str, Any]:
-    """The last whole line of a file of JSON objects that has `key`."""
-    return next((values for values in reversed(list(_lines(path, 20))) if key in values), {})
+    """The last whole line of a file of JSON objects that has `key`; all are read where none near its end has."""
+    lines = (values for count in (20, sys.maxsize) for values in reversed(list(_lines(path, count))))
+    return next((values for values in lines if key in values), {})
 
 
 def _lines(path: Path, count: int) -> Iterator[dict[str, Any]]:
