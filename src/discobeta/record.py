@@ -70,10 +70,10 @@ def identity_of(config: RunConfig, facts: dict[str, str]) -> str:
 
 def settings_hash(config: RunConfig) -> str:
     """sha256 of the settings that decide what is trained."""
-    return hashlib.sha256(repr(sorted(_trained_with(config).items())).encode()).hexdigest()
+    return hashlib.sha256(repr(sorted(trained_with(config).items())).encode()).hexdigest()
 
 
-def _trained_with(config: RunConfig) -> dict[str, Any]:
+def trained_with(config: RunConfig) -> dict[str, Any]:
     """The settings of training, without trust_remote_code, which is the reader's word."""
     return {name: value for name, value in config.settings_of("training").items() if name != "trust_remote_code"}
 
@@ -329,7 +329,7 @@ def fault(directory: Path, wanted: RunConfig, *, weights: bool = False) -> str |
         run = read(directory, weights=weights)
     except UserError as error:
         return f"damaged: {error}"
-    if different := difference(run.config.resolved(), _trained_with(wanted)):
+    if different := difference(run.config.resolved(), trained_with(wanted)):
         return f"stale: {different}"
     return None
 

@@ -403,10 +403,8 @@ def _other(path: Path, wanted: dict[str, Any]) -> str | None:
         there = files.read_sealed(path)
     except UserError as error:
         return f"stale ({shorten(str(error), LONGEST_REASON)})"
-    for key, value in wanted.items():
-        if there.get(key) != value:
-            return f"stale ({path.name}: {key}: {shown(there.get(key))} there, {shown(value)} here)"
-    return None
+    different = record.difference(there, wanted)
+    return f"stale ({path.name}: {different})" if different else None
 
 
 def _base_now(config: RunConfig) -> dict[str, str] | None:

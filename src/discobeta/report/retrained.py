@@ -15,8 +15,8 @@ from discobeta import files
 from discobeta.design.config import RunConfig
 from discobeta.design.study import Run, Study
 from discobeta.design.yaml_text import read_yaml
-from discobeta.errors import UserError, shown
-from discobeta.record import package_hash, settings_hash
+from discobeta.errors import UserError
+from discobeta.record import difference, package_hash, settings_hash, trained_with
 
 MEANT = "retrain"
 """The word of `--config` by which it is meant."""
@@ -34,7 +34,7 @@ def retrained(study: Study) -> dict[Run, str]:
     of_cell: dict[tuple, str] = {}
     shared = {draw: _shared_difference(study, draw) for draw in study.draws()}
     for run in study.runs():
-        if run.proof or (facts := _facts(run.directory)) is None:
+        if run.proof or (facts := _mapping(run.directory / "provenance.json")) is None:
             continue
         different, cell = shared[study.draw(run.seed)], (run.stage, run.arm, run.variant)
         if not different and facts.get("settings") != settings_hash(study.config(run)):
@@ -64,10 +64,10 @@ def among(found: dict[Run, str], outputs: Collection[str]) -> dict[Run, str]:
     return {run: different for run, different in found.items() if run.directory / "provenance.json" in made}
 
 
-def _facts(directory: Path) -> dict[str, Any] | None:
-    """What the record of a finished run says; None if there is none. Whether it is damaged is asked elsewhere."""
+def _mapping(path: Path) -> dict[str, Any] | None:
+    """What a record says; None if there is none. Whether it is damaged is asked elsewhere."""
     try:
-        return files.read_mapping(directory / "provenance.json")
+        return files.read_mapping(path)
     except UserError:
         return None
 
@@ -82,16 +82,12 @@ def _difference(directory: Path, config: RunConfig, facts: dict[str, Any], said:
     except UserError:
         return ""
     is_same_code = facts.get("package") == package_hash()  # which has the defaults, as the code of a stage has not
-    wanted = config.settings_of("training")
-    wanted.pop("trust_remote_code", None)
-    return _first({key: value for key, value in wanted.items() if is_same_code or key in said}, there)
+    return _first({key: value for key, value in trained_with(config).items() if is_same_code or key in said}, there)
 
 
 def _first(wanted: dict[str, Any], there: dict[str, Any]) -> str:
-    for key, value in wanted.items():
-        if key in there and there[key] != value:
-            return f"{key}: {shown(there[key])} there, {shown(value)} here"
-    return ""
+    """`record.difference`, of the settings that are there at all."""
+    return difference(there, {key: value for key, value in wanted.items() if key in there})
 
 
 def _shared_difference(study: Study, draw: str) -> str:
@@ -99,19 +95,12 @@ def _shared_difference(study: Study, draw: str) -> str:
     if study.world:
         records = {"corpus": study.world_of(draw) / "world.json", "pairs": study.pairs(draw) / "pairs.json"}
         for step, path in records.items():
-            if different := _first(study.decides_world(step, draw), _mapping(path)):
+            if different := _first(study.decides_world(step, draw), _mapping(path) or {}):
                 return f"data: world: {different}"
     folder = study.base_of(draw)
-    if study.sft and (facts := _facts(folder)) is not None:
+    if study.sft and (facts := _mapping(folder / "provenance.json")) is not None:
         config = study.base_config(draw)
         if facts.get("settings") != settings_hash(config):
             different = _difference(folder, config, facts, study.base_settings(draw))
             return different and f"base: sft: {different}"
     return ""
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        return files.read_mapping(path)
-    except UserError:
-        return {}

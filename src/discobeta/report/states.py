@@ -156,7 +156,7 @@ def _other(directory: Path, config: RunConfig) -> str:
         here = dict(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return "its config.yaml cannot be read"
-    wanted = {name: value for name, value in config.settings_of("training").items() if name != "trust_remote_code"}
+    wanted = record.trained_with(config)
     here = {name: here.get(name, default_of(name, config.stage)) for name in wanted}
     different = record.difference(here, wanted)
     return f"trained with other settings ({different})" if different else ""
