@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from report_study import finish, results, study, write_run
 
 from discobeta.report import curves, figures, loss_curve, outputs
@@ -358,10 +359,8 @@ def test_loss_curve_of_one_run(tmp_path):
 )
 def test_loss_curve_of_ppo_is_reward_and_kl(tmp_path, monkeypatch, log, panels):
     drawn = []
-    save = loss_curve.Figure.savefig
-    monkeypatch.setattr(
-        loss_curve.Figure, "savefig", lambda *words, **options: drawn.append(words[0]) or save(*words, **options)
-    )
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda *words, **options: drawn.append(words[0]) or save(*words, **options))
     run = write_run(tmp_path / "run", log=log)
     loss_curve.loss_curve(run / "log.jsonl", run / "loss.png")
     (figure,) = drawn

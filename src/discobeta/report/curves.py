@@ -10,9 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import matplotlib
 import pandas as pd
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from discobeta.design.arms import Arm
@@ -25,11 +23,11 @@ from discobeta.report.style import (
     FAINT,
     INK,
     PAGE,
-    STYLE,
     drawn_arms,
     footer,
     label_of,
     look_of,
+    new_figure,
     say_missing,
     seeds_of,
     short_mark,
@@ -37,6 +35,7 @@ from discobeta.report.style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 IDLE = {"color": "#c2185b", "linewidth": 0.7, "linestyle": (0, (1.5, 4)), "zorder": 5}
 
@@ -108,10 +107,8 @@ class Course:
 
     def draw(self, rows: list[list[Panel | None]], x_label: str, height: float, first: int) -> Figure:
         """A figure of panels, side by side over the same steps, which begin at `first`."""
-        with matplotlib.rc_context(STYLE):
-            columns = max(map(len, rows))
-            size = (PAGE if columns > 1 else COLUMN, 0.45 + height * len(rows))
-            figure = Figure(figsize=size, layout="constrained")
+        columns = max(map(len, rows))
+        with new_figure(PAGE if columns > 1 else COLUMN, 0.45 + height * len(rows)) as figure:
             figure.get_layout_engine().set(hspace=0.05, h_pad=0.05)
             grid = figure.subplots(len(rows), columns, sharex=True, squeeze=False)
             ends = {}

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from discobeta.design.arms import CORNERS, IDEAS, Arm
@@ -32,6 +31,7 @@ from discobeta.report.style import (
     footer,
     label_of,
     look_of,
+    new_figure,
     say_missing,
     seeds_mark,
     seeds_of,
@@ -40,6 +40,7 @@ from discobeta.report.style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 MARGIN = 0.03  # inches, around what is drawn
@@ -90,8 +91,7 @@ def metadata(figure: Figure, path: Path) -> dict[str, Any]:
 def reliability_diagram(results: Results, stage: str) -> Figure:
     """Accuracy against confidence of the predicted winner, per arm, over the pairs of all seeds."""
     runs, arms = results.whole_runs(stage), drawn_arms(results.study, stage)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(COLUMN, 0.2 + 1.65 * len(arms)), 2.75), layout="constrained")
+    with new_figure(max(COLUMN, 0.2 + 1.65 * len(arms)), 2.75) as figure:
         grid = figure.subplots(2, len(arms), sharex=True, sharey="row", squeeze=False, height_ratios=(3.2, 1))
         for (upper, lower), arm in zip(grid.T, arms, strict=True):
             upper.set_title(label_of(arm))
@@ -151,8 +151,7 @@ def interaction(results: Results, stage: str) -> Figure:
     measured = {run: results[run].metrics for run in runs}
     tested = [name for name in STAGES[stage].compared if name in TESTED]
     names = [name for name in tested if any(name in values for values in measured.values())] or tested[:1]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(COLUMN, 0.6 + 1.9 * len(names)), layout="constrained")
+    with new_figure(COLUMN, 0.6 + 1.9 * len(names)) as figure:
         grid = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
         grid[-1].set_xticks([0, 1], [f"without {IDEAS[1].label}", f"with {IDEAS[1].label}"])
         grid[-1].set_xlim(-0.15, 1.1)
@@ -216,8 +215,7 @@ def reward_by_noise(results: Results, stage: str) -> Figure:
         for arm in drawn
     }
     levels = sorted({level for gain in gains.values() for level in gain.index})
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(COLUMN, 3.5), layout="constrained")
+    with new_figure(COLUMN, 3.5) as figure:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.5))
         below.axhline(0, color=FAINT, linewidth=0.6)
         least, counts = by_arm.get(Arm(), pd.DataFrame()), []

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import matplotlib
 import pandas as pd
-from matplotlib.figure import Figure
 
 from discobeta.design.arms import CORNERS, IDEAS
 from discobeta.design.stages import STAGES
@@ -15,10 +13,22 @@ from discobeta.report.effects import comparisons, effects_frame, factorial, shor
 from discobeta.report.marks import interval_words, seed_points
 from discobeta.report.measures import MEASURES
 from discobeta.report.results import Results
-from discobeta.report.style import COLUMN, FAINT, INK, STYLE, Look, footer, look_of, say_missing, short_mark, words_of
+from discobeta.report.style import (
+    COLUMN,
+    FAINT,
+    INK,
+    Look,
+    footer,
+    look_of,
+    new_figure,
+    say_missing,
+    short_mark,
+    words_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ROW, HEAD = 0.165, 0.56  # inches: of an effect, and of what a panel has besides
 
@@ -37,8 +47,7 @@ def effects_forest(results: Results) -> Figure:
     order = list(dict.fromkeys(name for stage in STAGES.values() for name in stage.compared))
     panels = [frame[frame.metric == name] for name in order if name in set(frame.metric)]
     heights = [HEAD + ROW * len(panel) for panel in panels] or [1.0]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(COLUMN, 0.1 + sum(heights)), layout="constrained")
+    with new_figure(COLUMN, 0.1 + sum(heights)) as figure:
         grid = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         for axes, panel in zip(grid, panels, strict=False):
             draw_effects(axes, panel)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from discobeta.design.arms import IDEAS, Arm
@@ -22,12 +20,12 @@ from discobeta.report.style import (
     FAINT,
     INK,
     LOOKS,
-    STYLE,
     Look,
     drawn_arms,
     footer,
     label_of,
     look_of,
+    new_figure,
     say_missing,
     seeds_mark,
     seeds_of,
@@ -35,6 +33,7 @@ from discobeta.report.style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SIGMA0 = 2 / np.sqrt(np.pi)
 """What a fresh Disco Head says of every response (`heads.SIGMA0`, which needs torch)."""
@@ -183,8 +182,7 @@ def _of_arms(
         examples = results[run].examples
         if examples is not None and set(columns) <= set(examples) and len(values := of_run(results[run])):
             there[run] = values
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(COLUMN * (1 if len(arms) < 2 else 0.85 * len(arms)), 2.7), layout="constrained")
+    with new_figure(COLUMN * (1 if len(arms) < 2 else 0.85 * len(arms)), 2.7) as figure:
         grid = figure.subplots(1, len(arms), sharex=True, sharey=True, squeeze=False)[0]
         is_first = True
         for axes, arm in zip(grid, arms, strict=True):

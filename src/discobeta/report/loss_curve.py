@@ -6,24 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib
 import pandas as pd
-from matplotlib.figure import Figure
 
 from discobeta.files import replacing
 from discobeta.report.curves import label_steps
 from discobeta.report.results import read_log
-from discobeta.report.style import LOOKS, STYLE
+from discobeta.report.style import LOOKS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def loss_curve(log_path: str | Path, png_path: str | Path) -> None:
     """How one run went: its loss over steps, training and, if there is one, held-out; of ppo, reward and KL."""
     log = read_log(Path(log_path))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.5, 2.8), layout="constrained")
+    with new_figure(4.5, 2.8) as figure:
         is_rollouts = {"reward", "kl_per_sequence"} <= set(log)
         draw: Callable[[Figure, pd.DataFrame], None] = _draw_rollouts if is_rollouts else _draw_loss
         draw(figure, log)

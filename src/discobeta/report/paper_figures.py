@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from discobeta.design.arms import CORNERS
@@ -27,9 +25,9 @@ from discobeta.report.style import (
     FAINT,
     INK,
     PAGE,
-    STYLE,
     UNITS,
     axis_words,
+    new_figure,
     say_missing,
     state_source,
     words_of,
@@ -37,6 +35,7 @@ from discobeta.report.style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BASELINE = Source(CORNERS[0].name)
 
@@ -58,8 +57,7 @@ def frontier_figure(study: Published, stage: str) -> Figure:
     """
     found = frontiers(study, stage)
     looks = looks_of(found)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.35 * COLUMN, 4.6), layout="constrained")
+    with new_figure(1.35 * COLUMN, 4.6) as figure:
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.6))
         below.axhline(0, color=FAINT, linewidth=0.6)
         ends = draw_points(axes, found, looks, study, len(study.seeds))
@@ -134,8 +132,7 @@ def across_figure(found: Mapping[str, Mapping[str, Sequence[Cell]]]) -> Figure:
         }
         for label, (source, look) in zip(labels, looks.items(), strict=True)
     }  # fmt: skip
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(PAGE, 1.2 + 0.52 * len(studies)), layout="constrained")
+    with new_figure(PAGE, 1.2 + 0.52 * len(studies)) as figure:
         grid = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
         for axes, (stage, rows) in zip(grid, found.items(), strict=True):
             axes.grid(axis="y", visible=False)
@@ -175,8 +172,7 @@ def forest(verdicts: list[Verdict], studies: list[Published], digest: str) -> Fi
             panels.setdefault((verdict.hypothesis.stage, verdict.hypothesis.words), []).append(verdict)
     silent = [verdict for verdict in verdicts if not verdict.n]
     heights = [len(panel) + 1.4 for panel in panels.values()] or [2.0]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.35 * COLUMN, 1.0 + 0.27 * sum(heights)), layout="constrained")
+    with new_figure(1.35 * COLUMN, 1.0 + 0.27 * sum(heights)) as figure:
         grid = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         for axes, ((stage, quantity), panel) in zip(grid, panels.items(), strict=False):
             draw_panel(axes, panel)

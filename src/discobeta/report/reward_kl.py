@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from discobeta.design.arms import BY_NAME, CORNERS
 from discobeta.design.stages import STAGES
@@ -26,17 +24,18 @@ from discobeta.report.style import (
     INK,
     LOOKS,
     MARKERS,
-    STYLE,
     Look,
     axis_words,
     footer,
     look_of,
+    new_figure,
     say_missing,
     words_of,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 GAIN = "reward_gain"
 """What is drawn where no truth is known: the score by the arm's own reward model."""
@@ -67,8 +66,7 @@ def reward_kl(results: Results, stage: str) -> Figure:
         for value, *_ in panels
     }
     looks = looks_of(sources)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.35 * COLUMN, 0.5 + 2.3 * len(panels)), layout="constrained")
+    with new_figure(1.35 * COLUMN, 0.5 + 2.3 * len(panels)) as figure:
         names = {}
         grid = figure.subplots(len(panels), 1, squeeze=False, sharex=len(panels) > 1)[:, 0]
         for axes, (value, judge, shown) in zip(grid, panels, strict=True):
