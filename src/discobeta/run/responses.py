@@ -112,15 +112,9 @@ def compare_answers(
     if STAGES[config.stage].judge:
         judges = runs.load_reward_models(config)
         run.check_fact("reward_model", identity.one_of([judge.fingerprint for judge in judges]), config.reward_model)
-        scores: list[list[Tensor]] = [[], []]
-        for judge in judges:
-            judge.stage.to(stage.device)
-            translation = judge.translation(config, reference, tokenizer)
-            for responses, of_judges in zip((sampled, beside), scores, strict=True):
-                texts = (repeated, responses) if translation is None else translation(repeated, responses)
-                of_judges.append(judge.score_ids(*texts, config.per_device_eval_batch_size)[0])
-        rewards = metrics.mean_scores(*(torch.stack(of_judges, 1).double() for of_judges in scores))
-        for side, values in zip(("", "reference_"), rewards, strict=True):
+        translations = [judge.translation(config, reference, tokenizer) for judge in judges]
+        scores = [scores_of(judges, translations, config, stage, repeated, texts) for texts in (sampled, beside)]
+        for side, values in zip(("", "reference_"), metrics.mean_scores(*scores), strict=True):
             answers[f"{side}reward"] = values
         if (log_s := stage.log_s_of(reference, prompts)) is not None:
             answers["log_s"] = np.repeat(log_s.double().numpy(), each)
@@ -140,6 +134,19 @@ def compare_answers(
             for of_tokens, place, text in zip(kl_terms, places, answers["response"], strict=True)
         ]
     return answers
+
+
+def scores_of(
+    judges: list[runs.RewardModel], translations: list[Any], config: RunConfig, stage: Stage,
+    prompts: list[np.ndarray], responses: list[np.ndarray],
+) -> np.ndarray:  # fmt: skip
+    """(N, M) scores of N responses by M reward models, on the device of the stage."""
+    columns = []
+    for judge, translation in zip(judges, translations, strict=True):
+        judge.stage.to(stage.device)
+        texts = (prompts, responses) if translation is None else translation(prompts, responses)
+        columns.append(judge.score_ids(*texts, config.per_device_eval_batch_size)[0].double().numpy())
+    return np.stack(columns, 1)
 
 
 def truth_of_prompts(data: TokenisedData, config: RunConfig) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +24,6 @@ from discobeta.errors import UserError, did_you_mean, shown, telling
 from discobeta.files import check_regular
 from discobeta.inputs.answers import SAMPLED_WITH
 from discobeta.run import load as runs
-
-if TYPE_CHECKING:
-    from discobeta.method.stage import Stage
 
 SETTINGS = (*SAMPLED_WITH, "generations_per_prompt", "ground_truth")
 """Run keys that may be set: how responses are sampled, and by what truth they are judged."""
@@ -149,6 +146,7 @@ def _sampled(
     from discobeta.model.generation import response_text
     from discobeta.model.kernels import choose_kernels
     from discobeta.model.pretrained import load_reference, load_tokenizer
+    from discobeta.run.responses import scores_of
 
     config = run.config
     choose_kernels(config)
@@ -182,7 +180,7 @@ def _sampled(
         if examples:  # a translation knows the rows of the run's data
             for translation in filter(None, translations):
                 translation.add(examples, config, RowReport("prompts", len(examples)), "prompts for the reward model")
-        scores = [_scores(judges, translations, config, stage, repeated, texts) for texts in (own, other)]
+        scores = [scores_of(judges, translations, config, stage, repeated, texts) for texts in (own, other)]
         for side, values in zip(("", "reference_"), metrics.mean_scores(*scores), strict=True):
             for row, value in zip(rows, values.tolist(), strict=True):
                 row[f"{side}reward"] = value
@@ -194,19 +192,6 @@ def _sampled(
             for side in ("", "reference_"):
                 row[f"{side}true_reward"] = world.true_reward(row["prompt"], row[f"{side}response"])
     return rows
-
-
-def _scores(
-    judges: list[runs.RewardModel], translations: list[Any], config: RunConfig, stage: Stage,
-    prompts: list[np.ndarray], responses: list[np.ndarray],
-) -> np.ndarray:  # fmt: skip
-    """(N, M) scores of N responses by M reward models."""
-    columns = []
-    for judge, translation in zip(judges, translations, strict=True):
-        judge.stage.to(stage.device)
-        texts = (prompts, responses) if translation is None else translation(prompts, responses)
-        columns.append(judge.score_ids(*texts, config.per_device_eval_batch_size)[0].double().numpy())
-    return np.stack(columns, 1)
 
 
 def _prompt_ids(run: record.Record, examples: list[Example], count: int, tokenizer: Any) -> list[np.ndarray]:
