@@ -3,7 +3,7 @@
 A rate is device-seconds per row (pair, or ppo response) of training, per stage and arm, from the tables of
 a study that has run: its `metrics.csv`, with the `config.yaml` that says what it ran. Each line says where its rate
 comes from, and between which bounds it lies: the fastest and the slowest run that was measured. What was not measured
-may be guessed (`Guess`), which is said; without a guess its line says that it is not known.
+may be guessed (`run/flops`), which is said; without a guess its line says that it is not known.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -25,6 +25,9 @@ from discobeta.design.study import Run, Study
 from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, telling
 from discobeta.files import read_json
+
+if TYPE_CHECKING:
+    from discobeta.run.flops import Arithmetic
 
 PUBLISHED = Path("results/published")
 METRICS = "metrics.csv"
@@ -71,21 +74,6 @@ class Rows:
     tokens: float | None = None  # of a row, on average; of a pair with both responses
 
 
-class Guess:
-    """Seconds of one job at best and at worst, where nothing was measured; None where that cannot be said either."""
-
-    said = ""
-
-    def training(self, run: Run, rows: int, steps: int) -> tuple[float, float] | None:
-        return None
-
-    def shared(self, work: str, runs: list[Run]) -> tuple[float, float] | None:
-        return None
-
-    def evaluation(self, run: Run) -> tuple[float, float] | None:
-        return None
-
-
 @dataclass
 class Step:
     """Jobs of one kind. seconds: of all their devices together; None if not known. low, high: its bounds."""
@@ -121,7 +109,7 @@ def report(
     study: Study,
     folder: Path | None = None,
     rows: Rows | None = None,
-    guess: Guess | None = None,
+    guess: Arithmetic | None = None,
 ) -> str:
     """The estimate as text.
 
@@ -168,7 +156,7 @@ def report(
 
 
 def estimate(
-    study: Study, measured: Measured | None, rows: Rows | None = None, guess: Guess | None = None
+    study: Study, measured: Measured | None, rows: Rows | None = None, guess: Arithmetic | None = None
 ) -> list[Step]:
     """One step for each kind of job, in the order of the workflow."""
     labels = [label.split(",") for label, _ in study.shared()]
@@ -210,7 +198,7 @@ def estimate(
     return [*steps, evaluate]
 
 
-def _add_evaluation(total: Step, trained: Step, runs: list[Run], known: list[Any], guess: Guess | None) -> None:
+def _add_evaluation(total: Step, trained: Step, runs: list[Run], known: list[Any], guess: Arithmetic | None) -> None:
     """The evaluations of these runs on top of those before; one that is not known makes the sum unknown."""
     one = Step("evaluate", len(runs))
     means = [found.evaluation for found in known]

@@ -15,7 +15,7 @@ from typing import Any
 
 from discobeta import identity
 from discobeta.design.config import RunConfig
-from discobeta.design.cost import Guess, Rows
+from discobeta.design.cost import Rows
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Run, Study
 from discobeta.errors import UserError
@@ -91,8 +91,8 @@ def read_shape(study: Study) -> Shape:
         raise UserError(f"config.json of {name} does not say the sizes of a decoder") from None
 
 
-class Arithmetic(Guess):
-    """Seconds of the jobs of a study on one card, at best and at worst.
+class Arithmetic:
+    """Seconds of the jobs of a study on one card, at best and at worst; None of a job of which that cannot be said.
 
     rows: of the study; where their mean tokens are not said, each is taken to be as long as `cutoff_len` lets it be,
     which those of no data set are.
