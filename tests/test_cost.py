@@ -13,7 +13,7 @@ from discobeta import cli
 from discobeta.data import counts
 from discobeta.design import cost
 from discobeta.design.config import RunConfig
-from discobeta.design.cost import Rows, estimate, find, length, report
+from discobeta.design.cost import estimate, find, length, report
 from discobeta.design.schedule import schedule_of
 from discobeta.design.study import Study
 from discobeta.errors import UserError
@@ -314,7 +314,7 @@ def test_a_shipped_study_for_gpus_has_the_rates_of_the_gpu_that_was_measured(mon
 def test_what_is_estimated_for_that_gpu_brackets_what_was_measured(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    study, rows = Study.read(["config/qwen3-0.6b.yaml"], []), Rows(160_800, 8_552, "as --rows says", tokens=314)
+    study, rows = Study.read(["config/qwen3-0.6b.yaml"], []), counts.Count(160_800, 8_552, "as --rows says", tokens=314)
     paid = {step.name: step for step in estimate(study, find(study, None), rows)}
     for step in estimate(study, None, rows, Arithmetic(study, "H200", rows)):
         if step.name in ("rm", "dpo", "ppo"):
@@ -352,7 +352,7 @@ def on_a_gpu(**changes) -> Study:
 def test_the_estimate_is_operations_over_a_share_of_the_peak(monkeypatch):
     """rm: 4 runs of 2 x 1000 pairs, each 150 tokens; with LoRA forward and backward cost the same."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    rows = Rows(1000, 50, "as --rows says", tokens=150)
+    rows = counts.Count(1000, 50, "as --rows says", tokens=150)
     study = on_a_gpu()
     steps = {step.name: step for step in estimate(study, None, rows, Arithmetic(study, "A100", rows))}
     body, attention = 440_401_920, 28 * 16 * 128

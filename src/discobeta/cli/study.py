@@ -57,11 +57,12 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def cost(arguments: argparse.Namespace) -> None:
+    from discobeta.data import counts
     from discobeta.design import cost as study_cost
 
     card = study_cost.bytes_of(arguments.memory) if arguments.memory else None
     study = read_study(arguments)
-    rows = study_cost.rows_given(arguments.rows) or _counted(study)
+    rows = counts.rows_given(arguments.rows) or _counted(study)
     guess = None
     if rows and not study.sft and (study.environment == "cuda" or arguments.card):
         from discobeta.run.flops import Arithmetic
@@ -77,7 +78,6 @@ def cost(arguments: argparse.Namespace) -> None:
 def _counted(study):
     """The rows of the study's pairs, and of the prompts if it has others, as far as they can be counted from here."""
     from discobeta.data import counts
-    from discobeta.design.cost import Rows
     from discobeta.design.stages import STAGES
 
     if study.world:
@@ -97,7 +97,7 @@ def _counted(study):
     pairs, prompts = found.get("pairs") or found.get("prompts"), found.get("prompts")
     if pairs is None or ("prompts" in found and prompts is None):
         return None
-    return Rows(pairs.train, pairs.held_out, pairs.why, prompts and prompts.train)
+    return counts.Count(pairs.train, pairs.held_out, pairs.why, prompts and prompts.train)
 
 
 def headline(arguments: argparse.Namespace) -> None:

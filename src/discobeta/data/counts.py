@@ -17,7 +17,7 @@ from typing import Any
 from discobeta.data.local_files import file_rows
 from discobeta.data.sources import Source, resolve
 from discobeta.design.config import RunConfig
-from discobeta.errors import telling
+from discobeta.errors import UserError, telling
 
 KNOWN = {
     "Anthropic/hh-rlhf": {"train": 160_800, "test": 8_552},
@@ -30,11 +30,28 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Count:
-    """Rows to train on and held-out rows; how they are known, in words."""
+    """Rows to train on and held-out rows, before they are tokenised; how they are known, in words."""
 
     train: int
     held_out: int
     why: str
+    prompts: int | None = None  # of ppo, if not those of the pairs
+    tokens: float | None = None  # of a row, on average; of a pair with both responses
+
+
+def rows_given(words: list[str]) -> Count | None:
+    """What `--rows train=160800 eval=8552 tokens=300` says; None if nothing. Raises UserError."""
+    given: dict[str, int] = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        if name not in ("train", "eval", "prompts", "tokens") or not re.fullmatch(r"[0-9][0-9_,]{0,15}", number):
+            raise UserError(f"--rows: {word!r} should be train=N, eval=N, prompts=N or tokens=N (of a row, on average)")
+        given[name] = int(re.sub("[_,]", "", number))
+    if not given:
+        return None
+    if not given.get("train") or 0 in (given.get("prompts", 1), given.get("tokens", 1)):
+        raise UserError("--rows: say how many rows are trained on: train=N, at least 1")
+    return Count(given["train"], given.get("eval", 0), "as --rows says", given.get("prompts"), given.get("tokens"))
 
 
 def rows_of(config: RunConfig) -> Count | None:

@@ -27,6 +27,7 @@ from discobeta.errors import UserError, telling
 from discobeta.files import read_json
 
 if TYPE_CHECKING:
+    from discobeta.data.counts import Count
     from discobeta.run.flops import Arithmetic
 
 PUBLISHED = Path("results/published")
@@ -63,17 +64,6 @@ class Measured:
         return next((found for found in by_arm if len(found)), of_stage)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a study before they are tokenised. why: how they are known."""
-
-    train: int
-    held_out: int
-    why: str
-    prompts: int | None = None  # of ppo, if not those of the pairs
-    tokens: float | None = None  # of a row, on average; of a pair with both responses
-
-
 @dataclass
 class Step:
     """Jobs of one kind. seconds: of all their devices together; None if not known. low, high: its bounds."""
@@ -108,7 +98,7 @@ class Step:
 def report(
     study: Study,
     folder: Path | None = None,
-    rows: Rows | None = None,
+    rows: Count | None = None,
     guess: Arithmetic | None = None,
 ) -> str:
     """The estimate as text.
@@ -156,7 +146,7 @@ def report(
 
 
 def estimate(
-    study: Study, measured: Measured | None, rows: Rows | None = None, guess: Arithmetic | None = None
+    study: Study, measured: Measured | None, rows: Count | None = None, guess: Arithmetic | None = None
 ) -> list[Step]:
     """One step for each kind of job, in the order of the workflow."""
     labels = [label.split(",") for label, _ in study.shared()]
@@ -271,7 +261,7 @@ def _read(study: Study, folder: Path) -> Measured:
     return Measured(runs, shared, folder, differs, device)
 
 
-def length(study: Study, run: Run, rows: Rows | None = None) -> tuple[int, int]:
+def length(study: Study, run: Run, rows: Count | None = None) -> tuple[int, int]:
     """(steps, rows) of a run: steps of the loop, and rows that it trains on, each as often as it comes.
 
     rows: of the study, where they are not tokenised.
@@ -283,7 +273,7 @@ def length(study: Study, run: Run, rows: Rows | None = None) -> tuple[int, int]:
     return steps, schedule.rows_of(steps)
 
 
-def _rows(study: Study, run: Run, rows: Rows | None, is_needed: bool) -> int:
+def _rows(study: Study, run: Run, rows: Count | None, is_needed: bool) -> int:
     """Training rows of the run's data, as tokenised; if that is not known and not needed, more than any run sees."""
     if study.world:
         return study.world["train"]
@@ -306,21 +296,6 @@ def _rows(study: Study, run: Run, rows: Rows | None, is_needed: bool) -> int:
         if rows < 1:
             raise ValueError(rows)
         return rows
-
-
-def rows_given(words: list[str]) -> Rows | None:
-    """What `--rows train=160800 eval=8552 tokens=300` says; None if nothing. Raises UserError."""
-    given: dict[str, int] = {}
-    for word in words:
-        name, sign, number = word.partition("=")
-        if name not in ("train", "eval", "prompts", "tokens") or not re.fullmatch(r"[0-9][0-9_,]{0,15}", number):
-            raise UserError(f"--rows: {word!r} should be train=N, eval=N, prompts=N or tokens=N (of a row, on average)")
-        given[name] = int(re.sub("[_,]", "", number))
-    if not given:
-        return None
-    if not given.get("train") or 0 in (given.get("prompts", 1), given.get("tokens", 1)):
-        raise UserError("--rows: say how many rows are trained on: train=N, at least 1")
-    return Rows(given["train"], given.get("eval", 0), "as --rows says", given.get("prompts"), given.get("tokens"))
 
 
 UNITS = {"MB": 1e6, "GB": 1e9, "MIB": 2.0**20, "GIB": 2.0**30}

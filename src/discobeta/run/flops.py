@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from discobeta import identity
+from discobeta.data.counts import Count
 from discobeta.design.config import RunConfig
-from discobeta.design.cost import Rows
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Run, Study
 from discobeta.errors import UserError
@@ -98,7 +98,7 @@ class Arithmetic:
     which those of no data set are.
     """
 
-    def __init__(self, study: Study, card: str, rows: Rows) -> None:
+    def __init__(self, study: Study, card: str, rows: Count) -> None:
         if card not in CARDS:
             raise UserError(f"--card: {card} is none of {', '.join(CARDS)}")
         self.study, self.train, self.held_out, self.tokens = study, rows.train, rows.held_out, rows.tokens
