@@ -15,7 +15,7 @@ from discobeta.design.arms import CORNERS, Arm
 from discobeta.design.stages import STAGES
 from discobeta.report.collect import collect, of_grid
 from discobeta.report.compare import EQUAL
-from discobeta.report.effects import contrasts, factorial, p_value, tested_effects
+from discobeta.report.effects import factorial, p_value, tested_effects
 from discobeta.report.measures import METRICS, TESTED, Metric
 from discobeta.report.neutrality import neutrality_frame
 from discobeta.report.render import number
@@ -189,11 +189,6 @@ def findings(results: Results) -> list[Finding]:
     ]  # fmt: skip
     order = list(factorial())
     return sorted(found, key=lambda finding: (order.index(finding.effect), results.study.stages.index(finding.stage)))
-
-
-def effects_of(results: Results, stage: str) -> list[str]:
-    """The effects that the study's arms allow in a stage, whether or not anything is measured."""
-    return [contrast.name for contrast in contrasts(factorial(), results.study, stage)]
 
 
 # --- what they cost, and whether idle heads change nothing

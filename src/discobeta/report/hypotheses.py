@@ -166,10 +166,6 @@ class Registered(_Mapping):
                 raise ValueError(f"hypotheses: {name} stands there twice")
         return self
 
-    def family(self, hypothesis: Hypothesis) -> list[Hypothesis]:
-        """Those that are corrected for together: of one stage."""
-        return [other for other in self.hypotheses if other.stage == hypothesis.stage]
-
 
 def read(path: Path) -> Registered:
     """The hypotheses of a file. Raises UserError that names the hypothesis and the key."""

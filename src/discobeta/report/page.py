@@ -95,8 +95,8 @@ def page(results: Results, drawn: Path | None = None) -> str:
     beside = [output for output in figures if output.name.startswith(FIRST)]
     sections = [
         _answer(results, [figures[output] for output in beside]),
-        *(_stage(results, stage, tables, figures, beside) for stage in study.stages),
-        *_across(study.stages, tables, figures, beside),
+        *(_stage(stage, tables, figures, beside) for stage in study.stages),
+        *_across(tables, figures, beside),
         _responses(results),
         _runs(results),
         _made_of(results),
@@ -225,7 +225,7 @@ def _four_arms(results: Results) -> list[Content]:
                 made.append(tag("td", cell.instead, class_=f"instead{start}", colspan=str(spans[stage])))
                 place += spans[stage]
                 continue
-            made.append(tag("td", _values(arm, cell, metric, spread[place]), class_=f"number{start}"))
+            made.append(tag("td", _values(cell, metric, spread[place]), class_=f"number{start}"))
             place += 1
         body.append(tag("tr", tag("th", _label(arm), scope="row"), made))
     seeds = len(study.seeds)
@@ -264,7 +264,7 @@ def _label(arm: Arm) -> str:
     return label[0].upper() + label[1:]
 
 
-def _values(arm: Arm, cell: Cell, metric: Metric, column: list[Cell]) -> list[Content]:
+def _values(cell: Cell, metric: Metric, column: list[Cell]) -> list[Content]:
     """The mean, a dot for each seed, and what the arm differs by from the baseline."""
     if not cell.values:
         return [tag("span", NOTHING, class_="nothing")]
@@ -366,9 +366,7 @@ def _sentence(found: list[Finding]) -> list[Content]:
 # --- tables and figures
 
 
-def _stage(
-    results: Results, stage: str, tables: dict[Output, Any], figures: dict[Output, Element], shown: list[Output]
-) -> Element:
+def _stage(stage: str, tables: dict[Output, Any], figures: dict[Output, Element], shown: list[Output]) -> Element:
     """What is of one stage: its tables, then its figures."""
     parts: list[Content] = [_table(output, table) for output, table in tables.items() if output.stage == stage]
     drawn = [element for output, element in figures.items() if output.stage == stage and output not in shown]
@@ -377,9 +375,7 @@ def _stage(
     return _section(f"stage-{stage}", f"{STAGES[stage].title}", parts)
 
 
-def _across(
-    stages: list[str], tables: dict[Output, Any], figures: dict[Output, Element], shown: list[Output]
-) -> list[Element]:
+def _across(tables: dict[Output, Any], figures: dict[Output, Element], shown: list[Output]) -> list[Element]:
     """What is of all stages, a section each."""
     found = []
     for output, table in tables.items():

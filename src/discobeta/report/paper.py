@@ -40,7 +40,6 @@ class Paper:
     """All that is printed. tables, figures: name of the file -> what is in it. absent: study -> who asks for it."""
 
     studies: list[Published]
-    verdicts: list[Verdict]
     tables: dict[str, Table]
     figures: dict[str, Any]
     macros: dict[str, str]
@@ -78,7 +77,7 @@ def make(folder: Path, registered: Registered, digest: str) -> Paper:
         for stage in study.stages:
             if has_frontier(study, stage):
                 figures[f"{_file(study)}-{stage}-frontier"] = paper_figures.frontier_figure(study, stage)
-    return Paper(studies, verdicts, tables, figures, dict(macros(studies, verdicts, tables)), absent)
+    return Paper(studies, tables, figures, dict(macros(studies, verdicts, tables)), absent)
 
 
 def write(folder: Path, registered: Registered, digest: str, output: Path) -> Paper:
@@ -362,7 +361,7 @@ def _macros(
         for key, value in (("p", verdict.p), ("p holm", verdict.p_holm), ("p against holm", verdict.against_holm)):
             if not math.isnan(value):
                 yield macro_name(name, key), p_value(value), f"{name} {key}"
-    for of in ("supported", "equivalent", "contradicted", "undecided", "undecidable"):
+    for of in hypotheses.VERDICTS:
         yield macro_name(of), str(sum(verdict.verdict == of for verdict in verdicts)), of
 
 

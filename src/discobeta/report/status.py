@@ -26,7 +26,7 @@ from discobeta.design.stages import STAGES
 from discobeta.design.study import Study
 from discobeta.errors import UserError
 from discobeta.progress import duration
-from discobeta.report.states import Job, State, jobs_of, last_lines, states_of
+from discobeta.report.states import Job, State, jobs_of, states_of
 
 COUNTED = ("done", "running", "interrupted", "waiting", "failed")
 QUICK = ("world", "pairs", "tokens", "prompts")
@@ -334,8 +334,3 @@ class Screen:
             self.stream.write("\n")
             self.stream.flush()
             self.height = 0
-
-
-def failure(log: Path, count: int = 8) -> list[str]:
-    """The last lines of a job's log, for whoever is told that it has failed."""
-    return [f"  | {line}" for line in last_lines(log, count)] or ["  | (nothing is in it)"]

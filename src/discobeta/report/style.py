@@ -129,8 +129,6 @@ UNITS = {
 }
 """Metric -> its unit, where an axis says more of it than a column; r* is the reward by which the world draws labels."""
 
-BETTER = {"↑": "higher", "↓": "lower"}
-
 
 def words_of(name: str) -> str:
     """A metric and its unit, e.g. `NLL (nats per pair)`."""
