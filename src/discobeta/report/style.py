@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -204,10 +203,3 @@ def spans_of(numbers: Iterable[int]) -> str:
         else:
             spans.append([number])
     return ", ".join("-".join(map(str, span)) for span in spans)
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of `#rrggbb`, between 0 (black) and 1 (white): what is left of a colour in grey (sRGB)."""
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return math.fsum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
