@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Study
-from discobeta.report.measures import PANELS
+from discobeta.report.measures import METRICS
 from discobeta.report.published import read_metrics
-
-TITLES = {metric.name: metric for panel in PANELS.values() for metric in panel}
 
 
 def headline(study: Study) -> str:
@@ -19,7 +17,7 @@ def headline(study: Study) -> str:
         of_stage = frame[frame.stage == stage]
         means = of_stage.groupby(["arm", "metric"]).value.mean().unstack()
         seeds = of_stage.groupby("arm").seed.nunique()
-        metrics = [TITLES[name] for name in STAGES[stage].compared if name in means and name in TITLES]
+        metrics = [METRICS[name] for name in STAGES[stage].compared if name in means and name in METRICS]
         if not metrics:
             continue
         rows = [[STAGES[stage].title, *(" ".join(metric.header.split()) for metric in metrics)]]
