@@ -13,6 +13,7 @@ from discobeta.report.effects import comparisons, effects_frame, factorial, shor
 from discobeta.report.marks import interval_words, seed_points
 from discobeta.report.measures import MEASURES
 from discobeta.report.results import Results
+from discobeta.report.statistics import INTERVAL_FROM
 from discobeta.report.style import (
     COLUMN,
     FAINT,
@@ -77,7 +78,7 @@ def draw_effects(axes: Axes, panel: pd.DataFrame) -> None:
     for place, row in enumerate(panel.to_dict("records")):
         look = look_of_effect(row["contrast"])
         seed_points(axes, place, row["differences"], look, across=True, width=0.24)
-        if row["n_seeds"] > 5 and abs(row["difference"]) <= row["ci95"]:
+        if row["n_seeds"] >= INTERVAL_FROM and abs(row["difference"]) <= row["ci95"]:
             axes.lines[-1].set(markerfacecolor="white", markeredgecolor=look.colour, markeredgewidth=0.9)
         if place and panel.stage.iloc[place - 1] != row["stage"]:
             axes.axhline(place - 0.5, color=FAINT, linewidth=0.4)

@@ -11,10 +11,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from discobeta.design.arms import IDEAS, Arm
 from discobeta.design.study import Run
-from discobeta.report.marks import INTERVAL_FROM, interval_words, seed_points
+from discobeta.report.marks import interval_words, seed_points
 from discobeta.report.measures import SCALES, SIGMAS
 from discobeta.report.results import Found, Results
-from discobeta.report.statistics import mean_ci
+from discobeta.report.statistics import INTERVAL_FROM, mean_ci
 from discobeta.report.style import (
     COLUMN,
     FAINT,

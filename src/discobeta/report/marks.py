@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from discobeta.report.statistics import mean_ci
+from discobeta.report.statistics import INTERVAL_FROM, mean_ci
 from discobeta.report.style import INK, Look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INTERVAL_FROM = 6
 DOTS = {"markersize": 2.2, "alpha": 0.6, "markeredgewidth": 0}
 """Of single seeds."""
 
