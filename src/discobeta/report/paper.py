@@ -323,13 +323,10 @@ def _macros(
     for study in studies:
         yield macro_name(study.name, "seeds"), str(len(study.seeds)), f"{study.name} seeds"
         for stage in study.stages:
-            for row in tables[f"{_file(study)}-{stage}"].frame.to_dict("records"):
-                who = [study.name, stage, BY_NAME[row["arm"]].label, row["variant"], _posthoc(row)]
-                for name in MEASURES:
-                    if name in row:
-                        yield from of_row([*filter(None, who), name], row, name, MEASURES[name].decimals)
-            for row in _rows(tables, f"{_file(study)}-{stage}-sweep"):
-                who = [study.name, stage, BY_NAME[row["arm"]].label, row["variant"], f"beta={row['pref_beta']:g}"]
+            rows = _rows(tables, f"{_file(study)}-{stage}")
+            for row in rows + _rows(tables, f"{_file(study)}-{stage}-sweep"):
+                of = f"beta={row['pref_beta']:g}" if "pref_beta" in row else _posthoc(row)
+                who = [study.name, stage, BY_NAME[row["arm"]].label, row["variant"], of]
                 for name in MEASURES:
                     if name in row:
                         yield from of_row([*filter(None, who), name], row, name, MEASURES[name].decimals)
