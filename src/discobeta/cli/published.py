@@ -37,9 +37,7 @@ def _published_command(commands, name: str, function, help: str) -> argparse.Arg
 
 
 def verdicts(arguments: argparse.Namespace) -> None:
-    from discobeta.files import write_text
-    from discobeta.folders import claim
-    from discobeta.report import error_rates, hypotheses
+    from discobeta.report import error_rates, hypotheses, tables
 
     registered = hypotheses.read(arguments.hypotheses)
     made_by = {"hypotheses": hypotheses.digest(arguments.hypotheses)}
@@ -54,10 +52,7 @@ def verdicts(arguments: argparse.Namespace) -> None:
         rows = hypotheses.json_rows(registered, found)
     print(json.dumps(rows, indent=1, ensure_ascii=False) if arguments.json else table.markdown(), end="")
     if arguments.output:
-        files = {f"{name}.{ending}": ending for ending in ("csv", "md", "tex")}
-        claim(arguments.output, f"discobeta {name}", files)
-        for file, ending in files.items():
-            write_text(arguments.output / file, table.text(ending, name))
+        tables.write_one(table, arguments.output, name, f"discobeta {name}")
 
 
 def paper(arguments: argparse.Namespace) -> None:

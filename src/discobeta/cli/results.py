@@ -47,16 +47,11 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def _compare_studies(arguments: argparse.Namespace) -> int:
-    from discobeta.files import write_text
-    from discobeta.folders import claim
-    from discobeta.report import studies
+    from discobeta.report import studies, tables
 
     found = studies.pair(tuple(arguments.studies), arguments.metrics)
     table = found.table()
     print(found.json() + "\n" if arguments.json else table.markdown(), end="")
     if arguments.output:
-        names = {f"studies.{ending}": ending for ending in ("csv", "md", "tex")}
-        claim(arguments.output, "discobeta compare", names)
-        for name, ending in names.items():
-            write_text(arguments.output / name, table.text(ending, "studies"))
+        tables.write_one(table, arguments.output, "studies", "discobeta compare")
     return 0

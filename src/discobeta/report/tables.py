@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from discobeta.files import write_text
 from discobeta.folders import claim
 from discobeta.report import outputs
 from discobeta.report.collect import config_text
+from discobeta.report.render import Table
 from discobeta.report.results import Results
 
 
@@ -19,3 +22,11 @@ def write(results: Results) -> None:
     for output, table in tables:
         for ending in output.row.endings:
             write_text(directory / f"{output.name}.{ending}", table.text(ending, output.name))
+
+
+def write_one(table: Table, directory: Path, name: str, made_by: str) -> None:
+    """A table of more than one study. name: stem of its files."""
+    endings = ("csv", "md", "tex")
+    claim(directory, made_by, [f"{name}.{ending}" for ending in endings])
+    for ending in endings:
+        write_text(directory / f"{name}.{ending}", table.text(ending, name))
