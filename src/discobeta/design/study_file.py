@@ -254,14 +254,14 @@ DIFFERENT = FailFast(), AfterValidator(_different), Field(min_length=1, json_sch
 """What makes of a list one of different values."""
 
 
-def _an_arm(name: str) -> str:
+def an_arm(name: str) -> str:
     if name not in ARM_NAMES:
         raise ValueError(f"no arm is called {shown(name)}; the arms are {', '.join(ARM_NAMES)}")
     return name
 
 
 def _an_arm_without_idle_heads(name: str) -> str:
-    if Arm.from_name(_an_arm(name)).is_idle:
+    if Arm.from_name(an_arm(name)).is_idle:
         raise ValueError(f"{name} has an idle head, which changes nothing: name {Arm.from_name(name).twin.name}")
     return name
 
@@ -400,7 +400,7 @@ class StudyKeys(Section):
         "for as many (`gpu:`)",
     )
     arms: Annotated[
-        list[Annotated[str, AfterValidator(_an_arm)]],
+        list[Annotated[str, AfterValidator(an_arm)]],
         *DIFFERENT,
         BeforeValidator(lambda arms: ARM_NAMES if arms == "all" else arms),
         WithJsonSchema({"anyOf": [ARMS_SCHEMA, {"const": "all"}]}),

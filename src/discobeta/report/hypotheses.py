@@ -27,9 +27,10 @@ from typing import Annotated, Any, Literal, Self
 import pandas as pd
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from discobeta.design.arms import BY_NAME, Arm
+from discobeta.design.arms import BY_NAME
 from discobeta.design.config import FIELDS
 from discobeta.design.stages import STAGES
+from discobeta.design.study_file import an_arm
 from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, did_you_mean, shown
 from discobeta.report import frontier, published
@@ -59,17 +60,11 @@ class _Mapping(BaseModel):
         return settings
 
 
-def _an_arm(name: str) -> str:
-    if name not in BY_NAME:
-        raise ValueError(f"no arm is called {shown(name)}; the arms are {', '.join(BY_NAME)}")
-    return name
-
-
 class Term(_Mapping):
     """One run of a seed, and its weight in the difference."""
 
     weight: Annotated[float, Field(strict=False, allow_inf_nan=False)]
-    arm: Annotated[str, AfterValidator(_an_arm)]
+    arm: Annotated[str, AfterValidator(an_arm)]
     variant: str = ""
     metric: str | None = None  # instead of the hypothesis's
 
@@ -121,9 +116,8 @@ class Hypothesis(_Mapping):
         if len(set(cells)) < len(cells):
             raise ValueError("contrast: the same run stands there twice")
         for term in self.contrast:
-            arm = BY_NAME[term.arm]
-            if arm.trained_as(self.stage) != arm:
-                raise ValueError(f"contrast: {self.stage} trains no {term.arm}: it is {_name(arm, self.stage)} there")
+            if (trained := BY_NAME[term.arm].trained_as(self.stage).name) != term.arm:
+                raise ValueError(f"contrast: {self.stage} trains no {term.arm}: it is {trained} there")
             if self.matched and term.metric:
                 raise ValueError("contrast: metric may not stand here: at matched KL all runs have the same")
         return self
@@ -144,10 +138,6 @@ class Hypothesis(_Mapping):
         name = self.matched.value if self.matched else self.metric
         known = MEASURES.get(name) or MEASURES.get(name.rpartition("/")[2])
         return known.decimals if known else 3
-
-
-def _name(arm: Arm, stage: str) -> str:
-    return arm.trained_as(stage).name
 
 
 class Registered(_Mapping):
