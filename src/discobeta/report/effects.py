@@ -27,7 +27,7 @@ from discobeta.design.stages import STAGES
 from discobeta.design.study import Study
 from discobeta.report.collect import collect, of_grid, provenance, provenance_line
 from discobeta.report.estimates import estimate, interval_header
-from discobeta.report.measures import MEASURES, METRICS, TESTED
+from discobeta.report.measures import MEASURES, METRICS, TESTED, one_line
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, number, seeds_column
 from discobeta.report.results import Results, enumerate_seeds
 from discobeta.report.statistics import INTERVAL_FROM, bootstrap, holm, mean_ci, sign_flip_p
@@ -194,7 +194,7 @@ def _columns(results: Results, header: str) -> list[Column]:
     seeds = results.study.seeds
     return [
         Column("Stage", lambda row: row["stage"], is_number=False),
-        Column("Metric", lambda row: METRICS[row["metric"]].header.replace("\n", " "), is_number=False),
+        Column("Metric", lambda row: one_line(METRICS[row["metric"]].header), is_number=False),
         Column(header, lambda row: row["contrast"], is_number=False),
         seeds_column(),
         Column(interval_header(seeds), lambda row: difference(row, seeds)),

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
+from discobeta.report.measures import one_line
 from discobeta.report.render import NOTHING, Table
 
 Element: TypeAlias = ET.Element
@@ -94,7 +95,7 @@ def grid(
 
 def _words(cell: Content) -> list[Content]:
     """A line break of a header is a place to break it, which a wide column need not."""
-    return [cell.replace("-\n", "-").replace("\n", " ")] if isinstance(cell, str) else [cell]
+    return [one_line(cell)] if isinstance(cell, str) else [cell]
 
 
 def table_of(table: Table) -> list[Element]:

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from discobeta.design.arms import IDEAS, Arm, State
 
 
+def one_line(title: str) -> str:
+    """A title without its line breaks."""
+    return title.replace("-\n", "-").replace("\n", " ")
+
+
 @dataclass(frozen=True)
 class Metric:
     """How a number of metrics.json is printed."""
@@ -25,7 +30,7 @@ class Metric:
 
     @property
     def words(self) -> str:
-        return self.title.replace("\n", " ")
+        return one_line(self.title)
 
 
 PANELS = {

@@ -41,7 +41,7 @@ from discobeta.report.html import (
     table_of,
     tag,
 )
-from discobeta.report.measures import METRICS, Metric
+from discobeta.report.measures import METRICS, Metric, one_line
 from discobeta.report.outputs import Output
 from discobeta.report.render import NOTHING, number
 from discobeta.report.results import Found, Results, seeds_text
@@ -206,12 +206,7 @@ def _four_arms(results: Results) -> list[Content]:
         for stage in spans
     ]  # fmt: skip
     names = [
-        tag(
-            "th",
-            metric.header.replace("-\n", "-").replace("\n", " "),
-            scope="col",
-            class_="number start" if begins else "number",
-        )
+        tag("th", one_line(metric.header), scope="col", class_="number start" if begins else "number")
         for (_, metric), begins in zip(answer.columns, first, strict=True)
     ]
     spread = [[cells[place] for _, cells in answer.rows] for place in range(len(answer.columns))]
@@ -627,7 +622,7 @@ def _group(results: Results, runs: list[Run]) -> Element:
         title_of = METRICS[name].header if name in METRICS else name
         decimals = METRICS[name].decimals if name in METRICS else 4
         values = (_plain_number(one.metrics.get(name), decimals) for one in found.values())
-        rows.append([title_of.replace("-\n", "-").replace("\n", " "), *values])
+        rows.append([one_line(title_of), *values])
     header = ["", *(f"Seed {run.seed}" for run in runs)]
     table = grid(header, rows, [False, *(True for _ in runs)])
     table.set("class", "group")

@@ -27,7 +27,7 @@ from discobeta.report.effects import p_value, with_seeds
 from discobeta.report.estimates import estimate, interval_header, interval_words
 from discobeta.report.frontier import REWARD, frontiers, has_frontier, kl_of
 from discobeta.report.hypotheses import Registered, Verdict
-from discobeta.report.measures import FURTHER, MEASURES
+from discobeta.report.measures import FURTHER, MEASURES, one_line
 from discobeta.report.published import Published, Source, label_of, printed_rows, variant_label
 from discobeta.report.render import Column, Panel, Row, Table, escape, number, seeds_column
 from discobeta.report.statistics import INTERVAL_FROM, mean_ci, sign_flip_p
@@ -261,7 +261,7 @@ def effects_table(study: Published) -> Table:
     frame = effects.tested_effects(study, study.frame)
     columns = [
         Column("Stage", lambda row: row["stage"], is_number=False),
-        Column("Metric", lambda row: MEASURES[row["metric"]].header.replace("\n", " "), is_number=False),
+        Column("Metric", lambda row: one_line(MEASURES[row["metric"]].header), is_number=False),
         Column("Effect", lambda row: row["contrast"], is_number=False),
         seeds_column(),
         Column(interval_header(study.seeds), lambda row: effects.difference(row, study.seeds)),

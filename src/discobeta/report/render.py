@@ -11,6 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from discobeta.report.measures import one_line
+
 Row = Mapping[str, Any]
 
 NOTHING = "–"
@@ -58,7 +60,7 @@ class Panel:
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Headers on one line, and the texts of each row."""
-        header = [column.header.replace("-\n", "-").replace("\n", " ") for column in self.columns]
+        header = [one_line(column.header) for column in self.columns]
         return header, [[column.text(row) for column in self.columns] for row in self.rows]
 
 

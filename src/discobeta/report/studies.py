@@ -21,7 +21,7 @@ from discobeta.errors import UserError, shorten
 from discobeta.report import published
 from discobeta.report.collect import UNKNOWN
 from discobeta.report.effects import JUDGED_BY_THE_ARM, p_value
-from discobeta.report.measures import LANDMARKS, MEASURES, TESTED, Metric
+from discobeta.report.measures import LANDMARKS, MEASURES, TESTED, Metric, one_line
 from discobeta.report.published import Published, Source, label_of
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, number
 from discobeta.report.results import enumerate_seeds
@@ -52,7 +52,7 @@ class Pairing:
         columns = [
             Column("Stage", lambda row: row["stage"], is_number=False),
             Column("Cell", self._cell, is_number=False),
-            Column("Metric", lambda row: _metric(row).header.replace("\n", " "), is_number=False),
+            Column("Metric", lambda row: one_line(_metric(row).header), is_number=False),
             Column("Seeds", lambda row: str(row["n_seeds"])),
             Column("A", lambda row: number(row["mean_a"], _metric(row).decimals)),
             Column("B", lambda row: number(row["mean_b"], _metric(row).decimals)),

@@ -131,7 +131,7 @@ UNITS = {
 
 def words_of(name: str) -> str:
     """A metric and its unit, e.g. `NLL (nats per pair)`."""
-    title = MEASURES[name].words.replace("Rao- Blackwell", "Rao-Blackwell")
+    title = MEASURES[name].words
     unit = UNITS.get(name, MEASURES[name].unit)
     return f"{title} ({unit})" if unit else title
 
