@@ -17,6 +17,7 @@ from discobeta.design.arms import Arm
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Run
 from discobeta.report.marks import End, interval_words, name_ends, seed_lines
+from discobeta.report.render import capitalised
 from discobeta.report.results import Results
 from discobeta.report.style import (
     COLUMN,
@@ -128,7 +129,7 @@ class Course:
             if any(run.arm not in self.drawn for run in self.runs):
                 words.append("thin dots: with an idle head, on the line of the arm without it")
             text = "; ".join(filter(None, words))
-            footer(figure, self.results, self.runs, f"{text[:1].upper()}{text[1:]}." if text else "")
+            footer(figure, self.results, self.runs, f"{capitalised(text)}." if text else "")
         return figure
 
     def draw_panel(self, axes: Axes, panel: Panel) -> list[End]:

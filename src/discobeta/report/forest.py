@@ -12,6 +12,7 @@ from discobeta.report.collect import collect
 from discobeta.report.effects import comparisons, effects_frame, factorial, short_label
 from discobeta.report.marks import interval_words, seed_points
 from discobeta.report.measures import MEASURES
+from discobeta.report.render import capitalised
 from discobeta.report.results import Results
 from discobeta.report.statistics import INTERVAL_FROM
 from discobeta.report.style import (
@@ -58,7 +59,7 @@ def effects_forest(results: Results) -> Figure:
         words = interval_words(frame.n_seeds.astype(int), lines=False)
         words += "; (n/N): n of N seeds" if (frame.n_seeds < frame.n_expected).any() else ""
         words += "; hollow: the interval holds zero" if "bar" in words else ""
-        footer(figure, results, runs, f"{words[:1].upper()}{words[1:]}. Effects are paired over seeds." * bool(words))
+        footer(figure, results, runs, f"{capitalised(words)}. Effects are paired over seeds." * bool(words))
     return figure
 
 

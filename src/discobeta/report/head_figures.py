@@ -13,6 +13,7 @@ from discobeta.design.arms import IDEAS, Arm
 from discobeta.design.study import Run
 from discobeta.report.marks import interval_words, seed_points
 from discobeta.report.measures import SCALES, SIGMAS
+from discobeta.report.render import capitalised
 from discobeta.report.results import Found, Results
 from discobeta.report.statistics import INTERVAL_FROM, mean_ci
 from discobeta.report.style import (
@@ -204,7 +205,7 @@ def _of_arms(
         n = [seeds_of(arm, there) for arm in arms]
         bars = interval_words([seeds for seeds in n if seeds >= INTERVAL_FROM], lines=False).partition(";")[0]
         text = note.format(f" ({bars})" * bool(bars))
-        footer(figure, results, runs, f"{text[:1].upper()}{text[1:]}." if there else "")
+        footer(figure, results, runs, f"{capitalised(text)}." if there else "")
     return figure
 
 

@@ -43,8 +43,9 @@ from discobeta.report.html import (
 )
 from discobeta.report.measures import METRICS, Metric, one_line
 from discobeta.report.outputs import Output
-from discobeta.report.render import NOTHING, number
+from discobeta.report.render import NOTHING, capitalised, number
 from discobeta.report.results import Found, Results, seeds_text
+from discobeta.report.style import label_of
 
 NAME = "report.html"
 STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
@@ -222,7 +223,7 @@ def _four_arms(results: Results) -> list[Content]:
                 continue
             made.append(tag("td", _values(cell, metric, spread[place]), class_=f"number{start}"))
             place += 1
-        body.append(tag("tr", tag("th", _label(arm), scope="row"), made))
+        body.append(tag("tr", tag("th", label_of(arm), scope="row"), made))
     seeds = len(study.seeds)
     caption = (
         f"The arms without idle heads: mean over {seeds} seeds, and every seed as a dot" if seeds > 1
@@ -252,11 +253,6 @@ def _four_arms(results: Results) -> list[Content]:
         tag("tbody", body), class_="answer",
     )  # fmt: skip
     return [boxed(table, caption), tag("ul", [tag("li", note) for note in notes], class_="notes")]
-
-
-def _label(arm: Arm) -> str:
-    label = arm.label
-    return label[0].upper() + label[1:]
 
 
 def _values(cell: Cell, metric: Metric, column: list[Cell]) -> list[Content]:
@@ -375,8 +371,7 @@ def _across(tables: dict[Output, Any], figures: dict[Output, Element], shown: li
     found = []
     for output, table in tables.items():
         if output.stage is None and table.panels:
-            title = output.title[0].upper() + output.title[1:]
-            found.append(_section(f"table-{output.name}", title, _parts_of(output, table)))
+            found.append(_section(f"table-{output.name}", capitalised(output.title), _parts_of(output, table)))
     drawn = [element for output, element in figures.items() if output.stage is None and output not in shown]
     if drawn:
         found.append(_section("figures", "Figures", tag("div", drawn, class_="figures")))
@@ -387,7 +382,7 @@ def _table(output: Output, table: Any) -> Content:
     """The main table of a stage as it is, every other one under its title, and the whole grid folded away."""
     if output.name == output.stage:
         return _parts_of(output, table)
-    title = output.title[0].upper() + output.title[1:]
+    title = capitalised(output.title)
     if output.name.endswith("-grid"):
         return folded(title, _parts_of(output, table))
     return [tag("h3", title), _parts_of(output, table)]
@@ -410,7 +405,7 @@ def _links(folder: str, output: Output) -> Element:
 def _figure(output: Output, results: Results, folder: Path, is_drawn: bool) -> Element:
     text = _caption(output)
     title = output.title if output.stage is None or output.stage in output.title else f"{output.title}, {output.stage}"
-    title = title[0].upper() + title[1:]
+    title = capitalised(title)
     if not is_drawn:
         save(output.make(results), [folder / name for name in output.files if not name.endswith(".pdf")])
     source, width = _image(folder / output.name)
@@ -499,7 +494,7 @@ def _prompt(rows: dict[Run, dict[str, Any]]) -> Element:
     reference = ["Reference", _text(first.get("reference_response")), *(_of_reference(rows, name) for name in known)]
     body = [reference]
     for run, row in rows.items():
-        body.append([_label(run.arm), _text(row.get("response")), *(_value(row.get(name), name) for name in known)])
+        body.append([label_of(run.arm), _text(row.get("response")), *(_value(row.get(name), name) for name in known)])
     header = ["", "Response", *(SHOWN[name] for name in known)]
     table = grid(header, body, [False, False, *(True for _ in known)])
     table.set("class", "responses")  # a handful of rows: nothing to sort

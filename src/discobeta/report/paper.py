@@ -29,7 +29,7 @@ from discobeta.report.frontier import REWARD, frontiers, has_frontier, kl_of
 from discobeta.report.hypotheses import Registered, Verdict
 from discobeta.report.measures import FURTHER, MEASURES, one_line
 from discobeta.report.published import Published, Source, label_of, printed_rows, variant_label
-from discobeta.report.render import Column, Panel, Row, Table, escape, number, seeds_column
+from discobeta.report.render import Column, Panel, Row, Table, capitalised, escape, number, seeds_column
 from discobeta.report.statistics import INTERVAL_FROM, mean_ci, sign_flip_p
 
 MADE_BY = "discobeta paper"
@@ -293,7 +293,7 @@ def macro_name(*parts: str) -> str:
         part = re.sub(r"(?<=\d)\.(?=\d)", "Point", part)
         for word in re.split(r"[^A-Za-z0-9=]+", part):
             spelled = "".join(WORDS.get(letter, letter) for letter in word)
-            words.append(spelled[:1].upper() + spelled[1:])
+            words.append(capitalised(spelled))
     return "val" + "".join(words)
 
 

@@ -28,6 +28,7 @@ from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, shown, telling
 from discobeta.files import check_regular
 from discobeta.report.measures import POSTHOC
+from discobeta.report.render import capitalised
 
 CHOSEN_BY, SWEPT = "calibration/nll", "pref_beta"
 COORDINATES = ["stage", "arm", "variant", "seed", "metric"]
@@ -113,8 +114,7 @@ class Published:
 
 def label_of(source: Source, study: Published | None = None) -> str:
     """E.g. `Disco, probit`; a control's own label, where its study gives one."""
-    label = BY_NAME[source.arm].label
-    return ", ".join(filter(None, [label[0].upper() + label[1:], variant_label(source, study)]))
+    return ", ".join(filter(None, [capitalised(BY_NAME[source.arm].label), variant_label(source, study)]))
 
 
 def variant_label(source: Source, study: Published | None = None) -> str:

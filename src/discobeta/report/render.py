@@ -269,6 +269,11 @@ def _floats(caption: str, label: str, parts: list[tuple[float, str]]) -> Iterato
 # --- texts
 
 
+def capitalised(text: str) -> str:
+    """With a capital first letter, and the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
 def printable(text: str) -> str:
     """The text on one line, with nothing in it that cannot be seen."""
     return "".join(character if character.isprintable() or character == "\u00a0" else " " for character in text)

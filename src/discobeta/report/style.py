@@ -13,7 +13,7 @@ from discobeta.design.arms import CORNERS, Arm
 from discobeta.design.study import Run, Study
 from discobeta.report.collect import provenance
 from discobeta.report.measures import MEASURES
-from discobeta.report.render import printable
+from discobeta.report.render import capitalised, printable
 from discobeta.report.results import Results
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def drawn_arms(study: Study, stage: str) -> list[Arm]:
 
 
 def label_of(arm: Arm) -> str:
-    label = arm.label[0].upper() + arm.label[1:]
+    label = capitalised(arm.label)
     return f"{label}, idle head" if arm.is_idle else label
 
 
