@@ -25,6 +25,7 @@ import numpy as np
 
 from discobeta.design.variants import text_of
 from discobeta.report.published import SWEPT, Published, Source, along, control_of, swept
+from discobeta.report.statistics import beyond_rounding
 
 REWARD, KL = "true_reward", ("kl_rao_blackwell", "kl_per_sequence")
 """What is compared at matched KL, and over which KL: the first that is there."""
@@ -128,9 +129,13 @@ def matched(weights: Mapping[Source, float], found: Mapping[Source, Mapping[int,
             result.ranges[seed] = float(low), float(high)
             total = mean_over(low, high, [(weight, *lines[source]) for source, weight in weights.items()])
             largest = max(float(np.abs(value).max()) for _, value in lines.values())
-            # what is left of the sum of equal numbers is no difference
-            result.differences[seed] = total if abs(total) > 1e-12 * largest else 0.0
+            result.differences[seed] = beyond_rounding(total, largest)
     return result
+
+
+def reasons(undecidable: Mapping[int, str]) -> str:
+    """Of each seed that cannot be compared, why."""
+    return "; ".join(f"seed {seed}: {why}" for seed, why in undecidable.items())
 
 
 def mean_over(low: float, high: float, lines: Sequence[tuple[float, np.ndarray, np.ndarray]]) -> float:

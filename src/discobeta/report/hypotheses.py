@@ -39,7 +39,15 @@ from discobeta.report.estimates import estimate, interval_header
 from discobeta.report.measures import MEASURES
 from discobeta.report.published import Published, Source
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, number
-from discobeta.report.statistics import INTERVAL_FROM, detectable, equivalence_p, holm, mean_ci, sign_flip_p
+from discobeta.report.statistics import (
+    INTERVAL_FROM,
+    beyond_rounding,
+    detectable,
+    equivalence_p,
+    holm,
+    mean_ci,
+    sign_flip_p,
+)
 
 OTHER_WAY = {"less": "greater", "greater": "less"}
 VERDICTS = ("supported", "equivalent", "contradicted", "undecided", "undecidable")
@@ -127,16 +135,20 @@ class Hypothesis(_Mapping):
         return [self.study] if isinstance(self.study, str) else self.study
 
     @property
+    def measured(self) -> str:
+        """The metric of the difference."""
+        return self.matched.value if self.matched else self.metric
+
+    @property
     def words(self) -> str:
         """What is compared, e.g. `True reward at matched KL`."""
-        name = self.matched.value if self.matched else self.metric
+        name = self.measured
         words = MEASURES[name].words if name in MEASURES else name.replace("_", " ")
         return self.quantity or (f"{words} at matched KL" if self.matched else words)
 
     @property
     def decimals(self) -> int:
-        name = self.matched.value if self.matched else self.metric
-        known = MEASURES.get(name) or MEASURES.get(name.rpartition("/")[2])
+        known = MEASURES.get(self.measured) or MEASURES.get(self.measured.rpartition("/")[2])
         return known.decimals if known else 3
 
 
@@ -227,9 +239,7 @@ def differences(hypothesis: Hypothesis, study: Published) -> Differences:
             result.missing[seed] = f"no {', no '.join(absent)}"
             continue
         terms = [weight * found[cell][seed] for cell, weight in weights.items()]
-        total = math.fsum(terms)
-        # what is left of the sum of equal numbers is no difference
-        result.values[seed] = total if abs(total) > 1e-12 * max(map(abs, terms)) else 0.0
+        result.values[seed] = beyond_rounding(math.fsum(terms), max(map(abs, terms)))
     return result
 
 
@@ -385,8 +395,7 @@ def _why_not(found: Differences, n: int, registered: Registered) -> str:
         first, of_first = next(iter(found.missing.items()))
         more = f", and {len(found.missing) - 1} seeds more" if len(found.missing) > 1 else ""
         return f"not complete: seed {first} ({of_first}){more}"
-    said = "; ".join(f"seed {seed}: {why}" for seed, why in found.undecidable.items())
-    more = f" ({said})" if said else ""
+    more = f" ({frontier.reasons(found.undecidable)})" if found.undecidable else ""
     if n < registered.least_seeds:
         return f"{n} seeds can be compared, fewer than {registered.least_seeds}{more}"
     if 2.0**-n > registered.alpha:
@@ -420,8 +429,7 @@ def _decide(verdict: Verdict, tests_in_family: int, registered: Registered) -> N
     else:
         verdict.verdict = "undecided"
     if verdict.found.undecidable:
-        said = "; ".join(f"seed {seed}: {why}" for seed, why in verdict.found.undecidable.items())
-        verdict.found.remarks.insert(0, f"not compared: {said}")
+        verdict.found.remarks.insert(0, f"not compared: {frontier.reasons(verdict.found.undecidable)}")
 
 
 # --- the table

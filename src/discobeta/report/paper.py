@@ -226,7 +226,7 @@ def matched_table(study: Published, stage: str) -> Table:
                 "p": sign_flip_p(values),
                 "kl_low": mean_ci([low for low, _ in ranges])[0],
                 "kl_high": mean_ci([high for _, high in ranges])[0],
-                "undecidable": "; ".join(f"seed {seed}: {why}" for seed, why in result.undecidable.items()),
+                "undecidable": frontier.reasons(result.undecidable),
             }
         )
         found_of.append(result.differences)

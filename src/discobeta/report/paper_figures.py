@@ -176,7 +176,7 @@ def forest(verdicts: list[Verdict], studies: list[Published], digest: str) -> Fi
         grid = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         for axes, ((stage, quantity), panel) in zip(grid, panels.items(), strict=False):
             draw_panel(axes, panel)
-            name = panel[0].hypothesis.matched.value if panel[0].hypothesis.matched else panel[0].hypothesis.metric
+            name = panel[0].hypothesis.measured
             unit = f" ({UNITS[name]})" if name in UNITS else ""
             axes.set_title(f"{stage}: {quantity}{unit}", loc="left", parse_math=False)
             if name in MEASURES and not panel[0].hypothesis.quantity and MEASURES[name].better:

@@ -50,6 +50,11 @@ def student_t(level: float, degrees: int) -> float:
     return math.sqrt(degrees * (1 - x) / x)
 
 
+def beyond_rounding(difference: float, size: float) -> float:
+    """The difference, or 0 if it is what rounding leaves of the sum of equal numbers. size: of the largest of them."""
+    return difference if abs(difference) > 1e-12 * abs(size) else 0.0
+
+
 def wilson(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of a proportion: all q with |p - q| <= z * sqrt(q * (1 - q) / n) (Wilson 1927).
 

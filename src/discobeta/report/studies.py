@@ -25,7 +25,7 @@ from discobeta.report.measures import LANDMARKS, MEASURES, TESTED, Metric, one_l
 from discobeta.report.published import Published, Source, label_of
 from discobeta.report.render import NOTHING, Column, Panel, Row, Table, number
 from discobeta.report.results import enumerate_seeds
-from discobeta.report.statistics import BOOTSTRAP_FROM, holm, mean_ci, sign_flip_p
+from discobeta.report.statistics import BOOTSTRAP_FROM, beyond_rounding, holm, mean_ci, sign_flip_p
 
 COLUMNS = ["stage", "arm", "variant", "metric", "n_seeds", "seeds", "mean_a", "mean_b", "difference", "ci95", "p",
            "p_holm", "differences"]  # fmt: skip
@@ -149,7 +149,7 @@ def _rows(a: Published, b: Published, stage: str, source: Source, metrics: tuple
         seeds = sorted(ours.keys() & theirs.keys())
         if not seeds:
             continue
-        differences = [_without_rounding(theirs[seed] - ours[seed], ours[seed]) for seed in seeds]
+        differences = [beyond_rounding(theirs[seed] - ours[seed], ours[seed]) for seed in seeds]
         mean, half_width = mean_ci(differences)
         yield {
             "stage": stage, "arm": source.arm, "variant": source.variant, "metric": metric,
@@ -160,10 +160,6 @@ def _rows(a: Published, b: Published, stage: str, source: Source, metrics: tuple
             "p": sign_flip_p(differences) if metrics or metric in TESTED else math.nan,
             "differences": differences,
         }  # fmt: skip
-
-
-def _without_rounding(difference: float, size: float) -> float:
-    return difference if abs(difference) > 1e-12 * abs(size) else 0.0
 
 
 def _unpaired(a: Published, b: Published) -> Iterator[str]:
