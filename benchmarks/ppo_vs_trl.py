@@ -54,15 +54,12 @@ def make_inputs(folder: Path, updates: int) -> None:
     """base/ and reward/, random weights with a tokenizer of one word per id, and prompts.jsonl."""
     import numpy as np
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+    from inputs import word_tokenizer
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, VOCABULARY))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w2"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = word_tokenizer(VOCABULARY)
     config = Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=16, intermediate_size=192, tie_word_embeddings=True, max_position_embeddings=64,
