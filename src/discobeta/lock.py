@@ -119,7 +119,7 @@ def acquire(path: Path, me: dict) -> bool:
             take_away(path, holder)
             continue
         if not announced:
-            print(f"{path.parent} {_said_of(holder)}: waiting", file=sys.stderr, flush=True)
+            print(f"{path.parent} {_kept(holder)}: waiting", file=sys.stderr, flush=True)
             announced = True
         if _changes(path):
             waited = True
@@ -128,11 +128,16 @@ def acquire(path: Path, me: dict) -> bool:
     return waited
 
 
-def _said_of(holder: dict) -> str:
+def _kept(holder: dict) -> str:
     if not holder:
         return f"holds a {NAME} that names no process; if nobody touches it, it is taken away"
+    return f"is being written by {said_of(holder)}"
+
+
+def said_of(holder: dict) -> str:
+    """E.g. `process 12 on node-1, Slurm job 7`."""
     job = f", Slurm job {holder['job']}" if holder.get("job") else ""
-    return f"is being written by process {holder.get('pid')} on {holder.get('host')}{job}"
+    return f"process {holder.get('pid')} on {holder.get('host')}{job}"
 
 
 def _create(path: Path, me: dict) -> bool:

@@ -81,7 +81,7 @@ def state_of(directory: str | Path, config: RunConfig | None = None, *, log: Pat
     if (directory / "provenance.json").exists() and (config is None or not (why := _other(directory, config))):
         return State("done", steps, steps)
     if (holder := living_holder(directory)) is not None:
-        return State("running", last_step(directory) or 0, steps, _pace(directory), said_of(holder))
+        return State("running", last_step(directory) or 0, steps, _pace(directory), lock.said_of(holder))
     if (directory / "provenance.json").exists():
         return State("waiting", None, steps, detail=why)
     if log is not None and (complaint := complaint_in(log)):
@@ -109,12 +109,6 @@ def living_holder(directory: Path) -> dict[str, Any] | None:
     if holder is None or lock.is_dead(holder) or silent > 4 * lock.BEAT + 60:
         return None
     return holder
-
-
-def said_of(holder: dict[str, Any]) -> str:
-    """E.g. `process 12 on node-1, Slurm job 7`."""
-    job = f", Slurm job {holder['job']}" if holder.get("job") else ""
-    return f"process {holder.get('pid')} on {holder.get('host')}{job}"
 
 
 def complaint_in(log: Path) -> str:
@@ -312,7 +306,7 @@ def _evaluation(job: Job, config: RunConfig, training: State) -> State:
     else:
         why = ""
     if (holder := living_holder(directory)) is not None:
-        return State("running", detail=said_of(holder))
+        return State("running", detail=lock.said_of(holder))
     if complaint := complaint_in(job.log):
         return State("failed", detail=complaint)
     if not job.target.exists() and _is_fresh(job.log):
