@@ -250,10 +250,10 @@ def _plan(config: RunConfig, state: State) -> dict[str, str]:
     whole = steps
     if config.stop_after_steps and (config.max_steps > 0 or rows):
         whole = config.max_steps if config.max_steps > 0 else total_steps(config, schedule_of(config, rows[0], 1))
-    long = config.max_steps > 0 or f"{config.num_train_epochs:g} epochs"
-    found[f"{row.step}s"] = f"{steps:,}" if steps else f"{long if long is not True else config.max_steps}"
-    if whole and steps and whole != steps:
-        found[f"{row.step}s"] += f" of a schedule of {whole:,} (stop_after_steps)"
+    length = f"{config.max_steps}" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
+    found[f"{row.step}s"] = (f"{steps:,}" if steps else length) + (
+        f" of a schedule of {whole:,} (stop_after_steps)" if whole and steps and whole != steps else ""
+    )
     batch = f"{size:,} {noun} on one device"
     if row.step_factors:
         optimiser = math.prod(getattr(config, key) for key in row.step_factors)
@@ -262,13 +262,10 @@ def _plan(config: RunConfig, state: State) -> dict[str, str]:
     found["passes"] = f"of at most {config.tokens_per_pass:,} tokens, padding included; a row has up to " + (
         f"twice {config.cutoff_len:,}" if row.has_pairs else f"{config.cutoff_len:,} + {config.max_new_tokens:,}"
     )
+    found["learning rate"] = f"{config.learning_rate:g}, {config.lr_scheduler_type}"
     if whole:
         warmup = config.warmup_steps or math.ceil(whole * config.warmup_ratio)
-        found["learning rate"] = f"{config.learning_rate:g}, {config.lr_scheduler_type}" + (
-            f" after {warmup:,} {row.step}s of warm-up" if warmup else ", no warm-up"
-        )
-    else:
-        found["learning rate"] = f"{config.learning_rate:g}, {config.lr_scheduler_type}"
+        found["learning rate"] += f" after {warmup:,} {row.step}s of warm-up" if warmup else ", no warm-up"
     if config.finetuning_type == "lora" and config.lora_rank:
         alpha = config.lora_alpha or 2 * config.lora_rank
         found["trained"] = f"LoRA of rank {config.lora_rank} on {config.lora_target}, alpha {alpha}"
