@@ -101,7 +101,7 @@ def evaluate(
     (directory / "evaluation_cost.json").write_text(json.dumps({"seconds": seconds}))
     pd.DataFrame(examples).to_parquet(directory / "examples.parquet")
     own, _ = RunConfig.from_mapping(read_yaml(directory / "config.yaml"))
-    record.write_evaluation(directory, config or own, metrics, {})
+    record.write_evaluation(directory, config or own, metrics, {}, directory)
     evaluation = files.read_sealed(directory / "evaluation.json")
     files.write_sealed(directory / "evaluation.json", evaluation | {"kernels": "AVX2"})
 

@@ -272,17 +272,17 @@ def cost(seconds: float, startup_seconds: float, counts: dict[str, int], device:
 
 
 def write_evaluation(
-    directory: Path, config: RunConfig, measured: dict[str, Any], facts: dict[str, Any], run: Path | None = None
+    directory: Path, config: RunConfig, measured: dict[str, Any], facts: dict[str, Any], run: Path
 ) -> None:
     """evaluation.json, which says what of which run was measured and how, and then metrics.json, whose presence says
     that it was measured whole.
 
-    config: with the settings of this evaluation; run: the directory of the run, where it is not `directory`.
+    config: with the settings of this evaluation; run: the directory of the run that was measured.
     """
     text = files.json_text(measured)
     written = {name: files.sha256(directory / name) for name in EVALUATION[2:] if (directory / name).is_file()}
     written["metrics.json"] = hashlib.sha256(text.encode()).hexdigest()
-    measured_run = files.sha256((run or directory) / "provenance.json")
+    measured_run = files.sha256(run / "provenance.json")
     settings = config.settings_of("evaluation")
     record = {"run": measured_run, "settings": settings, "files": written, "kernels": _kernels(), **facts}
     files.write_sealed(directory / "evaluation.json", record)
