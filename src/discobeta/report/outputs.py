@@ -92,8 +92,7 @@ def predicts(study: Study, stage: str) -> bool:
 
 def stands_beside(study: Study, stage: str) -> bool:
     """Whether it has controls or a sweep, or a baseline that evaluation calibrates."""
-    calibrates = "calibration_dataset" in study.data(study.draws()[0])
-    return bool(study.variants_of(stage)) or (STAGES[stage].has_pairs and calibrates)
+    return bool(study.variants_of(stage)) or (STAGES[stage].has_pairs and study.has_calibration())
 
 
 def answers(study: Study, stage: str) -> bool:
