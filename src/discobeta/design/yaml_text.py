@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import nullcontext
 from itertools import pairwise
@@ -136,6 +137,11 @@ _IN_A_WORD = (
     yaml.StreamStartToken, yaml.StreamEndToken, yaml.ScalarToken, yaml.KeyToken, yaml.ValueToken, yaml.FlowEntryToken,
     yaml.FlowSequenceStartToken, yaml.FlowSequenceEndToken, yaml.FlowMappingStartToken, yaml.FlowMappingEndToken,
 )  # fmt: skip
+
+
+def as_yaml(value: Any) -> str:
+    """A value as it would stand in a YAML, on a line."""
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
 def write_yaml(settings: dict[str, Any], path: Path) -> None:

@@ -19,6 +19,7 @@ from discobeta.design.arms import CORNERS, Arm
 from discobeta.design.config import read_by
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Run
+from discobeta.design.yaml_text import as_yaml
 from discobeta.errors import UserError, telling
 from discobeta.files import write_text
 from discobeta.folders import claim
@@ -588,15 +589,11 @@ def _settings(results: Results, stage: str, groups: dict[tuple[Arm, str], list[R
     for key, value in configs[first].items():
         if key == "output_dir" or stage not in read_by(key):
             continue
-        different = [f"{run.name}: {_setting(configs[run][key])}" for run in others if configs[run][key] != value]
-        rows.append([tag("code", key), _setting(value), "; ".join(different)])
+        different = [f"{run.name}: {as_yaml(configs[run][key])}" for run in others if configs[run][key] != value]
+        rows.append([tag("code", key), as_yaml(value), "; ".join(different)])
     header = ["Key", f"{first.name}, seed {first.seed}", "Others, where they differ"]
     table = boxed(grid(header, rows, [False] * 3, class_="settings"), f"Settings of {stage}")
     return folded(f"Settings of {stage}", table, class_="unprinted")
-
-
-def _setting(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
 def _group(results: Results, runs: list[Run]) -> Element:

@@ -7,7 +7,6 @@ what it is, of a YAML what would become of it.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
@@ -32,7 +31,7 @@ from discobeta.design.config import (
 )
 from discobeta.design.schedule import schedule_of, total_steps
 from discobeta.design.stages import BASE_STAGE, STAGES
-from discobeta.design.yaml_text import read_yaml
+from discobeta.design.yaml_text import as_yaml, read_yaml
 from discobeta.errors import UserError
 from discobeta.report import states
 from discobeta.report.states import State
@@ -425,9 +424,9 @@ def _parts(sheet: Sheet) -> Iterator[str]:
         yield "\n".join(["What it reads", *(f"  {name}\n      {text}" for name, text in rows)])
     yield _table(
         "Settings that differ from their defaults",
-        {name: f"{_value(one['value'])} (default {_value(one['default'])})" for name, one in sheet.changed.items()},
+        {name: f"{as_yaml(one['value'])} (default {as_yaml(one['default'])})" for name, one in sheet.changed.items()},
     )
-    rest = ", ".join(f"{name}: {_value(value)}" for name, value in sheet.defaults.items())
+    rest = ", ".join(f"{name}: {as_yaml(value)}" for name, value in sheet.defaults.items())
     yield "At their defaults\n" + textwrap.fill(
         rest, 118, initial_indent="  ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
@@ -445,11 +444,6 @@ def _table(title: str, rows: dict[str, str]) -> str:
         return f"{title}\n  none"
     width = max(map(len, rows))
     return "\n".join([title, *(f"  {name:{width}}  {value}" for name, value in rows.items())])
-
-
-def _value(value: Any) -> str:
-    """As it would stand in a YAML, on a line."""
-    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
 def _number(value: float) -> str:
