@@ -21,7 +21,7 @@ from discobeta.report.compare import EQUAL
 from discobeta.report.estimates import estimate, interval_words
 from discobeta.report.measures import LANDMARKS, MEASURES, METRICS, PANELS, arm_text
 from discobeta.report.neutrality import neutrality_frame
-from discobeta.report.render import NOTHING, Column, Panel, Row, Table, number, seeds_column, yes_no
+from discobeta.report.render import NOTHING, Column, Panel, Row, Table, number, seeds_column
 from discobeta.report.results import Results, overlap_note
 from discobeta.report.statistics import mean_ci
 
@@ -172,7 +172,7 @@ def grid_table(results: Results, stage: str) -> Table:
         Column("Arm", lambda row: arm_text(row["arm"]) if row["arm"] else NOTHING, is_number=False),
         seeds_column(),
     ]
-    cells = [Column(flag, lambda row, flag=flag: yes_no(row[flag]), is_number=False) for flag in FLAGS]
+    cells = [Column(flag, lambda row, flag=flag: "yes" if row[flag] else "no", is_number=False) for flag in FLAGS]
     cells += [Column("Status", _status, is_number=False), which[0], which[1]]
     compared = [metric_column(name, study.seeds) for name in STAGES[stage].compared]
     numbers = f"{title}: the arms of the grid, those with idle heads too. {interval_words(study.seeds)}"

@@ -96,7 +96,8 @@ class Table:
         """Texts are escaped here, where they become Markdown: what came with a run is no markup."""
         parts = []
         for panel in self.panels:
-            header, *body = [list(map(markdown, cells)) for cells in (lambda top, rows: [top, *rows])(*panel.cells())]
+            head, rows = panel.cells()
+            header, *body = [list(map(markdown, cells)) for cells in (head, *rows)]
             widths = [max(map(len, cells)) for cells in zip(header, *body, strict=True)]
             ends = [":" if column.is_number else "-" for column in panel.columns]
             rule = [end.rjust(max(width, 3), "-") for end, width in zip(ends, widths, strict=True)]
@@ -306,7 +307,3 @@ def count(n: int, expected: int) -> str:
 
 def seeds_column() -> Column:
     return Column("Seeds", lambda row: count(row["n_seeds"], row["n_expected"]))
-
-
-def yes_no(value: bool) -> str:
-    return "yes" if value else "no"
