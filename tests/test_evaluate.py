@@ -14,8 +14,11 @@ from discobeta import cli, record
 from discobeta.design.config import RunConfig
 from discobeta.errors import UserError
 from discobeta.metrics import EVALUATION_COLUMNS
+from discobeta.model.attention import OBEYS
+from discobeta.run import load
 from discobeta.run.evaluate import evaluate, preference_metrics
 from discobeta.run.responses import policy_metrics
+from discobeta.run.samples import samples
 
 pytestmark = pytest.mark.numeric
 
@@ -299,3 +302,26 @@ def test_responses_of_which_none_ends_are_warned_of(capsys):
     assert policy_metrics(answers_of([0.5, 0.25], [False, False]))["eos_rate"] == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("discobeta: eos_rate is 0: none of 2 sampled responses ends within 5 tokens; max_new_tokens")
+
+
+@pytest.mark.parametrize("reader", ["evaluate", "samples"])
+def test_models_beside_a_policy_share_its_base_and_its_attention(reader, run, monkeypatch):
+    """In memory is one base and what each adapter adds; and each model was asked whether it obeys masks, on which it
+    hangs by which kernel of a GPU it attends."""
+    reward_model = run("rm", name="rm")
+    directory = run("ppo", reward_model=str(reward_model), max_new_tokens=4, num_eval_generations=4, max_steps=1)
+    together, seen = load.together, []
+    monkeypatch.setattr(load, "together", lambda *models: [seen.append(models), together(*models)][1])
+    if reader == "evaluate":
+        evaluate(directory)
+    else:  # of held-out prompts, which a ppo run need not have
+        samples(directory, [{"prompt": "user red blue assistant"}])
+    ((stage, reference, judge),) = seen
+    models = [stage.model.get_base_model(), reference, judge.model.get_base_model()]
+    of_base = {name for name, _ in reference.model.named_parameters()}
+    for name in of_base:
+        owner, _, leaf = name.rpartition(".")
+        layers = [model.model.get_submodule(owner) for model in models]
+        first, *rest = (getattr(getattr(layer, "base_layer", layer), leaf) for layer in layers)
+        assert all(weight is first for weight in rest), name
+    assert all(OBEYS[model] for model in models)

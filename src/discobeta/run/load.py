@@ -18,7 +18,8 @@ from discobeta.method import reward
 from discobeta.run import places
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from discobeta.method.heads import Heads
@@ -142,6 +143,25 @@ def load_stage(run: Record) -> Stage:
     from discobeta.method.stage import stage_class
 
     return stage_class(run.config.stage).trained(run.config, run.directory)
+
+
+def together(stage: Stage, *others: nn.Module) -> torch.device:
+    """Bring models that are on the CPU to the device that there is, which it returns: what several of them hold of
+    frozen weights is there once, and each has been asked whether it obeys masks, so that on a GPU all that do attend by
+    the same kernel (`attention.mask_of`) and their differences are none of kernels."""
+    import torch
+
+    from discobeta.method.stage import Stage
+    from discobeta.model.forward import share_frozen_weights
+    from discobeta.model.layout import obeys_masks
+
+    for one in (stage, *others):
+        obeys_masks(one.model if isinstance(one, Stage) else one)
+    share_frozen_weights(stage, *others)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for one in (stage, *others):
+        one.to(device)
+    return device
 
 
 def load_reward_model(source: str | Path, *, base: str | Path | None = None, **settings) -> RewardModel:

@@ -8,6 +8,7 @@ arXiv:2401.01879): arms are compared at an equal KL by construction.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,23 +46,45 @@ UNWRITTEN = ("kl", "mark_kl")
 """Columns of sampled responses whose means are metrics, and that stand in no file."""
 
 
+@dataclass
+class Beside:
+    """What the responses of a run are measured beside, on the CPU when it is made."""
+
+    prompts: list[np.ndarray]
+    given: Answers | None  # of the reference, where they were sampled before
+    reference: nn.Module | None  # None where only its answers are wanted, and are there
+    judges: list[runs.RewardModel]  # of ppo
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return [*([] if self.reference is None else [self.reference]), *(judge.stage for judge in self.judges)]
+
+
+def beside(run: record.Record, data: TokenisedData) -> Beside:
+    """Raises UserError if a reward model is not what the run was trained with."""
+    config, row = run.config, STAGES[run.config.stage]
+    prompts = reference_answers.prompts_of(config, data)
+    given = reference_answers.read(config, prompts)
+    judges = runs.load_reward_models(config) if row.judge else []
+    if judges:
+        run.check_fact("reward_model", identity.one_of([judge.fingerprint for judge in judges]), config.reward_model)
+    return Beside(prompts, given, load_reference(config) if row.is_policy or given is None else None, judges)
+
+
 def measure_responses(
-    stage: Stage, data: TokenisedData, run: record.Record, tokenizer: Any
+    stage: Stage, others: Beside, data: TokenisedData, run: record.Record, tokenizer: Any
 ) -> tuple[pd.DataFrame | None, dict[str, Any], str]:
     """What a policy answers to prompts (None of a reward model), the metrics of responses, and the hash of the
     reference's."""
-    config, row = run.config, STAGES[run.config.stage]
-    prompts = reference_answers.prompts_of(config, data)
+    config, row, prompts = run.config, STAGES[run.config.stage], others.prompts
     sampled = []
     if row.is_policy:
         each = config.generations_per_prompt
         sampled = reference_answers.sample(config, stage.model, tokenizer, prompts, "policy", each)
-    given = reference_answers.read(config, prompts)
-    reference = load_reference(config).to(stage.device) if row.is_policy or given is None else None
-    given = given or reference_answers.answer(config, reference, tokenizer, prompts)
+    given = others.given or reference_answers.answer(config, others.reference, tokenizer, prompts)
     measured, answers = {}, None
     if row.is_policy:
-        answers = compare_answers(stage, reference, data, run, tokenizer, prompts, sampled, given)
+        answers = compare_answers(stage, others, data, run, tokenizer, sampled, given)
         measured |= policy_metrics(answers)
         answers = answers.drop(columns=[name for name in UNWRITTEN if name in answers])
     if row.has_pairs and config.best_of:
@@ -74,11 +97,10 @@ def measure_responses(
 
 def compare_answers(
     stage: Stage,
-    reference: nn.Module,
+    others: Beside,
     data: TokenisedData,
     run: record.Record,
     tokenizer: Any,
-    prompts: list[np.ndarray],
     sampled: list[np.ndarray],
     given: Answers,
 ) -> pd.DataFrame:
@@ -91,7 +113,8 @@ def compare_answers(
     several reward models they have the mean (`metrics.mean_scores`).
     """
     config, each = run.config, run.config.generations_per_prompt
-    beside = given.first(len(prompts), each)
+    prompts, reference, judges = others.prompts, others.reference, others.judges
+    theirs = given.first(len(prompts), each)
     repeated = [prompt for prompt in prompts for _ in range(each)]
     divergence = divergences(stage.model, reference, Responses(repeated, sampled), config)
     terms = divergence["kl_terms"]
@@ -102,18 +125,16 @@ def compare_answers(
             "prompt": [tokenizer.decode(ids) for ids in repeated],
             **({"sample": np.tile(np.arange(each), len(prompts))} if each > 1 else {}),
             "response": [response_text(tokenizer, ids) for ids in sampled],
-            "reference_response": [response_text(tokenizer, ids) for ids in beside],
+            "reference_response": [response_text(tokenizer, ids) for ids in theirs],
             "length": [len(ids) for ids in sampled],
             "ended": [has_ended(ids, stops) for ids in sampled],
             "log_ratio": divergence["log_ratio"].double().numpy(),
             "kl": [of_tokens.sum() for of_tokens in kl_terms],
         }
     )
-    if STAGES[config.stage].judge:
-        judges = runs.load_reward_models(config)
-        run.check_fact("reward_model", identity.one_of([judge.fingerprint for judge in judges]), config.reward_model)
+    if judges:
         translations = [judge.translation(config, reference, tokenizer) for judge in judges]
-        scores = [scores_of(judges, translations, config, stage, repeated, texts) for texts in (sampled, beside)]
+        scores = [scores_of(judges, translations, config, repeated, texts) for texts in (sampled, theirs)]
         for side, values in zip(("", "reference_"), metrics.mean_scores(*scores), strict=True):
             answers[f"{side}reward"] = values
         if (log_s := stage.log_s_of(reference, prompts)) is not None:
@@ -137,13 +158,12 @@ def compare_answers(
 
 
 def scores_of(
-    judges: list[runs.RewardModel], translations: list[Any], config: RunConfig, stage: Stage,
+    judges: list[runs.RewardModel], translations: list[Any], config: RunConfig,
     prompts: list[np.ndarray], responses: list[np.ndarray],
 ) -> np.ndarray:  # fmt: skip
-    """(N, M) scores of N responses by M reward models, on the device of the stage."""
+    """(N, M) scores of N responses by M reward models."""
     columns = []
     for judge, translation in zip(judges, translations, strict=True):
-        judge.stage.to(stage.device)
         texts = (prompts, responses) if translation is None else translation(prompts, responses)
         columns.append(judge.score_ids(*texts, config.per_device_eval_batch_size)[0].double().numpy())
     return np.stack(columns, 1)

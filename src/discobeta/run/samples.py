@@ -140,8 +140,6 @@ def _scored(run: record.Record, asked: list[Asked] | None, count: int, base: Any
 def _sampled(
     run: record.Record, asked: list[Asked] | None, count: int, reward_model: str | None
 ) -> list[dict[str, Any]]:
-    import torch
-
     from discobeta.inputs.answers import sample
     from discobeta.model.generation import response_text
     from discobeta.model.kernels import choose_kernels
@@ -153,12 +151,14 @@ def _sampled(
     tokenizer = load_tokenizer(config)
     examples = [Example(one["prompt"], source=f"prompt {place}") for place, one in enumerate(asked or (), 1)]
     prompts = _prompt_ids(run, examples, count, tokenizer)
-    stage = runs.load_stage(run)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stage, reference = runs.load_stage(run), load_reference(config)
+    if reward_model:
+        judges = [runs.load_reward_model(reward_model, **runs.judge_settings(config))]
+    else:
+        judges = runs.load_reward_models(config)
+    runs.together(stage, reference, *(judge.stage for judge in judges))
     each = config.generations_per_prompt
-    stage.to(device)
     own = sample(config, stage.model, tokenizer, prompts, "policy", each)
-    reference = load_reference(config).to(device)
     other = sample(config, reference, tokenizer, prompts, "reference", each)
     repeated = [prompt for prompt in prompts for _ in range(each)]
     rows = [
@@ -171,16 +171,12 @@ def _sampled(
         }
         for prompt, response, beside in zip(repeated, own, other, strict=True)
     ]
-    if reward_model:
-        judges = [runs.load_reward_model(reward_model, **runs.judge_settings(config))]
-    else:
-        judges = runs.load_reward_models(config)
     if judges:
         translations = [judge.translation(config, reference, tokenizer) for judge in judges]
         if examples:  # a translation knows the rows of the run's data
             for translation in filter(None, translations):
                 translation.add(examples, config, RowReport("prompts", len(examples)), "prompts for the reward model")
-        scores = [scores_of(judges, translations, config, stage, repeated, texts) for texts in (own, other)]
+        scores = [scores_of(judges, translations, config, repeated, texts) for texts in (own, other)]
         for side, values in zip(("", "reference_"), metrics.mean_scores(*scores), strict=True):
             for row, value in zip(rows, values.tolist(), strict=True):
                 row[f"{side}reward"] = value
