@@ -321,19 +321,51 @@ def test_what_is_estimated_for_that_gpu_brackets_what_was_measured(monkeypatch):
             assert step.low < paid[step.name].seconds < step.high, step.name
 
 
-def test_operations_of_a_pass_are_those_that_torch_counts(base):
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma2", "gpt_neox", "nemotron", "phi", "starcoder2"])
+def test_operations_of_a_pass_are_those_that_torch_counts(kind, tmp_path):
     """torch counts all of the (T, T) attention, of which a causal one needs half."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
-    shape = shape_of(json.loads((base / "config.json").read_text()))
+    sizes = {"vocab_size": 19, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind != "gpt_neox":  # which has as many heads of keys and values
+        sizes["num_key_value_heads"] = 2
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    config = AutoConfig.for_model(kind, **sizes, **special, intermediate_size=64, head_dim=8)
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    shape = shape_of(json.loads((tmp_path / "config.json").read_text()))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros(3, 16, dtype=torch.long))
     causal = shape.forward(3 * 16, 16, with_logits=3 * 16)
     rotations = counter.get_total_flops() - causal - 2 * 3 * 16 * 16 * shape.attention
     assert 0 <= rotations < 0.01 * causal
+
+
+@pytest.mark.parametrize(("kind", "why"), [("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts")])
+def test_experts_are_not_taken_for_layers_that_all_tokens_pass(kind, why, tmp_path):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(KeyError, match="expert"):
+        shape_of(json.loads((tmp_path / "config.json").read_text()))
+
+
+def test_what_was_measured_is_said_of_a_base_whose_work_cannot_be_worked_out(tmp_path, monkeypatch, capsys):
+    """GPT-2's config has other names of its sizes; where a card is asked for, that is the answer."""
+    from transformers import GPT2Config
+
+    monkeypatch.chdir(tmp_path)
+    GPT2Config(n_layer=2, n_embd=32, n_head=2).save_pretrained(tmp_path / "gpt2")
+    study = SETTINGS | {"environment": "cuda", "stages": ["rm"], "base": {"model_name_or_path": "gpt2"}}
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    words = ["cost", "--configfile", "study.yaml", "--rows", "train=100"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "Not measured, and in no sum: rm" in said and "No estimate of what was not measured: config.json of" in said
+    assert cli.main([*words, "--card", "A100"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_the_shape_of_qwen3_is_that_of_its_card():

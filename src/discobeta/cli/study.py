@@ -63,12 +63,19 @@ def cost(arguments: argparse.Namespace) -> None:
     card = study_cost.bytes_of(arguments.memory) if arguments.memory else None
     study = read_study(arguments)
     rows = counts.rows_given(arguments.rows) or _counted(study)
-    guess = None
+    guess = unable = None
     if rows and not study.sft and (study.environment == "cuda" or arguments.card):
         from discobeta.run.flops import Arithmetic
 
-        guess = Arithmetic(study, arguments.card or "A100", rows)
+        try:
+            guess = Arithmetic(study, arguments.card or "A100", rows)
+        except UserError as error:  # what was measured is known all the same
+            if arguments.card:
+                raise
+            unable = f"No estimate of what was not measured: {error}"
     print(study_cost.report(study, arguments.measured, rows, guess))
+    if unable:
+        print(unable)
     if arguments.memory is not None:
         from discobeta.run import memory
 

@@ -65,13 +65,23 @@ class Shape:
         return 2 * tokens * self.body + 2 * tokens * longest * self.attention + 2 * with_logits * self.head
 
 
+UNGATED = {"gpt_neox", "nemotron", "phi", "starcoder2"}
+"""Kinds of model whose feed-forward layers are two matrices, and whose config.json has the keys of those with three."""
+
+
 def shape_of(settings: dict[str, Any]) -> Shape:
-    """Of a config.json with gated feed-forward layers (Llama, Qwen, Mistral, Gemma, …). Raises KeyError otherwise."""
+    """Of a config.json of a decoder through which every token goes alike (Llama, Qwen, Mistral, Gemma, Phi, …).
+
+    Raises KeyError where it says too little, and for experts, of which a token sees a few.
+    """
+    if experts := next((name for name in settings if "expert" in name and settings[name]), None):
+        raise KeyError(experts)
+    matrices = 2 if settings.get("model_type") in UNGATED else 3
     hidden, layers, heads = (settings[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     size = settings.get("head_dim") or hidden // heads
     groups = settings.get("num_key_value_heads") or heads
     of_attention = hidden * size * (2 * heads + 2 * groups)
-    body = layers * (of_attention + 3 * hidden * settings["intermediate_size"])
+    body = layers * (of_attention + matrices * hidden * settings["intermediate_size"])
     return Shape(body, hidden * settings["vocab_size"], layers * heads * size, layers)
 
 
@@ -88,7 +98,9 @@ def read_shape(study: Study) -> Shape:
     try:
         return shape_of(settings)
     except (KeyError, TypeError, ZeroDivisionError):
-        raise UserError(f"config.json of {name} does not say the sizes of a decoder") from None
+        raise UserError(
+            f"config.json of {name} does not say the sizes of a decoder whose layers all tokens pass"
+        ) from None
 
 
 class Arithmetic:
