@@ -98,9 +98,7 @@ def read_shape(study: Study) -> Shape:
     try:
         return shape_of(settings)
     except (KeyError, TypeError, ZeroDivisionError):
-        raise UserError(
-            f"config.json of {name} does not say the sizes of a decoder whose layers all tokens pass"
-        ) from None
+        raise UserError(f"config.json of {name} does not say the sizes of layers that all tokens pass") from None
 
 
 class Arithmetic:
