@@ -75,7 +75,7 @@ MADE_OF = {
             "cli/study",
             "closure",
             "design/config",
-            "design/cost",
+            "run/cost",
             "design/keys",
             "design/study_file",
             "design/study_sections",
