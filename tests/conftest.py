@@ -14,9 +14,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
-for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # ignored under nohup, and in the background of a script
+# Under nohup, and in the background of a script, signals are ignored, which the processes that tests start would
+# inherit; a handler that does nothing is inherited by none.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
     if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, lambda *_: None)
 
 WORDS = [
     "<pad>",

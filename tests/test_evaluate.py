@@ -316,7 +316,7 @@ def test_models_beside_a_policy_share_its_base_and_its_attention(reader, run, mo
         evaluate(directory)
     else:  # of held-out prompts, which a ppo run need not have
         samples(directory, [{"prompt": "user red blue assistant"}])
-    ((stage, reference, judge),) = seen
+    *_, (stage, reference, judge) = seen
     models = [stage.model.get_base_model(), reference, judge.model.get_base_model()]
     of_base = {name for name, _ in reference.model.named_parameters()}
     for name in of_base:

@@ -238,3 +238,15 @@ def test_what_closes_a_training_response_stops_generation(model):
     assert has_ended(closed, stops) and "?" not in response_text(tokenizer, closed)
     before = np.append(closed[:-1], eos)
     assert response_text(tokenizer, closed) == response_text(tokenizer, before) != ""
+
+
+def test_whether_prompts_may_be_padded_is_tried_in_the_precision_of_the_weights(base):
+    """Under autocast two kernels may differ by bfloat16's rounding, which is no reason to sample by length."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network, seen = AutoModelForCausalLM.from_pretrained(base).eval(), []
+    network.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        sample(network, AutoTokenizer.from_pretrained(base), PROMPTS, max_new_tokens=3)
+    assert seen[:2] == [False, False] and len(seen) > 2 and all(seen[2:])  # the trial's two passes, then the sampling's

@@ -72,9 +72,18 @@ class OtherEpsRMSNorm(PlainRMSNorm):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps + 1e-3)
 
 
+class BiasedRMSNorm(PlainRMSNorm):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        return super().forward(x) + self.bias
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_only_a_norm_of_x_alone_with_a_weight_and_this_epsilon_is_fused(dtype):
-    kinds = PlainRMSNorm, GatedRMSNorm, WeightlessRMSNorm, OtherEpsRMSNorm
+    kinds = PlainRMSNorm, GatedRMSNorm, WeightlessRMSNorm, OtherEpsRMSNorm, BiasedRMSNorm
     model = nn.ModuleList([kind() for kind in kinds]).to(dtype)
     assert fused(kernels.fuse_norms(model)) == ["0"]
 

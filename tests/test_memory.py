@@ -180,15 +180,15 @@ def test_a_stage_that_cannot_be_worked_out_is_a_line_of_its_own(tmp_path, monkey
 
 
 def test_no_more_is_sampled_at_once_than_at_all(base):
-    """Keys and values of all 16 responses, or of 8 x per_device_eval_batch_size; ppo's of an update, or of the first
-    256, whose scores are standardised."""
+    """Keys and values of a response to each of 16 prompts, or of 8 x per_device_eval_batch_size; ppo's of an update, or
+    of the first 256, whose scores are standardised."""
     of_one = 1000 * LAYERS * 2 * 2 * 8 * 2  # bytes of 1,000 tokens, as in the test above
 
     def grown(stage, **changes):
         found = [peaks(base, stage, max_new_tokens=new, **changes)["sampling"] for new in (1000, 2000)]
         return (found[1] - found[0]) / of_one
 
-    assert grown("dpo", num_eval_generations=8, generations_per_prompt=2, per_device_eval_batch_size=4) == 16
+    assert grown("dpo", num_eval_generations=16, generations_per_prompt=3, per_device_eval_batch_size=4) == 16
     assert grown("dpo", num_eval_generations=300, per_device_eval_batch_size=4) == 32
     small = {"per_device_train_batch_size": 8, "ppo_buffer_size": 2, "per_device_eval_batch_size": 64}
     assert grown("ppo", num_eval_generations=0, ppo_score_norm=False, **small) == 16

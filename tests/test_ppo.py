@@ -976,3 +976,15 @@ def test_bad_input_is_refused(go, upstream, base, tmp_path, changes, says):
         go(name="refused", **changes)
     assert len(str(refusal.value)) < 400 and str(refusal.value).count("\n") <= 1
     assert not (tmp_path / "refused" / "provenance.json").exists()
+
+
+def test_no_gradient_is_held_while_responses_are_sampled(go, monkeypatch):
+    respond, held = ProximalPolicy.respond, []
+
+    def watched(stage, *given):
+        held.append(sum(weight.grad is not None for weight in stage.parameters()))
+        return respond(stage, *given)
+
+    monkeypatch.setattr(ProximalPolicy, "respond", watched)
+    go(ppo_score_norm=False)
+    assert held == [0, 0, 0]

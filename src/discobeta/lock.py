@@ -119,7 +119,7 @@ def acquire(path: Path, me: dict) -> bool:
             take_away(path, holder)
             continue
         if not announced:
-            print(f"{path.parent} {_kept(holder)}: waiting", file=sys.stderr, flush=True)
+            print(f"{path.parent} {_words_of(holder)}: waiting", file=sys.stderr, flush=True)
             announced = True
         if _changes(path):
             waited = True
@@ -128,7 +128,7 @@ def acquire(path: Path, me: dict) -> bool:
     return waited
 
 
-def _kept(holder: dict) -> str:
+def _words_of(holder: dict) -> str:
     if not holder:
         return f"holds a {NAME} that names no process; if nobody touches it, it is taken away"
     return f"is being written by {said_of(holder)}"

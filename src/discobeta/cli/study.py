@@ -63,7 +63,7 @@ def cost(arguments: argparse.Namespace) -> None:
     card = study_cost.bytes_of(arguments.memory) if arguments.memory else None
     study = read_study(arguments)
     rows = counts.rows_given(arguments.rows) or _counted(study)
-    guess = unable = None
+    guess, unable = None, ""
     if rows and not study.sft and (study.environment == "cuda" or arguments.card):
         from discobeta.run.flops import Arithmetic
 
@@ -72,10 +72,8 @@ def cost(arguments: argparse.Namespace) -> None:
         except UserError as error:  # what was measured is known all the same
             if arguments.card:
                 raise
-            unable = f"No estimate of what was not measured: {error}"
-    print(study_cost.report(study, arguments.measured, rows, guess))
-    if unable:
-        print(unable)
+            unable = str(error)
+    print(study_cost.report(study, arguments.measured, rows, guess, unable))
     if arguments.memory is not None:
         from discobeta.run import memory
 

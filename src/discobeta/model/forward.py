@@ -190,24 +190,27 @@ def switch_off_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def share_frozen_weights(*models: nn.Module) -> None:
+def share_frozen_weights(*models: nn.Module, device: torch.device | None = None) -> None:
     """Keep one copy of every frozen weight that several models hold: policy, critic, reward model and
     reference mostly stand on the same base, and only adapters tell them apart.
 
-    Weights that are trained, or that differ in one bit, stay apart.
+    Weights that are trained, or that differ in one bit, stay apart. device: where frozen weights are brought, one after
+    the other, so that there is never a second copy of a model; by default they stay where they are.
     """
-    kept: dict[tuple, list[nn.Parameter]] = {}
+    kept: dict[tuple, list[Tensor]] = {}
     for model in models:
         for module in model.modules():
-            for name, weight in module.named_parameters(recurse=False):
-                if weight.requires_grad:
+            for name, own in module.named_parameters(recurse=False):
+                if own.requires_grad:
                     continue
+                weight = own if device is None else own.to(device)
                 start = tuple(weight.detach().flatten()[:8].tolist())
                 alike = kept.setdefault((weight.shape, weight.dtype, weight.device, start), [])
                 same = next((other for other in alike if other is weight or torch.equal(other, weight)), None)
                 if same is None:
-                    alike.append(weight)
-                else:
+                    same = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+                    alike.append(same)
+                if same is not own:
                     setattr(module, name, same)
 
 

@@ -72,6 +72,8 @@ def fuse_norms(model: nn.Module) -> nn.Module:
             continue
         if weight.ndim != 1 or len(signature(kind.forward).parameters) != 2:
             continue
+        if [name for name, _ in (*norm.named_parameters(), *norm.named_buffers())] != ["weight"]:  # a bias
+            continue
         tried = deepcopy(norm).to_empty(device="cpu")  # with weights of its own: it may have none yet
         tried.weight.copy_(torch.linspace(0.5, 1.5, len(weight), device="cpu"))
         x = torch.linspace(-2, 3, len(weight), dtype=weight.dtype, device="cpu")[None]

@@ -1,1 +1,1 @@
-"""One run: training, checkpoints, evaluation, and how it is read again."""
+"""One run: training, checkpoints, evaluation, how it is read again; and what runs will take: time and memory."""

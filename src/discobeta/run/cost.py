@@ -98,15 +98,16 @@ def report(
     folder: Path | None = None,
     rows: Count | None = None,
     guess: Arithmetic | None = None,
+    unable: str = "",
 ) -> str:
     """The estimate as text.
 
     folder: tables to take rates from; default the study's own, then published ones. rows: those of the study, where
-    they are not tokenised yet; guess: what is said of a step that was not measured.
+    they are not tokenised yet; guess: what is said of a step that was not measured; unable: why there is no guess.
     """
     measured = find(study, folder)
     steps = estimate(study, measured, rows, guess)
-    on_gpu = measured.on_gpu if measured else guess is not None
+    on_gpu = measured.on_gpu if measured else guess is not None or study.environment == "cuda"
     unit = "GPU-hours" if on_gpu else "CPU-hours"
     known, unknown = ([step for step in steps if (step.seconds is None) == missing] for missing in (False, True))
     jobs, memory = sum(step.jobs for step in steps), pd.Series([step.memory for step in steps]).max()
@@ -130,6 +131,8 @@ def report(
         )
     if guess and any(step.rate == "estimate" for step in steps):
         lines.append(f"Estimate: {guess.said}")
+    if unable and unknown:
+        lines.append(f"No estimate of what was not measured: {unable}")
     if unknown or any(step.rate == "estimate" for step in steps):
         names = ", ".join(step.name for step in unknown)
         lines.append(

@@ -33,7 +33,7 @@ from discobeta.model.layout import pairs_for
 from discobeta.model.pretrained import load_tokenizer
 from discobeta.run import card, elsewhere, posthoc
 from discobeta.run import load as runs
-from discobeta.run.responses import beside, measure_responses
+from discobeta.run.responses import measure_responses
 from discobeta.run.truth import is_probability, known, scale_metrics, topic_name, truth_numbers, without_gaps
 from discobeta.run.votes import vote_metrics
 
@@ -110,13 +110,12 @@ def _evaluate(
         )
     stage = runs.load_stage(run)
     preflight.check(stage.model, data, config, tokenizer)
-    others = beside(run, data) if config.reference_samples else None
-    device = runs.together(stage, *(others.models if others else ()))
+    parts = {name: rows for name, rows in data.parts().items() if name != "train"} if row.has_pairs else {}
+    columns = stage.columns(config, parts, write=False)  # before the stage is on the device: it may need a model there
+    device = runs.together(stage)
     examples = answers = None
     measured: dict[str, Any] = {}
     if row.has_pairs:
-        parts = {name: rows for name, rows in data.parts().items() if name != "train"}
-        columns = stage.columns(config, parts, write=False)
         pairs = {name: pairs_for(stage.model, config, rows, columns[name]) for name, rows in parts.items()}
         examples, states = compare_all(stage, pairs["eval"], with_states="calibration" in pairs)
         measured |= preference_metrics(examples)
@@ -127,8 +126,8 @@ def _evaluate(
                 of_pairs = margins_of(examples, states), margins_of(calibration, their_states)
                 if controls := posthoc.measure(*of_pairs, config.seed):
                     measured["posthoc"] = controls
-    if others:
-        answers, of_responses, facts["reference_answers"] = measure_responses(stage, others, data, run, tokenizer)
+    if config.reference_samples:
+        answers, of_responses, facts["reference_answers"] = measure_responses(stage, data, run, tokenizer)
         measured |= of_responses
     if output != directory:
         elsewhere.claim(output)

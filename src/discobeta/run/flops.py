@@ -65,7 +65,9 @@ class Shape:
         return 2 * tokens * self.body + 2 * tokens * longest * self.attention + 2 * with_logits * self.head
 
 
-UNGATED = {"gpt_neox", "nemotron", "phi", "starcoder2"}
+UNGATED = {
+    "apertus", "arcee", "biogpt", "gpt_neox", "jais2", "nanochat", "nemotron", "persimmon", "phi", "starcoder2",
+}  # fmt: skip
 """Kinds of model whose feed-forward layers are two matrices, and whose config.json has the keys of those with three."""
 
 
@@ -150,7 +152,7 @@ class Arithmetic:
         answered = [self.study.config(run) for run in runs if self.study.is_answered(run)]
         if work == "answers" and answered and answered[0].bf16:
             config = answered[0]
-            return self._sampling(config, config.num_eval_generations * config.reference_samples)
+            return self._sampling(config, config.num_eval_generations, config.reference_samples)
         return None
 
     def evaluation(self, run: Run) -> tuple[float, float] | None:
@@ -162,7 +164,7 @@ class Arithmetic:
         if row.has_pairs:
             low, high = self._of(self.held_out * self._pass(config), self._passes(config, self.held_out))
         if row.is_policy and config.num_eval_generations:
-            more = self._sampling(config, config.num_eval_generations * config.generations_per_prompt)
+            more = self._sampling(config, config.num_eval_generations, config.generations_per_prompt)
             low, high = low + more[0], high + more[1]
         return low, high
 
@@ -204,13 +206,14 @@ class Arithmetic:
         updates = rows / update
         return low + updates * sampled[0], high + updates * sampled[1]
 
-    def _sampling(self, config: RunConfig, responses: int) -> tuple[float, float]:
-        """All responses are as long as max_new_tokens, 8 x per_device_eval_batch_size at a time."""
-        batches = math.ceil(responses / (8 * config.per_device_eval_batch_size))
+    def _sampling(self, config: RunConfig, prompts: int, each: int = 1) -> tuple[float, float]:
+        """`each` responses to every prompt, one after the other, and 8 x per_device_eval_batch_size prompts at a time;
+        all responses are as long as max_new_tokens."""
+        batches = each * math.ceil(prompts / (8 * config.per_device_eval_batch_size))
         reading = 2 * (self.shape.body + self.shape.head) / self.bandwidth
-        prompts = self._of(responses * self.shape.forward(self._row(config), self._row(config)), batches)
+        read = self._of(each * prompts * self.shape.forward(self._row(config), self._row(config)), batches)
         steps = batches * config.max_new_tokens
-        return prompts[0] + steps * reading, prompts[1] + steps * max(reading, HOST * self.shape.layers)
+        return read[0] + steps * reading, read[1] + steps * max(reading, HOST * self.shape.layers)
 
     def _of(self, operations: float, launches: float) -> tuple[float, float]:
         """Seconds at best and at worst. launches: as how many passes forward its kernels are launched."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,9 +146,9 @@ def load_stage(run: Record) -> Stage:
 
 
 def together(stage: Stage, *others: nn.Module) -> torch.device:
-    """Bring models that are on the CPU to the device that there is, which it returns: what several of them hold of
-    frozen weights is there once, and each has been asked whether it obeys masks, so that on a GPU all that do attend by
-    the same kernel (`attention.mask_of`) and their differences are none of kernels."""
+    """Bring models to the device that there is, which it returns. What several of them hold of frozen weights is there
+    once, and no model twice on the way; and each has been asked whether it obeys masks, so that on a GPU all that do
+    attend by the same kernel (`attention.mask_of`) and their differences are none of kernels."""
     import torch
 
     from discobeta.method.stage import Stage
@@ -157,8 +157,8 @@ def together(stage: Stage, *others: nn.Module) -> torch.device:
 
     for one in (stage, *others):
         obeys_masks(one.model if isinstance(one, Stage) else one)
-    share_frozen_weights(stage, *others)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    share_frozen_weights(stage, *others, device=device)
     for one in (stage, *others):
         one.to(device)
     return device
@@ -205,10 +205,10 @@ def _load_reward_model(
     return RewardModel(stage.model, tokenizer, stage.heads, stage.config, stage, identity.folders_hash(*weights))
 
 
-def load_reward_models(config: RunConfig) -> list[RewardModel]:
-    """Those that `reward_model` of a run names, in its order."""
-    also = (config.model_name_or_path,)
-    return [_load_reward_model(name, judge_settings(config), also=also) for name in config.reward_models]
+def load_reward_models(config: RunConfig) -> Iterator[RewardModel]:
+    """Those that `reward_model` of a run names, in its order, one when the one before has been taken."""
+    for name in config.reward_models:
+        yield _load_reward_model(name, judge_settings(config), also=(config.model_name_or_path,))
 
 
 def judge_settings(config: RunConfig) -> dict:
@@ -225,7 +225,7 @@ def given(config: RunConfig) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     for reading in STAGES[config.stage].reads:
         if reading.idea is None:
-            inputs[reading.key] = load_reward_models(config)
+            inputs[reading.key] = list(load_reward_models(config))
         elif getattr(config, reading.key) and config.arm.has(reading.idea):
             inputs[reading.key] = heads.load(Path(getattr(config, reading.key)))
     return inputs

@@ -160,7 +160,6 @@ def fit(
             counts["tokens"] += work.tokens
             number = 0
             for passes in work.minibatches:
-                optimizer.zero_grad(set_to_none=True)
                 for indices in passes:
                     place = (step, number, accelerator.process_index)
                     restart_global_stream(accelerator.device, config.seed, "dropout", *place)
@@ -173,6 +172,7 @@ def fit(
                     means.add(statistics)
                 norms = clip_gradients(groups)
                 optimizer.step()
+                optimizer.zero_grad(set_to_none=True)  # nothing holds them while a policy is sampled from
                 stage.end_step(accelerator)
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()

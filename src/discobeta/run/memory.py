@@ -101,14 +101,18 @@ class NormOnGPU(torch.autograd.Function):
     """torch's rms_norm by the one kernel of a GPU, which keeps its input and one number a row."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, shape: torch.Size, weight: Tensor, eps: float | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), None, torch.empty_like(weight) if ctx.needs_input_grad[2] else None, None
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+def norm_on_gpu(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    return NormOnGPU.apply(input, weight)
 
 
 @contextmanager
@@ -118,7 +122,7 @@ def counting() -> Iterator[Peak]:
 
     replaced = [
         (nn.functional, "scaled_dot_product_attention", attention_on_gpu),
-        (nn.functional, "rms_norm", NormOnGPU.apply),
+        (nn.functional, "rms_norm", norm_on_gpu),
         (kernels, "on_gpu", lambda tensor: True),
         (of_transformers, "is_fake_tensor", lambda tensor: False),  # or its masks are others than those of a run
     ]
@@ -221,15 +225,15 @@ def fullest_pairs(stage: Stage, config: RunConfig, hidden_size: int) -> Pairs:
         columns["entropy"] = torch.zeros(count)
     OBEYS[unwrapped(stage.model)] = True  # which a model without values cannot be asked
 
-    def pairs(tokens: int) -> Pairs:
+    def rows(tokens: int) -> Rows:
         """tokens: of each response."""
         prompts, responses = (np.ones((count, size), np.int32) for size in (1, tokens))
-        return pairs_for(stage.model, config, Rows(prompts, responses, responses), columns)
+        return Rows(prompts, responses, responses)
 
-    longest = pairs(max(1, config.cutoff_len - 1))
-    of_prompts = int(longest.places[0]) - 2 * (config.cutoff_len - 1)
+    longest = pairs_for(stage.model, config, rows(config.cutoff_len - 1), columns)
     _, places = fullest(int(longest.places[0]), config)
-    return pairs(max(1, (places - of_prompts) // 2))
+    of_prompts = 1 if longest.shared else 2
+    return Pairs(rows(max(1, (places - of_prompts) // 2)), columns, shared=longest.shared)
 
 
 def fullest_responses(config: RunConfig, hidden_size: int) -> Any:
@@ -285,8 +289,7 @@ def peaks(config: RunConfig, architecture: PreTrainedConfig) -> dict[str, int]:
         found["training"] = peak.most + beside
         del batch
         if count := most_sampled(config):
-            for weight in trained:
-                weight.grad = None  # in ppo they are gone when a step begins
+            optimizer.zero_grad(set_to_none=True)  # as after each step of training
             if STAGES[config.stage].has_pairs:  # it is sampled from when it is finished, beside its reference
                 optimizer.state.clear()
                 beside = base if config.finetuning_type == "full" else 0
@@ -309,7 +312,7 @@ def most_sampled(config: RunConfig) -> int:
     row = STAGES[config.stage]
     if not row.is_policy:
         return 0
-    at_once = [config.num_eval_generations * config.generations_per_prompt]
+    at_once = [config.num_eval_generations]  # several to a prompt are sampled one after the other
     if not row.has_pairs:
         from discobeta.method.ppo import SCORED_FOR_SCALE
 
@@ -387,7 +390,10 @@ def advice_for(part: str, config: RunConfig, architecture: PreTrainedConfig, car
         yield "sampling does not at any batch size: lower max_new_tokens or cutoff_len"
     else:
         for changes in cures(config):
-            need = peaks(config.replace(**changes), architecture)["training"]
+            try:
+                need = peaks(config.replace(**changes), architecture)["training"]
+            except UserError:  # not every model can be checkpointed
+                continue
             if fits(need, card):
                 named = ", ".join(f"{key}: {value}" for key, value in changes.items()).replace("True", "true")
                 yield f"{named} would ({need / 1e9:.1f})"

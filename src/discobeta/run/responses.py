@@ -9,7 +9,7 @@ arXiv:2401.01879): arms are compared at an equal KL by construction.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -33,6 +33,9 @@ from discobeta.model.pretrained import load_reference
 from discobeta.run import load as runs
 from discobeta.run.truth import scale_metrics, topic_name, truth_numbers, without_gaps
 
+if TYPE_CHECKING:
+    from discobeta.method.translation import Translation
+
 BEST_OF = (4, 16)
 """Of how many responses the best one's true reward is given."""
 
@@ -48,36 +51,42 @@ UNWRITTEN = ("kl", "mark_kl")
 
 @dataclass
 class Beside:
-    """What the responses of a run are measured beside, on the CPU when it is made."""
+    """What the responses of a run are measured beside, on its device."""
 
     prompts: list[np.ndarray]
     given: Answers | None  # of the reference, where they were sampled before
     reference: nn.Module | None  # None where only its answers are wanted, and are there
     judges: list[runs.RewardModel]  # of ppo
-
-    @property
-    def models(self) -> list[nn.Module]:
-        return [*([] if self.reference is None else [self.reference]), *(judge.stage for judge in self.judges)]
+    translations: list[Translation | None]  # into the tokens of each judge
 
 
-def beside(run: record.Record, data: TokenisedData) -> Beside:
-    """Raises UserError if a reward model is not what the run was trained with."""
+def beside(stage: Stage, data: TokenisedData, run: record.Record, tokenizer: Any) -> Beside:
+    """Raises UserError if a reward model is not what the run was trained with, or cannot be given the prompts."""
     config, row = run.config, STAGES[run.config.stage]
     prompts = reference_answers.prompts_of(config, data)
     given = reference_answers.read(config, prompts)
-    judges = runs.load_reward_models(config) if row.judge else []
-    if judges:
+    if not row.is_policy and given is not None:
+        return Beside(prompts, given, None, [], [])
+    reference = load_reference(config)
+    runs.together(stage, reference)
+    judges: list[runs.RewardModel] = []
+    if row.judge:
+        for judge in runs.load_reward_models(config):
+            judges.append(judge)
+            runs.together(stage, reference, *(each.stage for each in judges))
         run.check_fact("reward_model", identity.one_of([judge.fingerprint for judge in judges]), config.reward_model)
-    return Beside(prompts, given, load_reference(config) if row.is_policy or given is None else None, judges)
+    translations = [judge.translation(config, reference, tokenizer) for judge in judges]
+    return Beside(prompts, given, reference, judges, translations)
 
 
 def measure_responses(
-    stage: Stage, others: Beside, data: TokenisedData, run: record.Record, tokenizer: Any
+    stage: Stage, data: TokenisedData, run: record.Record, tokenizer: Any
 ) -> tuple[pd.DataFrame | None, dict[str, Any], str]:
     """What a policy answers to prompts (None of a reward model), the metrics of responses, and the hash of the
     reference's."""
-    config, row, prompts = run.config, STAGES[run.config.stage], others.prompts
-    sampled = []
+    config, row = run.config, STAGES[run.config.stage]
+    others = beside(stage, data, run, tokenizer)
+    prompts, sampled = others.prompts, []
     if row.is_policy:
         each = config.generations_per_prompt
         sampled = reference_answers.sample(config, stage.model, tokenizer, prompts, "policy", each)
@@ -113,7 +122,7 @@ def compare_answers(
     several reward models they have the mean (`metrics.mean_scores`).
     """
     config, each = run.config, run.config.generations_per_prompt
-    prompts, reference, judges = others.prompts, others.reference, others.judges
+    prompts, reference = others.prompts, others.reference
     theirs = given.first(len(prompts), each)
     repeated = [prompt for prompt in prompts for _ in range(each)]
     divergence = divergences(stage.model, reference, Responses(repeated, sampled), config)
@@ -132,9 +141,8 @@ def compare_answers(
             "kl": [of_tokens.sum() for of_tokens in kl_terms],
         }
     )
-    if judges:
-        translations = [judge.translation(config, reference, tokenizer) for judge in judges]
-        scores = [scores_of(judges, translations, config, repeated, texts) for texts in (sampled, theirs)]
+    if judges := others.judges:
+        scores = [scores_of(judges, others.translations, config, repeated, texts) for texts in (sampled, theirs)]
         for side, values in zip(("", "reference_"), metrics.mean_scores(*scores), strict=True):
             answers[f"{side}reward"] = values
         if (log_s := stage.log_s_of(reference, prompts)) is not None:

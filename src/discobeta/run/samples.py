@@ -152,11 +152,17 @@ def _sampled(
     examples = [Example(one["prompt"], source=f"prompt {place}") for place, one in enumerate(asked or (), 1)]
     prompts = _prompt_ids(run, examples, count, tokenizer)
     stage, reference = runs.load_stage(run), load_reference(config)
-    if reward_model:
-        judges = [runs.load_reward_model(reward_model, **runs.judge_settings(config))]
-    else:
-        judges = runs.load_reward_models(config)
-    runs.together(stage, reference, *(judge.stage for judge in judges))
+    runs.together(stage, reference)
+    settings = runs.judge_settings(config)
+    named = [runs.load_reward_model(reward_model, **settings)] if reward_model else runs.load_reward_models(config)
+    judges, translations = [], []
+    for judge in named:
+        judges.append(judge)
+        runs.together(stage, reference, *(each.stage for each in judges))
+        translations.append(judge.translation(config, reference, tokenizer))
+        if examples and translations[-1]:  # a translation knows the rows of the run's data
+            report = RowReport("prompts", len(examples))
+            translations[-1].add(examples, config, report, "prompts for the reward model")
     each = config.generations_per_prompt
     own = sample(config, stage.model, tokenizer, prompts, "policy", each)
     other = sample(config, reference, tokenizer, prompts, "reference", each)
@@ -172,10 +178,6 @@ def _sampled(
         for prompt, response, beside in zip(repeated, own, other, strict=True)
     ]
     if judges:
-        translations = [judge.translation(config, reference, tokenizer) for judge in judges]
-        if examples:  # a translation knows the rows of the run's data
-            for translation in filter(None, translations):
-                translation.add(examples, config, RowReport("prompts", len(examples)), "prompts for the reward model")
         scores = [scores_of(judges, translations, config, repeated, texts) for texts in (own, other)]
         for side, values in zip(("", "reference_"), metrics.mean_scores(*scores), strict=True):
             for row, value in zip(rows, values.tolist(), strict=True):
