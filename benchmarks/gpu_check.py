@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -43,10 +44,11 @@ from discobeta.run import flops
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {
-    "qwen3-0.6b": flops.SHAPES["Qwen/Qwen3-0.6B"] | {"max_position_embeddings": 40_960},
+    "qwen3-0.6b": flops.SHAPES["Qwen/Qwen3-0.6B"],
     "small": {
         "vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 384, "max_position_embeddings": 1024,
+        "model_type": "qwen3", "tie_word_embeddings": True,
     },
 }  # fmt: skip
 ARMS = ("baseline", "disco-used_beta-used", "disco-idle_beta-idle")
@@ -73,11 +75,11 @@ WARMING = 4
 """Steps at the start of a process, of which the first ones load kernels and find sizes, that do not count."""
 
 
-def make_base(folder: Path, shape: dict[str, int]) -> None:
+def make_base(folder: Path, shape: dict[str, Any]) -> None:
     """Random weights of `shape` (rope and norms as in Qwen3-0.6B), and a tokenizer of one word per id."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
     vocabulary = {f"w{i}": i for i in range(shape["vocab_size"] - 2)}
     vocabulary |= {"<pad>": len(vocabulary), "<eos>": len(vocabulary) + 1}
@@ -85,7 +87,7 @@ def make_base(folder: Path, shape: dict[str, int]) -> None:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
     torch.manual_seed(0)
-    config = Qwen3Config(**shape, tie_word_embeddings=True, eos_token_id=vocabulary["<eos>"])
+    config = AutoConfig.for_model(**shape, eos_token_id=vocabulary["<eos>"])
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
@@ -182,7 +184,7 @@ def run_trl(wanted: dict) -> dict:
     return found | {"rows_per_second": wanted["pairs_per_step"] / found["step"]}
 
 
-def utilisation(stage: str, pairs_per_second: float, lengths: list[float], shape: dict[str, int], device: str):
+def utilisation(stage: str, pairs_per_second: float, lengths: list[float], shape: dict[str, Any], device: str):
     """Share of the device's FLOP that the work needs: of a LoRA step with a cached reference, each prompt once
     (`floors.flops_per_pair`). What is computed beyond it does not count, so that all can be compared; None in ppo."""
     device = device.replace("RTX ", "RTX")

@@ -6,11 +6,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 from discobeta import cli
 from discobeta.data.batches import cut
 from discobeta.design.config import RunConfig
+from discobeta.design.study import Study
 from discobeta.model import kernels
 from discobeta.run import memory
 
@@ -217,6 +218,21 @@ def test_a_size_that_is_none_is_refused_in_a_line(base, size, tmp_path, monkeypa
     assert cli.main(["cost", "--configfile", "study.yaml", f"--memory={size}"]) == 2
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1 and "24GB or 80GiB" in message and size in message
+
+
+def test_the_shipped_studies_base_need_not_be_there(monkeypatch, tmp_path, capsys):
+    """Qwen3-0.6B has 596,049,920 weights, by its model card and files; a LoRA run in bf16 holds two bytes of each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    settings = STUDY.format(base="Qwen/Qwen3-0.6B").replace("stages: [dpo, rm]", "stages: [rm]")
+    (tmp_path / "study.yaml").write_text(settings)
+    study = Study.read(["study.yaml"], [])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(memory.architecture_of(study))
+    assert sum(weight.numel() for weight in model.parameters()) == 596_049_920
+    assert cli.main(["cost", "--configfile", "study.yaml", "--memory"]) == 0
+    weights = float(capsys.readouterr().out.split("of which weights and optimiser ")[1].split(")")[0])
+    assert 1.19 < weights < 1.4
 
 
 def test_a_base_that_is_not_there_is_refused_in_a_line(tmp_path, monkeypatch, capsys):

@@ -45,10 +45,11 @@ update of 28.5 s, less some 5 for judging and training, 256 tokens through as ma
 SHAPES = {
     "Qwen/Qwen3-0.6B": {
         "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
-        "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151_936,
+        "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151_936, "model_type": "qwen3",
+        "tie_word_embeddings": True, "max_position_embeddings": 40_960,
     },
 }  # fmt: skip
-"""The base of the shipped studies, so that they can be estimated where it has not been downloaded."""
+"""Of the config.json of the shipped studies' base, so that they can be estimated where it has not been downloaded."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from discobeta.model import kernels
 from discobeta.model.attention import OBEYS
 from discobeta.model.forward import logits_of, trunk, unwrapped, width
 from discobeta.model.layout import pairs_for
+from discobeta.run.flops import SHAPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -138,8 +139,8 @@ def counting() -> Iterator[Peak]:
 
 
 def architecture_of(study: Study) -> PreTrainedConfig:
-    """The config.json of the study's base, of which nothing else is read, or what it will be where it is yet to be
-    trained (with as many words as `vocab_size` of `base: sft:` says)."""
+    """The config.json of the study's base, of which nothing else is read, or what is known of it (`SHAPES`), or what it
+    will be where it is yet to be trained (with as many words as `vocab_size` of `base: sft:` says)."""
     from transformers import AutoConfig
 
     from discobeta.inputs.base import FROM_TOKENIZER, build_architecture
@@ -153,11 +154,17 @@ def architecture_of(study: Study) -> PreTrainedConfig:
 
         return build_architecture(base.model_type, base.config_overrides, Words(**dict.fromkeys(FROM_TOKENIZER[1:], 0)))
     config = study.config(study.largest_runs()[0])
-    with telling(f"--memory: cannot read the config of {config.model_name_or_path}"):
-        return AutoConfig.from_pretrained(
-            config.model_name_or_path, revision=config.model_revision, cache_dir=config.cache_dir,
-            trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
+    name = config.model_name_or_path
+    try:
+        with telling(f"--memory: cannot read the config of {name}"):
+            return AutoConfig.from_pretrained(
+                name, revision=config.model_revision, cache_dir=config.cache_dir,
+                trust_remote_code=config.trust_remote_code,
+            )  # fmt: skip
+    except UserError:
+        if name not in SHAPES:
+            raise
+        return AutoConfig.for_model(**SHAPES[name])
 
 
 def shell(config: RunConfig, architecture: PreTrainedConfig) -> Stage:
