@@ -107,7 +107,7 @@ def second_step(config, spoil=None) -> dict:
     for state in (AcceleratorState, PartialState):
         state._shared_state["device"] = torch.device("cuda", 0)
     material = pairs_for(stage.model, config, data.train, columns)
-    marks, collect = [], stage.collect
+    marks, collect, graded, clip = [], stage.collect, [], loop.clip_gradients
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     with fake_cuda.pretended_cuda() as cuda:
         assert accelerator.device.type == "cuda"
@@ -118,14 +118,22 @@ def second_step(config, spoil=None) -> dict:
             marks.append(len(cuda.waits))
             return work
 
+        def clip_watched(groups):
+            trained = [weight for weight in stage.parameters() if weight.requires_grad]
+            graded.append(bool(trained) and all(w.grad is not None and w.grad.device.type == "cuda" for w in trained))
+            return clip(groups)
+
         stage.collect = collect_between_marks
         if spoil:
             compare = stage.compare
             stage.compare = lambda batch: spoil(compare(batch))
-        loop.fit(stage, material, None, config, accelerator, None, "")
+        loop.clip_gradients = clip_watched
+        try:
+            loop.fit(stage, material, None, config, accelerator, None, "")
+        finally:
+            loop.clip_gradients = clip
     assert all(weight.device.type == "cuda" for weight in stage.parameters())
-    moved = [weight for weight in stage.parameters() if weight.requires_grad]
-    assert moved and all(weight.grad is not None and weight.grad.device.type == "cuda" for weight in moved)
+    assert len(graded) >= config.max_steps and all(graded)
     return {"collect": cuda.waits[marks[2] : marks[3]], "update": cuda.waits[marks[3] : marks[4]]}
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 import discobeta
 from discobeta import cli
+from discobeta.design.cost import estimate, read
 from discobeta.design.study import Study
-from discobeta.run.cost import estimate, read
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPT = BENCHMARKS / "gpu_check.py"

@@ -75,7 +75,7 @@ MADE_OF = {
             "cli/study",
             "closure",
             "design/config",
-            "run/cost",
+            "design/cost",
             "design/keys",
             "design/study_file",
             "design/study_sections",

@@ -11,13 +11,13 @@ import pytest
 
 from discobeta import cli
 from discobeta.data import counts
+from discobeta.design import cost
 from discobeta.design.config import RunConfig
+from discobeta.design.cost import estimate, find, length, report
 from discobeta.design.schedule import schedule_of
 from discobeta.design.study import Study
 from discobeta.errors import UserError
 from discobeta.inputs.fetch import fetch
-from discobeta.run import cost
-from discobeta.run.cost import estimate, find, length, report
 from discobeta.run.flops import SHAPES, UNGATED, Arithmetic, shape_of
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +104,7 @@ def test_the_steps_are_those_of_the_loop(stage, changes, devices, expected, tmp_
 
 
 def test_an_estimate_needs_no_torch():
-    code = "import sys, discobeta.run.cost; print('torch' in sys.modules)"
+    code = "import sys, discobeta.design.cost; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 

@@ -159,7 +159,7 @@ CODE = {
     "report/cells": {"tables": 1, "page": 1},
     "report/html": {"page": 1},
     "report/outputs": {},
-    "run/cost": {},
+    "design/cost": {},
     "lock": {},
     "metrics": MEASURED,
     "losses": TRAINED,

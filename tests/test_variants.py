@@ -12,11 +12,11 @@ from report_study import finish, results, rewrite
 
 from discobeta import report
 from discobeta.design import study as study_module
+from discobeta.design.cost import estimate, read
 from discobeta.design.study import Run, Study
 from discobeta.errors import UserError
 from discobeta.report import cells, controls, curves, effects, figures, neutrality, outputs, published
 from discobeta.report.collect import collect
-from discobeta.run.cost import estimate, read
 
 ARMS = ["baseline", "disco-used_beta-absent"]
 DISCO = ARMS[1]

@@ -28,7 +28,7 @@ from discobeta import cli, lock, record
 
 NEEDED = (
     "accelerate datasets matplotlib.pyplot pandas peft pyarrow.parquet torch transformers.models.qwen3.modeling_qwen3 "
-    "trl discobeta.run.cost discobeta.inputs.base discobeta.inputs.fetch discobeta.inputs.world discobeta.launch "
+    "trl discobeta.design.cost discobeta.inputs.base discobeta.inputs.fetch discobeta.inputs.world discobeta.launch "
     "discobeta.method.dpo discobeta.method.ppo discobeta.method.rm discobeta.report discobeta.run.evaluate "
     "discobeta.run.train"
 )

@@ -58,7 +58,7 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def cost(arguments: argparse.Namespace) -> None:
     from discobeta.data import counts
-    from discobeta.run import cost as study_cost
+    from discobeta.design import cost as study_cost
 
     card = study_cost.bytes_of(arguments.memory) if arguments.memory else None
     study = read_study(arguments)

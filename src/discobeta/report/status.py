@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from discobeta import files
+from discobeta.design.cost import length
 from discobeta.design.stages import STAGES
 from discobeta.design.study import Study
 from discobeta.errors import UserError
 from discobeta.progress import duration
 from discobeta.report.states import Job, State, jobs_of, states_of
-from discobeta.run.cost import length
 
 COUNTED = ("done", "running", "interrupted", "waiting", "failed")
 QUICK = ("world", "pairs", "tokens", "prompts")

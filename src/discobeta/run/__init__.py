@@ -1,1 +1,1 @@
-"""One run: training, checkpoints, evaluation, how it is read again; and what runs will take: time and memory."""
+"""One run: training, checkpoints, evaluation, how it is read again; and what it will take: operations and memory."""

@@ -164,6 +164,15 @@ def together(stage: Stage, *others: nn.Module) -> torch.device:
     return device
 
 
+def judges_together(judges: Iterable[RewardModel], stage: Stage, *others: nn.Module) -> list[RewardModel]:
+    """Bring judges that are still to be loaded beside models that are together, one after the other."""
+    found: list[RewardModel] = []
+    for judge in judges:
+        found.append(judge)
+        together(stage, *others, *(each.stage for each in found))
+    return found
+
+
 def load_reward_model(source: str | Path, *, base: str | Path | None = None, **settings) -> RewardModel:
     """A reward model, frozen, on the CPU, from any of
 

@@ -224,8 +224,8 @@ def fullest(longest: int, config: RunConfig) -> tuple[int, int]:
 
 
 def fullest_pairs(stage: Stage, config: RunConfig, hidden_size: int) -> Pairs:
-    """The pairs of one optimiser step, all as long as those of the fullest pass: a token of prompt, the rest responses'
-    (a shared prompt takes the fewest places if it is short)."""
+    """The pairs of one optimiser step, all as long as those of the fullest pass. Prompts are one token: the row of a
+    shared prompt is the longer, the less of cutoff_len it takes from each response."""
     count = config.per_device_train_batch_size * config.gradient_accumulation_steps
     columns = {"reference_logps": torch.zeros(count, 2), "prompt_features": torch.zeros(count, hidden_size)}
     if config.beta_rule == "mallows":

@@ -69,11 +69,8 @@ def beside(stage: Stage, data: TokenisedData, run: record.Record, tokenizer: Any
         return Beside(prompts, given, None, [], [])
     reference = load_reference(config)
     runs.together(stage, reference)
-    judges: list[runs.RewardModel] = []
-    if row.judge:
-        for judge in runs.load_reward_models(config):
-            judges.append(judge)
-            runs.together(stage, reference, *(each.stage for each in judges))
+    judges = runs.judges_together(runs.load_reward_models(config), stage, reference) if row.judge else []
+    if judges:
         run.check_fact("reward_model", identity.one_of([judge.fingerprint for judge in judges]), config.reward_model)
     translations = [judge.translation(config, reference, tokenizer) for judge in judges]
     return Beside(prompts, given, reference, judges, translations)

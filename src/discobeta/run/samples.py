@@ -151,18 +151,17 @@ def _sampled(
     tokenizer = load_tokenizer(config)
     examples = [Example(one["prompt"], source=f"prompt {place}") for place, one in enumerate(asked or (), 1)]
     prompts = _prompt_ids(run, examples, count, tokenizer)
-    stage, reference = runs.load_stage(run), load_reference(config)
+    stage = runs.load_stage(run)
+    runs.together(stage)
+    reference = load_reference(config)
     runs.together(stage, reference)
     settings = runs.judge_settings(config)
     named = [runs.load_reward_model(reward_model, **settings)] if reward_model else runs.load_reward_models(config)
-    judges, translations = [], []
-    for judge in named:
-        judges.append(judge)
-        runs.together(stage, reference, *(each.stage for each in judges))
-        translations.append(judge.translation(config, reference, tokenizer))
-        if examples and translations[-1]:  # a translation knows the rows of the run's data
-            report = RowReport("prompts", len(examples))
-            translations[-1].add(examples, config, report, "prompts for the reward model")
+    judges = runs.judges_together(named, stage, reference)
+    translations = [judge.translation(config, reference, tokenizer) for judge in judges]
+    if examples:  # a translation knows the rows of the run's data
+        for translation in filter(None, translations):
+            translation.add(examples, config, RowReport("prompts", len(examples)), "prompts for the reward model")
     each = config.generations_per_prompt
     own = sample(config, stage.model, tokenizer, prompts, "policy", each)
     other = sample(config, reference, tokenizer, prompts, "reference", each)

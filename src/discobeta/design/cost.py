@@ -14,11 +14,10 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from discobeta.data.counts import Count
 from discobeta.design.arms import Arm
 from discobeta.design.schedule import schedule_of, total_steps
 from discobeta.design.stages import STAGES
@@ -26,7 +25,10 @@ from discobeta.design.study import Run, Study
 from discobeta.design.yaml_text import read_yaml
 from discobeta.errors import UserError, telling
 from discobeta.files import read_json
-from discobeta.run.flops import Arithmetic
+
+if TYPE_CHECKING:
+    from discobeta.data.counts import Count
+    from discobeta.run.flops import Arithmetic
 
 PUBLISHED = Path("results/published")
 METRICS = "metrics.csv"
