@@ -45,7 +45,7 @@ def train(config: RunConfig) -> None:
         mixed_precision="no",  # the stages' own autocast decides
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=Path(config.output_dir) / "tracker",
-        kwargs_handlers=[patience, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of them
+        kwargs_handlers=[patience, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # gradients once
     )
     if accelerator.device.type == "cpu" and (granted := os.environ.get("CUDA_VISIBLE_DEVICES")):
         accelerator.print(f"GPU {granted} was granted, and torch sees none: this run computes on the CPU")
